@@ -1,0 +1,74 @@
+# One environment, .venv, made here and brought up to date whenever pyproject.toml changes. `make` alone lists what there is.
+#
+#   PYTHON=python3.12   the interpreter the environment is made from (3.11 or newer)
+#   EXTRAS=gpu,hub      what is installed beside the base (default cpu,hub)
+#   VENV=elsewhere      another place for the environment
+#   ARGS='...'          passed on to the command of the target
+
+SHELL  := /bin/bash
+PYTHON ?= python3
+EXTRAS ?= cpu,hub
+VENV   ?= .venv
+ARGS   ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+# $(call install,WHAT TO SAY,PIP ARGUMENTS): says what comes, then one line a download; errors of pip are shown whole.
+define install
+@echo "==> $(1)"
+@set -o pipefail; $(PIP) install $(2) </dev/null | awk '/^ *Downloading .*\(/ { print "    " $$2, $$3, $$4; fflush() }'
+endef
+
+.PHONY: help chat test lint kernels docs bench clean
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+chat: $(VENV)/.run  ## set everything up, then talk to the starter model (other models: ARGS='MODEL --prompt ...')
+	@$(BIN)/ernie chat $(ARGS)
+
+test: $(VENV)/.test  ## set up what the tests need, then run all of them
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.lint  ## style, types, import contracts and the house rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/contracts
+
+docs: $(VENV)/.docs  ## build the documentation into site/; a warning is an error
+	$(BIN)/mkdocs build --strict $(ARGS)
+
+bench: $(VENV)/.bench  ## measure speed and memory beside transformers, in one run
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+kernels:  ## the native kernels: not there yet, and not needed (#4)
+	@echo "there are no native kernels yet (#4): ernie45 runs on plain PyTorch, nothing needs building" >&2; exit 1
+
+clean:  ## remove the environment and everything that was built; models in the cache stay
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find ernie45 tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The stamps: each says that a set of packages stands as the pyproject.toml of that moment asked for.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "ernie45 needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "==> environment $(VENV), from $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV) || { echo "could not make an environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+# `pip install --group` came with pip 25.1; what a new environment carries is often older.
+$(VENV)/.pip: | $(BIN)/python
+	$(call install,pip,--quiet --upgrade 'pip>=25.1')
+	@touch $@
+
+$(VENV)/.run: pyproject.toml $(VENV)/.pip
+	$(call install,ernie45 and PyTorch (the first time this takes minutes),--editable '.[$(EXTRAS)]')
+	@touch $@
+
+$(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.run
+	$(call install,packages for make $*,--group $*)
+	@touch $@
