@@ -1,0 +1,10 @@
+"""What every test stands on: one profile for the property tests."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# Shared machines stall for seconds: a deadline would report that as a failure. Under CI the examples are the same in every run.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("here"), derandomize=True, database=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
