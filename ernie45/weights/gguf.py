@@ -3,8 +3,8 @@
 A file is: magic, version, counts, key-value metadata, one record per tensor (name, dimensions, type, offset), padding, tensor data. Layout:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Nothing in a file is believed before it is checked against the file's own
 length: counts and lengths are compared with the bytes that are left before anything is allocated, the header may take `HEADER_LIMIT` bytes,
-and every tensor must lie whole, aligned and alone inside the data section. A file that breaks a rule raises `CheckpointError`, which says what
-and where.
+and every tensor must lie whole, aligned and alone inside the data section. A file that breaks a rule raises `CheckpointError`, which says
+what and where.
 
 Tensor data is mapped, not read: `raw` is a view, `read` and `read_into` convert piece by piece.
 """
@@ -40,7 +40,7 @@ _TEXT, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies. `shape` is in torch order (slowest first), the reverse of the file's; `start` counts from the file's beginning."""
+    """Where one tensor lies. `shape` is in torch order (slowest first), the reverse of the file's; `start` counts from byte 0 of the file."""
 
     name: str
     type: BlockType
@@ -127,7 +127,7 @@ class GgufFile:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Map `path` and check its whole header. Raises `CheckpointError` when it is missing, damaged, hostile, or of a version not read here."""
+    """Map `path` and check its whole header. Raises `CheckpointError` when it is missing, damaged, hostile or of another version."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)

@@ -1,7 +1,7 @@
 """The number formats of GGUF files: how many bytes a block takes, how it becomes float32, and how float32 becomes a block.
 
-A row of a tensor is cut into blocks of `values` numbers stored in `size` bytes. Layouts as in ggml's `ggml-common.h`. Every decoder does its
-arithmetic in float32 in the order of ggml's reference (scale by sub-scale, times code, minus offset), so results are equal to the bit.
+A row of a tensor is cut into blocks of `values` numbers stored in `size` bytes. Layouts as in ggml's `ggml-common.h`. Every decoder does
+its arithmetic in float32 in the order of ggml's reference (scale by sub-scale, times code, minus offset), so results are equal to the bit.
 
 `n` is the number of blocks handed over; a codec sees `blocks` as uint8 [n, size] and `values` as float32 [n, values].
 """
@@ -128,8 +128,8 @@ def _inverse(scale: Tensor) -> Tensor:
 def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Unpack uint8 [n, 12] into eight six-bit scales and eight six-bit minima, each uint8 [n, 8].
 
-    Bytes 0..3 hold scales 0..3 and bytes 4..7 minima 0..3 in their low six bits; their top two bits complete scales and minima 4..7, whose low
-    four bits are the halves of bytes 8..11.
+    Bytes 0..3 hold scales 0..3 and bytes 4..7 minima 0..3 in their low six bits; their top two bits complete scales and minima 4..7, whose
+    low four bits are the halves of bytes 8..11.
     """
     a, b, c = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = torch.cat([a & 63, (c & 15) | ((a >> 6) << 4)], dim=1)
