@@ -40,11 +40,12 @@ _TEXT, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies. `shape` is in torch order (slowest first), the reverse of the file's; `start` counts from byte 0 of the file."""
+    """Where one tensor lies. `shape` is in torch order (slowest first), the file's reversed; `start` counts from byte 0 of `file`."""
 
     name: str
     type: BlockType
     shape: tuple[int, ...]
+    file: Path
     start: int
     size: int
 
@@ -57,11 +58,11 @@ class GgufTensor:
 class GgufFile:
     """An open GGUF file: `metadata` as plain Python values, tensors by name. Views stay valid after `close`: they hold the mapping."""
 
-    def __init__(self, path: Path, metadata: dict[str, Any], tensors: dict[str, GgufTensor], data: Tensor) -> None:
+    def __init__(self, path: Path, metadata: dict[str, Any], tensors: dict[str, GgufTensor], view: mmap.mmap) -> None:
         self.path = path
         self.metadata = metadata
         self._tensors = tensors
-        self._data: Tensor | None = data
+        self._view: mmap.mmap | None = view
 
     def names(self) -> list[str]:
         """Tensor names in file order."""
@@ -80,8 +81,8 @@ class GgufFile:
     def raw(self, name: str) -> Tensor:
         """The stored bytes, uint8 [bytes]: a view of the mapped file, private to this process."""
         tensor = self.info(name)
-        assert self._data is not None, "the file is closed"
-        return self._data[tensor.start : tensor.start + tensor.size]
+        assert self._view is not None, "the file is closed"
+        return torch.frombuffer(self._view, dtype=torch.uint8, count=tensor.size, offset=tensor.start)
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor as `dtype` (a float type), in torch's shape. Raises `CheckpointError` for a format that cannot be read."""
@@ -97,9 +98,17 @@ class GgufFile:
         decode_into(tensor.type, self.raw(name), out)
         return out
 
+    def release(self, name: str) -> None:
+        """Give back the memory of a tensor's pages, for one that was converted and is not needed again; a later read fetches them anew."""
+        tensor = self.info(name)
+        begin = -(-tensor.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.start + tensor.size) // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._view is not None and end > begin and hasattr(mmap, "MADV_DONTNEED"):
+            self._view.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
     def close(self) -> None:
         """Let go of the mapping; it ends with the last view."""
-        self._data = None
+        self._view = None
 
     def __enter__(self) -> "GgufFile":
         return self
@@ -138,7 +147,7 @@ def open_gguf(path: Path) -> GgufFile:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be opened: {error.strerror or error}") from error
     metadata, tensors = _Header(path, view, size).parse()
-    return GgufFile(path, metadata, tensors, torch.frombuffer(view, dtype=torch.uint8))
+    return GgufFile(path, metadata, tensors, view)
 
 
 class _Header:
@@ -273,7 +282,7 @@ class _Header:
                     f"tensor '{name}' of shape {list(shape)} ({kind.name}, {size} bytes) ends at byte {base + offset + size}, "
                     f"but the file has {self.file_size}; was the download cut short?"
                 )
-            tensors[name] = GgufTensor(name, kind, shape, base + offset, size)
+            tensors[name] = GgufTensor(name, kind, shape, self.path, base + offset, size)
         end, before = base, ""
         for tensor in sorted(tensors.values(), key=lambda t: t.start):
             if tensor.start < end:
