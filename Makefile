@@ -41,7 +41,7 @@ lint: $(VENV)/.lint  ## style, types, import contracts and the house rules
 	$(BIN)/python -m pytest tests/contracts
 
 docs: $(VENV)/.docs  ## build the documentation into site/; a warning is an error
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.bench  ## measure speed and memory beside transformers, in one run
 	$(BIN)/python benchmarks/run.py $(ARGS)
