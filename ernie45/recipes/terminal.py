@@ -5,6 +5,7 @@ A model's text, a file name or a saved conversation is never trusted with the te
 
 import math
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -175,3 +176,42 @@ def bar_line(style: Style, stage: str, done: int, total: int, columns: int) -> s
         return style.dim(f"{clean(stage)} {part:.0%}"[: columns - 1])
     full = int(part * room)
     return f"{clean(stage)}  {style.accent('━' * full)}{style.dim('━' * (room - full))}  {part:4.0%}  {style.dim(amount)}"
+
+
+@contextmanager
+def quiet_keyboard(stream: IO[str] | None = None) -> Iterator[None]:
+    """While lines are redrawn, keys must not write themselves onto the screen; what is typed waits for the next prompt."""
+    stream = sys.stdin if stream is None else stream
+    try:
+        import termios
+
+        descriptor = stream.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (ImportError, OSError, ValueError, termios.error):  # no terminal here, or none of this kind: nothing to keep quiet
+        yield
+        return
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+class Interrupt:
+    """Ctrl-C as a question that is asked between two steps: the first press sets `asked`, the second raises `KeyboardInterrupt`."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "Interrupt":
+        self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
