@@ -1,1 +1,1 @@
-
+"""The network, and how files become it."""

@@ -1,0 +1,130 @@
+"""Settings as frozen values, and the one place that reads the process environment.
+
+A config is a frozen dataclass, one class per concern. `from_mapping` builds one from plain data (YAML, JSON, a command line) and refuses
+what it does not know, so that a misspelt setting is an error and never a silent default.
+"""
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ernie45.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"", "0", "false", "no", "off"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What the process environment says, read once and passed in.
+
+    `cache_dir` holds what the project makes for itself (starter model, chat history); `hf_home` is huggingface_hub's own cache, None for
+    its default; `offline` forbids every download.
+    """
+
+    cache_dir: Path
+    hf_home: Path | None = None
+    offline: bool = False
+    hub_token: str | None = None
+    starter_wheel: Path | None = None
+    isa: str | None = None
+    no_color: bool = False
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> "Environment":
+        """Read the `ERNIE45_` names below and `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `NO_COLOR`, `XDG_CACHE_HOME`.
+
+        Raises `ConfigError` when a switch is neither on nor off.
+        """
+        env = os.environ if environ is None else environ
+        base = Path(env["XDG_CACHE_HOME"]) if env.get("XDG_CACHE_HOME") else Path.home() / ".cache"
+        return cls(
+            cache_dir=_path(env, "ERNIE45_CACHE") or base / "ernie45",
+            hf_home=_path(env, "HF_HOME"),
+            offline=_switch(env, "HF_HUB_OFFLINE"),
+            hub_token=env.get("HF_TOKEN") or None,
+            starter_wheel=_path(env, "ERNIE45_STARTER_WHEEL"),
+            isa=env.get("ERNIE45_ISA") or None,
+            no_color=bool(env.get("NO_COLOR")),
+        )
+
+
+def _path(env: Mapping[str, str], name: str) -> Path | None:
+    return Path(env[name]).expanduser() if env.get(name) else None
+
+
+def _switch(env: Mapping[str, str], name: str) -> bool:
+    word = env.get(name, "").strip().lower()
+    if word not in _TRUE | _FALSE:
+        raise ConfigError(f"the environment variable {name} is '{env[name]}'; set it to 1 or 0")
+    return word in _TRUE
+
+
+def from_mapping(cls: type[T], data: Mapping[str, Any], where: str) -> T:
+    """Build the dataclass `cls` from plain data; nested dataclasses from nested mappings.
+
+    `where` names the origin in errors, such as "serve.engine". Raises `ConfigError` for a key that is no setting, a missing required
+    setting, or a value of the wrong type. A whole number is taken where a fraction is asked for; nothing else is converted.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} must be a table of settings, not {type(data).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in fields:
+            raise ConfigError(f"{where}.{key} is not a setting{did_you_mean(str(key), fields)}")
+    missing = [
+        n for n, f in fields.items() if n not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}")
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(args, value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ConfigError(f"{where} is {value!r}{did_you_mean(str(value), map(str, args))}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, typing.cast(type, hint)) else from_mapping(typing.cast(type, hint), value, where)
+    if origin is tuple and isinstance(value, list | tuple):
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(args) == len(value):
+            return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    plain = origin or hint
+    if plain is Any:
+        return value
+    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if plain is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where} must be {getattr(plain, '__name__', plain)}, not {value!r}")
+
+
+def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    failure: ConfigError | None = None
+    for arg in args:
+        if arg is type(None):
+            continue
+        try:
+            return _convert(arg, value, where)
+        except ConfigError as error:
+            failure = error
+    assert failure is not None
+    raise failure

@@ -1,0 +1,132 @@
+"""The ERNIE 4.5 text decoder, dense and mixture of experts: what is trained is what is served.
+
+Tokens are packed, there is no batch axis, and attention is an argument (`nn.attention.Attend`). `forward` ends before the final norm, since
+the multi-token predictor reads that state and only the rows that are sampled need `logits`.
+Letters: T tokens, R rows of interest, D width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ernie45 import ops
+from ernie45.errors import RequestError
+from ernie45.models.config import TextConfig
+from ernie45.models.mtp import MultiTokenPredictor
+from ernie45.nn.attention import Attend, Attention, PackedCausal
+from ernie45.nn.block import Block
+from ernie45.nn.layers import Embedding, Linear, RMSNorm, SwiGLU
+from ernie45.nn.moe import MixtureOfExperts
+from ernie45.nn.rope import inverse_frequencies, turns
+
+
+class Decoder(nn.Module):
+    """The network of a `TextConfig`. Weights are empty until `models.load` or `initialise` fills them."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.frequencies_P = inverse_frequencies(config.head_size, config.rope_theta)  # no buffer: a cast of the model must not touch it
+        self.embed = Embedding(config.vocab_size, config.hidden_size)  # tokens [T] -> [T, D]
+        self.layers = nn.ModuleList(
+            Block(config.hidden_size, config.norm_eps, _attention(config, i), _ffn(config, i)) for i in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.mtp = _mtp(config) if config.num_mtp else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type; the router stays in float32 beside it."""
+        return self.embed.weight.dtype
+
+    def forward(self, x_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """[T, D] -> the last layer's output [T, D], before the final norm."""
+        turns_TP = turns(positions_T, self.frequencies_P)
+        for layer in self.layers:
+            x_TD = layer(x_TD, turns_TP, attend)
+        return x_TD
+
+    def logits(self, h_RD: Tensor) -> Tensor:
+        """Final norm and output head, [R, D] -> [R, V] in the compute type."""
+        h_RD = self.norm(h_RD)
+        return ops.linear(h_RD, self.embed.weight) if self.head is None else self.head(h_RD)
+
+    def predict_after_next(self, next_tokens_T: Tensor, h_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """State of the multi-token predictor, [T, D], for `logits`: row i guesses the token after `next_tokens[i]`.
+
+        `h` is what `forward` returned and `positions` are those of the next tokens. Only models with `config.num_mtp` have the block.
+        """
+        assert self.mtp is not None, "this model has no multi-token prediction block"
+        return self.mtp(self.embed(next_tokens_T), h_TD, turns(positions_T, self.frequencies_P), attend)
+
+    @torch.inference_mode()
+    def prompt_logits(self, tokens: Sequence[int]) -> Tensor:
+        """Logits after every token of one prompt, float32 [T, V], by one whole forward pass without a cache.
+
+        Raises `RequestError` for an empty prompt, one longer than the model's positions, or an id outside the vocabulary.
+        """
+        check_tokens(tokens, self.config)
+        ids_T = torch.tensor(tokens, device=self.embed.weight.device)
+        h_TD = self(self.embed(ids_T), torch.arange(len(tokens), device=ids_T.device), PackedCausal([len(tokens)]))
+        return self.logits(h_TD).float()
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator, std: float = 0.02) -> "Decoder":
+        """Fill the weights to train from nothing: normal with `std`, norms 1, biases and selection bias 0. Returns the decoder."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, std, generator=generator)
+        return self
+
+
+def check_tokens(tokens: Sequence[int], config: TextConfig) -> None:
+    """Raise `RequestError` unless `tokens` is a non-empty prompt that fits the model's vocabulary and positions."""
+    if not len(tokens):
+        raise RequestError("the prompt is empty; give at least one token", field="prompt")
+    if len(tokens) > config.max_positions:
+        raise RequestError(
+            f"the prompt has {len(tokens)} tokens, the model reads at most {config.max_positions}; shorten it", field="prompt"
+        )
+    for place, token in enumerate(tokens):
+        if not 0 <= token < config.vocab_size:
+            raise RequestError(f"token id {token} at place {place} is outside the vocabulary 0 .. {config.vocab_size - 1}", field="prompt")
+
+
+def _attention(config: TextConfig, layer: int) -> Attention:
+    return Attention(
+        layer,
+        config.hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_size=config.head_size,
+        bias=config.use_bias,
+    )
+
+
+def _ffn(config: TextConfig, layer: int) -> nn.Module:
+    if not config.is_expert_layer(layer):
+        return SwiGLU(config.hidden_size, config.ffn_size, bias=config.use_bias)
+    e = config.experts
+    assert e is not None
+    return MixtureOfExperts(
+        config.hidden_size,
+        num_experts=e.num_experts,
+        top_k=e.top_k,
+        expert_size=e.expert_size,
+        shared_size=e.shared_size,
+        shared_bias=config.use_bias,
+        norm_min=e.norm_min,
+    )
+
+
+def _mtp(config: TextConfig) -> MultiTokenPredictor:
+    # its layer number stands behind the trunk's, so that a paged cache keeps its keys apart; its feed-forward is dense in every release
+    dense = SwiGLU(config.hidden_size, config.ffn_size, bias=config.use_bias)
+    block = Block(config.hidden_size, config.norm_eps, _attention(config, config.num_layers), dense)
+    return MultiTokenPredictor(config.hidden_size, config.norm_eps, block)

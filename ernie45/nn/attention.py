@@ -1,0 +1,60 @@
+"""Attention: the projections belong to the layer, how tokens see each other is an argument.
+
+An `Attend` receives the rotated queries and keys of all tokens of this pass, packed without a batch axis, and returns what each token saw.
+Training hands in `PackedCausal`, serving hands in attention over cache pages; the model knows neither. An `Attend` applies the scale
+1 / sqrt(H) itself. Letters: T tokens, D width, N query heads, K key heads, H head size, P = H / 2 pairs.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ernie45 import ops
+from ernie45.nn.layers import Linear
+
+
+class Attend(Protocol):
+    """How the tokens of one pass see each other, and possibly tokens of earlier passes."""
+
+    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """Return [T, N, H] for layer `layer` (from 0)."""
+        ...
+
+
+class PackedCausal:
+    """Every document sees itself, causally, and nothing else.
+
+    `doc_ends` are the ascending ends of the packed documents; the last one is the number of tokens. Positions are not its concern.
+    """
+
+    def __init__(self, doc_ends: list[int]) -> None:
+        assert doc_ends == sorted(set(doc_ends)), "document ends must ascend"
+        assert doc_ends[0] > 0, "a document holds at least one token"
+        self.spans = list(zip([0, *doc_ends], doc_ends, strict=False))
+
+    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """[T, N, H] from [T, N, H] and [T, K, H] twice."""
+        assert q_TNH.shape[0] == self.spans[-1][1], "document ends and tokens differ"
+        parts = [ops.causal_attention(q_TNH[a:b], k_TKH[a:b], v_TKH[a:b]) for a, b in self.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. `qkv` holds the rows of all query heads, then all key heads, then all value heads."""
+
+    def __init__(self, layer: int, size: int, *, num_heads: int, num_kv_heads: int, head_size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
+        self.qkv = Linear(size, (num_heads + 2 * num_kv_heads) * head_size, bias=bias)
+        self.out = Linear(num_heads * head_size, size, bias=bias)
+
+    def forward(self, x_TD: Tensor, turns_TP: Tensor, attend: Attend) -> Tensor:
+        """[T, D] -> [T, D]; `turns` is complex64 [T, P]."""
+        rotated = self.num_heads + self.num_kv_heads
+        heads_TMH = self.qkv(x_TD).view(-1, rotated + self.num_kv_heads, self.head_size)
+        qk_TMH = ops.rotate_pairs(heads_TMH[:, :rotated], turns_TP)
+        q_TNH, k_TKH = qk_TMH[:, : self.num_heads], qk_TMH[:, self.num_heads :]
+        seen_TNH = attend(self.layer, q_TNH, k_TKH, heads_TMH[:, rotated:])
+        return self.out(seen_TNH.reshape(x_TD.shape[0], -1))

@@ -1,0 +1,64 @@
+"""The plain layers. Weights are created empty: they are filled from a file or by an initialiser, never by both.
+
+Letters: T tokens, D width, F feed-forward width, V vocabulary, I and O in- and output widths.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ernie45 import ops
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`; `weight` is [O, I]."""
+
+    def __init__(self, in_size: int, out_size: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_size, in_size))
+        self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, I] -> [T, O]."""
+        return ops.linear(x_TI, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes for printing."""
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}{'' if self.bias is None else ', bias'}"
+
+
+class Embedding(nn.Module):
+    """One row per token id; `weight` is [V, D]."""
+
+    def __init__(self, vocab_size: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, size))
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        """[T] int64 -> [T, D]; not scaled."""
+        return nn.functional.embedding(tokens_T, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight per dimension and no bias."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        return ops.rms_norm(x_TD, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`; gate and up are one matrix, gate rows first, so that `x` is read once."""
+
+    def __init__(self, size: int, inner_size: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up = Linear(size, 2 * inner_size, bias=bias)
+        self.down = Linear(inner_size, size, bias=bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        return self.down(ops.swiglu(self.gate_up(x_TD)))
