@@ -14,13 +14,17 @@ ARGS   ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-# $(call install,WHAT TO SAY,PIP ARGUMENTS): says what comes, then one line a download; errors of pip are shown whole.
+# $(call install,WHAT TO SAY,PIP ARGUMENTS): says what comes, then one line a package that is fetched. Everything pip said is in the log,
+# and is shown when it fails.
 define install
 @echo "==> $(1)"
-@set -o pipefail; $(PIP) install $(2) </dev/null | awk '/^ *Downloading .*\(/ { print "    " $$2, $$3, $$4; fflush() }'
+@set -o pipefail; $(PIP) install $(2) </dev/null 2>&1 | tee $(VENV)/install.log | awk \
+    '/^ *Downloading .*\(/ { print "    " $$2, $$3, $$4; fflush() } /does not provide the extra/ \
+    /^ *Processing .*\.whl/ { n = split($$2, path, "/"); print "    " path[n]; fflush() }' \
+    || { grep -v '^WARNING: Location' $(VENV)/install.log | tail -n 30 >&2; echo "the whole of it: $(VENV)/install.log" >&2; exit 1; }
 endef
 
-.PHONY: help chat test lint kernels docs bench clean
+.PHONY: help chat test lint kernels docs bench clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -56,7 +60,7 @@ clean:  ## remove the environment and everything that was built; models in the c
 # The stamps: each says that a set of packages stands as the pyproject.toml of that moment asked for.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	    echo "ernie45 needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	    echo "ernie45 needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "==> environment $(VENV), from $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear $(VENV) || { echo "could not make an environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 
@@ -65,7 +69,11 @@ $(VENV)/.pip: | $(BIN)/python
 	$(call install,pip,--quiet --upgrade 'pip>=25.1')
 	@touch $@
 
-$(VENV)/.run: pyproject.toml $(VENV)/.pip
+# Other extras than last time: install again. The file changes only when its content does.
+$(VENV)/.extras: always | $(BIN)/python
+	@echo '$(EXTRAS)' | cmp -s - $@ || echo '$(EXTRAS)' >$@
+
+$(VENV)/.run: pyproject.toml $(VENV)/.pip $(VENV)/.extras
 	$(call install,ernie45 and PyTorch (the first time this takes minutes),--editable '.[$(EXTRAS)]')
 	@touch $@
 
