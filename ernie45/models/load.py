@@ -1,0 +1,268 @@
+"""From a name, a folder or a GGUF file to a running `Decoder`, without a second copy of the weights.
+
+Decided first, done after: `open_model` reads the config and the names and shapes, and says where every tensor goes or why the files
+do not make the model; only then is data touched. The decoder is built on the meta device and its parameters are put in place, many of
+them as views of the mapped file.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ernie45.config import Environment
+from ernie45.errors import CheckpointError
+from ernie45.models.compute import ComputeType, choose_compute, cpu_has_bfloat16
+from ernie45.models.config import TextConfig
+from ernie45.models.gguf_config import config_from_gguf
+from ernie45.models.names import FLOAT32_ENDINGS, detect_layout, has_mtp, head_name, name_table, without_head, without_mtp
+from ernie45.models.released import CHECKPOINTS, Release
+from ernie45.models.starter import STARTER_NAME, starter_folder
+from ernie45.models.text import Decoder
+from ernie45.weights.gguf import GgufFile, open_gguf
+from ernie45.weights.hub import resolve
+from ernie45.weights.rename import Ignored, LoadPlan, Shape
+from ernie45.weights.safetensors import TensorFiles, open_safetensors
+from ernie45.weights.stream import Progress, load_pieces
+
+MAX_CONFIG = 10_000_000
+_QUANTISED_ENDINGS = (
+    "quant_weight",
+    "weight_scale",
+    "weight_scale_inv",
+    "activation_scale",
+    "super_scales",
+    "code_scale",
+    "code_zp",
+    "qweight",
+)
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model whose files are open and whose plan is made; no data has been read."""
+
+    path: Path
+    config: TextConfig
+    layout: str
+    files: TensorFiles | GgufFile
+    plan: LoadPlan
+    stored: torch.dtype
+    """The type that most elements are stored in; bfloat16 for a quantised GGUF, whose blocks are coarser than that."""
+    notes: tuple[str, ...] = ()
+    """What was decided beyond the config, in plain sentences."""
+
+    def complaint(self) -> str:
+        """Why the files do not make the model, with what to do; empty when they do."""
+        if self.plan.complete:
+            return ""
+        return "\n".join([f"{self.path}: the tensors in its files are not those of its config:", self.plan.explain(), *_advice(self.plan)])
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder that runs, with what was decided on the way."""
+
+    decoder: Decoder
+    compute: ComputeType
+    opened: OpenModel
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: str = "auto",
+    mtp: bool = True,
+    check: bool = True,
+    progress: Progress | None = None,
+    environment: Environment | None = None,
+) -> LoadedModel:
+    """`load_model` with what was decided on the way."""
+    path = find_model(name_or_path, environment or Environment.read())
+    opened = open_model(path, mtp=mtp)
+    if not opened.plan.complete:
+        raise CheckpointError(opened.complaint())
+    compute = choose_compute(dtype, opened.stored, fast_bfloat16=cpu_has_bfloat16())
+    with torch.device("meta"):
+        decoder = Decoder(opened.config)
+    wanted = _shapes(decoder)
+    with opened.files as files:
+        if opened.plan.ignored.get(head_name(opened.layout)):
+            _check_tied_head(opened)
+        state = load_pieces(
+            opened.plan,
+            files,
+            wanted,
+            lambda name: torch.float32 if name.endswith(FLOAT32_ENDINGS) else compute.dtype,
+            check=check,
+            progress=progress,
+        )
+    decoder.load_state_dict(state, assign=True)
+    return LoadedModel(decoder.eval(), compute, opened)
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    dtype: str = "auto",
+    mtp: bool = True,
+    check: bool = True,
+    progress: Progress | None = None,
+    environment: Environment | None = None,
+) -> Decoder:
+    """Load a model by folder, `.gguf` file, Hub name (`baidu/ERNIE-4.5-0.3B-PT`), short name (`0.3B`) or `starter`.
+
+    `dtype`: "auto", "float32" or "bfloat16" (`compute.choose_compute` has the rule). `mtp=False` leaves a multi-token prediction block in
+    the file. `check` refuses NaN and infinite weights. Raises CheckpointError, naming file and tensor, for anything that does not fit.
+    """
+    return load(name_or_path, dtype=dtype, mtp=mtp, check=check, progress=progress, environment=environment).decoder
+
+
+def find_model(name_or_path: str | Path, environment: Environment, tell: Callable[[str], None] | None = None) -> Path:
+    """The folder or GGUF file a name stands for, made or fetched if need be; `tell` hears of the starter model being made.
+
+    Raises CheckpointError for an unknown name, and for a published one that this version does not read, before anything is fetched.
+    """
+    word = str(name_or_path).lower()
+    for release in CHECKPOINTS.values():
+        if word in (name.lower() for name in _names_of(release)) and not Path(name_or_path).exists():
+            if release.vision is not None:
+                raise CheckpointError(f"{release.name} is a vision-language model; this version reads the text family only")
+            if release.stored != "bf16":
+                raise CheckpointError(
+                    f"{release.name} is stored as {release.stored}, which this version does not read; take the bf16 release"
+                )
+    published = {name: repository for release in CHECKPOINTS.values() for name, repository in _names_of(release).items()}
+    return resolve(name_or_path, environment, published=published, makers={STARTER_NAME: lambda: starter_folder(environment, tell)})
+
+
+def _names_of(release: Release) -> dict[str, str]:
+    """What people call a release -> its repository: each repository in full and without its owner, the release, and its short name."""
+    first = release.hub_names[0]
+    names = {release.name.removeprefix("ERNIE-4.5-"): first, release.name: first}
+    for repository in release.hub_names:
+        names |= {repository.partition("/")[2]: repository, repository: repository}
+    return names
+
+
+def open_model(path: Path, *, mtp: bool = True) -> OpenModel:
+    """Read the config, names and shapes of a model folder or GGUF file, and plan its loading. `.plan` says whether it can be loaded."""
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    data = read_config(path)
+    config = TextConfig.from_hf(data, str(path / "config.json"))
+    files = open_safetensors(path)
+    layout, prefix = detect_layout(files.names(), str(path))
+    infos = {name: files.info(name) for name in files.names()}
+    shapes = {name: info.shape for name, info in infos.items()}
+    config, ignored, notes = _settle(config, data, shapes, layout, prefix, mtp=mtp)
+    plan = name_table(config, layout, prefix=prefix, ignored=ignored).load_plan(shapes, _wanted(config))
+    sizes: Counter[torch.dtype] = Counter()
+    for info in infos.values():
+        sizes[torch.bfloat16 if info.dtype == torch.uint16 else info.dtype] += math.prod(info.shape)
+    return OpenModel(path, config, layout, files, plan, sizes.most_common(1)[0][0], tuple(notes))
+
+
+def _open_gguf(path: Path) -> OpenModel:
+    files = open_gguf(path)
+    shapes = {name: files.info(name).shape for name in files.names()}
+    config = config_from_gguf(files.metadata, shapes, str(path))
+    plan = name_table(config, "gguf").load_plan(shapes, _wanted(config))
+    sizes: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        sizes[files.type_of(name)] += math.prod(shape)
+    most = sizes.most_common(1)[0][0]
+    stored = {"F32": torch.float32, "F16": torch.float16}.get(most, torch.bfloat16)
+    return OpenModel(path, config, "gguf", files, plan, stored, (f"most weights are stored as {most}",))
+
+
+def _settle(
+    config: TextConfig, data: Mapping[str, Any], shapes: Mapping[str, Shape], layout: str, prefix: str, *, mtp: bool
+) -> tuple[TextConfig, list[Ignored], list[str]]:
+    """Where config and files disagree about the head or the MTP block, the files decide and a note says so."""
+    ignored: list[Ignored] = []
+    notes: list[str] = []
+    if config.tie_embeddings and head_name(layout) in shapes:
+        if "tie_word_embeddings" in data:
+            ignored.append(without_head(layout))
+            notes.append(f"{head_name(layout)} repeats the embedding of a tied model and is not loaded")
+        else:
+            config = replace(config, tie_embeddings=False)
+            notes.append(f"config.json does not say whether the head is tied; the files have {head_name(layout)}, so it is not")
+    stored = has_mtp(shapes)
+    if stored and not mtp:
+        config = replace(config, num_mtp=0)
+        ignored.append(without_mtp(prefix))
+        notes.append("the multi-token prediction block was left in the file (mtp=False)")
+    elif stored and not config.num_mtp:
+        config = replace(config, num_mtp=1)
+        notes.append(
+            "the files have a multi-token prediction block that config.json does not mention; it is loaded (mtp=False leaves it out)"
+        )
+    elif config.num_mtp and not stored:
+        config = replace(config, num_mtp=0)
+        if mtp:
+            notes.append("config.json announces a multi-token prediction block and the files have none; the model is built without it")
+    return config, ignored, notes
+
+
+def _wanted(config: TextConfig) -> dict[str, Shape]:
+    """Name and shape of every parameter of the model, without memory for them."""
+    with torch.device("meta"):
+        return _shapes(Decoder(config))
+
+
+def _shapes(decoder: Decoder) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+
+
+def _check_tied_head(opened: OpenModel) -> None:
+    """A tied model whose file has another head was tied by mistake; loading it would drop a matrix that matters."""
+    head = opened.files.read(head_name(opened.layout))
+    piece = next(piece for piece in opened.plan.pieces if piece.ours == "embed.weight")
+    embed = opened.files.read(piece.file)
+    turned = head.mT if head.shape != embed.shape or (opened.layout == "paddle") else head
+    if head.dtype != embed.dtype or turned.shape != embed.shape or not torch.equal(turned, embed):
+        raise CheckpointError(
+            f"{opened.path}: config.json ties the head to the embedding, but {head_name(opened.layout)} in the files differs from it; "
+            "set tie_word_embeddings to false if the model has a head of its own, or remove that tensor"
+        )
+    opened.files.release(head_name(opened.layout))
+
+
+def _advice(plan: LoadPlan) -> list[str]:
+    """What known findings mean."""
+    lines = []
+    if any(name.endswith(("e_score_correction_bias", "exp_probs_b.bias")) for name in plan.missing):
+        lines.append(
+            "The selection bias decides which experts are chosen; without it the model runs and answers worse, so it is not left out."
+        )
+    if any(name.endswith(_QUANTISED_ENDINGS) for name in plan.unexpected):
+        lines.append("Scales beside weights mean a quantised checkpoint, which this version does not read; take the bfloat16 one, or GGUF.")
+    if plan.missing and plan.unexpected:
+        lines.append("Names both missing and unexpected: is config.json the one that was published with these weights?")
+    elif plan.missing:
+        lines.append("Tensors are missing: is the download complete?")
+    return lines
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model folder. Raises CheckpointError when it is missing or not a JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise CheckpointError(f"{folder}: no config.json, so it is not a model folder; there is: {there}")
+    if path.stat().st_size > MAX_CONFIG:
+        raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes; a model's config has a few thousand")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return data

@@ -1,0 +1,80 @@
+"""From a `Decoder` to a model folder that this project, transformers and Paddle tools read: `config.json` and safetensors.
+
+The folder appears complete or not at all, and tensors are cut out of the parameters one at a time.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ernie45.errors import CheckpointError
+from ernie45.models.names import FLOAT32_ENDINGS, LAYOUTS, name_table
+from ernie45.models.text import Decoder
+from ernie45.weights.rename import Piece
+from ernie45.weights.safetensors_write import SHARD_BYTES, TensorSpec, check_room, write_safetensors
+from ernie45.weights.stream import save_piece
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""Files of a model folder that do not depend on its weights."""
+
+
+def save_model(
+    decoder: Decoder,
+    folder: Path,
+    *,
+    layout: str = "pt",
+    dtype: torch.dtype | None = None,
+    companions: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `decoder` as a new model folder in `layout` "pt" (Hugging Face), "fused" or "paddle".
+
+    Weights are stored as they are held, or as `dtype`; the router stays float32. `companions` is a folder whose tokenizer and generation
+    files are copied along, so that the new folder chats as it stands. Raises CheckpointError when `folder` exists and is not empty, or the
+    disk has too little room; nothing is left behind then.
+    """
+    if layout not in LAYOUTS or layout == "gguf":
+        raise CheckpointError(f"layout '{layout}' is not a folder layout; allowed: {', '.join(name for name in LAYOUTS if name != 'gguf')}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists and is not an empty folder; choose another name, or remove it first")
+    parameters = decoder.state_dict()
+    plan = name_table(decoder.config, layout).save_plan({name: tuple(value.shape) for name, value in parameters.items()})
+    pieces = {piece.file: piece for piece in plan}
+    specs = [_spec(piece, parameters[piece.ours], dtype) for piece in plan]
+    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    try:
+        partial.mkdir(parents=True)
+        check_room(partial, sum(spec.nbytes for spec in specs))
+        kinds = {spec.name: spec.dtype for spec in specs}
+        write_safetensors(
+            partial, specs, lambda file: save_piece(pieces[file], parameters[pieces[file].ours], kinds[file]), shard_bytes=shard_bytes
+        )
+        body = decoder.config.to_hf() | {"torch_dtype": str(dtype or decoder.dtype).removeprefix("torch.")}
+        (partial / "config.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+        for name in COMPANIONS if companions else ():
+            if (companions / name).is_file():
+                shutil.copyfile(companions / name, partial / name)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _spec(piece: Piece, parameter: Tensor, dtype: torch.dtype | None) -> TensorSpec:
+    kept = dtype is None or piece.ours.endswith(FLOAT32_ENDINGS)
+    return TensorSpec(piece.file, parameter.dtype if kept or dtype is None else dtype, piece.shape)
