@@ -34,6 +34,8 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+        # with use_bias the expert family has a bias on the head too, tied or not, and the dense family has none; no release uses either
+        self.head_bias = nn.Parameter(torch.empty(config.vocab_size)) if config.use_bias and config.experts else None
         self.mtp = _mtp(config) if config.num_mtp else None
 
     @property
@@ -51,7 +53,8 @@ class Decoder(nn.Module):
     def logits(self, h_RD: Tensor) -> Tensor:
         """Final norm and output head, [R, D] -> [R, V] in the compute type."""
         h_RD = self.norm(h_RD)
-        return ops.linear(h_RD, self.embed.weight) if self.head is None else self.head(h_RD)
+        weight_VD = self.embed.weight if self.head is None else self.head.weight
+        return ops.linear(h_RD, weight_VD, self.head_bias)
 
     def predict_after_next(self, next_tokens_T: Tensor, h_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """State of the multi-token predictor, [T, D], for `logits`: row i guesses the token after `next_tokens[i]`.
