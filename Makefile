@@ -19,8 +19,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 define install
 @echo "==> $(1)"
 @set -o pipefail; $(PIP) install $(2) </dev/null 2>&1 | tee $(VENV)/install.log | awk \
-    '/^ *Downloading .*\(/ { print "    " $$2, $$3, $$4; fflush() } /does not provide the extra/ \
-    /^ *Processing .*\.whl/ { n = split($$2, path, "/"); print "    " path[n]; fflush() }' \
+    '/^ *Downloading .*\(/ { print "    " $$2, $$3, $$4; fflush() } /does not provide the extra/ { print }'\
+    ' /^ *Processing .*\.whl/ { n = split($$2, path, "/"); print "    " path[n]; fflush() }' \
     || { grep -v '^WARNING: Location' $(VENV)/install.log | tail -n 30 >&2; echo "the whole of it: $(VENV)/install.log" >&2; exit 1; }
 endef
 
