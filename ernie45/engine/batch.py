@@ -1,0 +1,81 @@
+"""A plan as tensors: the one place where ids, positions, slots and row ranges are built, once per step and for all layers.
+
+Letters: T tokens of the step. A slot is a place in the cache: page * page_size + place in the page.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ernie45.engine.scheduler import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One request's rows: `first` .. `end` of the step's T rows, at positions `start` .. `length` - 1 of its sequence.
+
+    Its `length` keys lie in the cache's pages from `run` on when they are consecutive; else `pages` lists them and `run` is -1.
+    mask: [rows, length] added to the scores, when rows continue a sequence (start > 0) and there is more than one.
+    """
+
+    first: int
+    end: int
+    start: int
+    length: int
+    run: int
+    pages: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """tokens, positions and slots are int64 [T]; spans are in the order of the plan's rows."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    spans: tuple[Span, ...]
+
+
+class BatchBuilder:
+    """Builds batches for one cache; remembers each request's page table as a tensor for as long as the table does not grow."""
+
+    def __init__(self, page_size: int, dtype: torch.dtype) -> None:
+        self._page_size = page_size
+        self._dtype = dtype
+        self._tables: dict[str, tuple[tuple[int, ...], int, Tensor | None]] = {}
+
+    def build(self, plan: Plan) -> Batch:
+        """The tensors of a plan that has rows."""
+        size = self._page_size
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        spans = []
+        tables: dict[str, tuple[tuple[int, ...], int, Tensor | None]] = {}
+        for row in plan.rows:
+            first, count = len(tokens), len(row.tokens)
+            end = row.start + count
+            tokens.extend(row.tokens)
+            positions.extend(range(row.start, end))
+            slots.extend(row.pages[p // size] * size + p % size for p in range(row.start, end))
+            table = self._tables.get(row.request_id)
+            if table is None or table[0] is not row.pages:
+                table = _table(row.pages)
+            tables[row.request_id] = table
+            mask = causal_mask(count, end, self._dtype) if count > 1 and row.start > 0 else None
+            spans.append(Span(first, first + count, row.start, end, table[1], table[2], mask))
+        self._tables = tables
+        return Batch(torch.tensor(tokens), torch.tensor(positions), torch.tensor(slots), tuple(spans))
+
+
+def causal_mask(rows: int, length: int, dtype: torch.dtype) -> Tensor:
+    """[rows, length] of 0 and -inf: the last `rows` of `length` positions see themselves and everything before."""
+    return torch.full((rows, length), float("-inf"), dtype=dtype).triu_(length - rows + 1)
+
+
+def _table(pages: tuple[int, ...]) -> tuple[tuple[int, ...], int, Tensor | None]:
+    if pages == tuple(range(pages[0], pages[0] + len(pages))):
+        return pages, pages[0], None
+    return pages, -1, torch.tensor(pages)

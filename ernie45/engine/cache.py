@@ -1,0 +1,92 @@
+"""The paged key-value cache and attention over it.
+
+Letters: T tokens of the step, S keys of one sequence, P its pages, N query heads, K key heads, G = N / K queries per key head, H head size.
+"""
+
+import mmap
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ernie45.engine.batch import Batch, Span
+from ernie45.models.config import TextConfig
+
+
+def bytes_per_token(config: TextConfig, dtype: torch.dtype) -> int:
+    """Cache bytes of one token: keys and values of all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
+
+
+def available_memory() -> int:
+    """Bytes this process may still take without swapping, inside its control group's limit when there is one."""
+    free = 0
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    free = free or 4 << 30  # unknown systems: what a laptop can spare
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
+
+
+class PagedCache:
+    """Keys and values of all layers, [num_slots, K, H] each, num_slots = num_pages * page_size.
+
+    The memory is an anonymous mapping: it reads as zero, and a page of it costs nothing until it is first written. A generous cache
+    therefore takes only what its requests use.
+    """
+
+    def __init__(self, config: TextConfig, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
+        self.page_size = page_size
+        self.dtype = dtype
+        shape = (config.num_layers, 2, num_pages * page_size, config.num_kv_heads, config.head_size)
+        count = num_pages * page_size * bytes_per_token(config, dtype) // dtype.itemsize
+        memory = mmap.mmap(-1, count * dtype.itemsize)
+        store = torch.frombuffer(memory, dtype=dtype).view(shape)
+        self.keys = tuple(layer[0] for layer in store)
+        self.values = tuple(layer[1] for layer in store)
+
+
+class PagedAttend:
+    """`Attend` for one step: writes the step's keys and values to their slots, then attends each request's rows over its own pages.
+
+    All writing of a layer comes before its reading, so rows may share pages that are filled in this very step.
+    """
+
+    def __init__(self, cache: PagedCache, batch: Batch) -> None:
+        self._cache = cache
+        self._batch = batch
+
+    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """Causal attention of each row over its sequence so far, [T, N, H] -> [T, N, H]; scale 1 / sqrt(H)."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys.index_copy_(0, self._batch.slots_T, k_TKH)
+        values.index_copy_(0, self._batch.slots_T, v_TKH)
+        spans = self._batch.spans
+        if len(spans) == 1:
+            return self._attend(spans[0], q_TNH, keys, values)
+        out_TNH = torch.empty_like(q_TNH)
+        for span in spans:
+            out_TNH[span.first : span.end] = self._attend(span, q_TNH[span.first : span.end], keys, values)
+        return out_TNH
+
+    def _attend(self, span: Span, q_TNH: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        T, N, H = q_TNH.shape
+        K = keys.shape[1]
+        k_KSH, v_KSH = self._read(span, keys), self._read(span, values)
+        if T == 1:  # the G queries of a key head become rows of one small product: each key is read once, and nothing is masked
+            return F.scaled_dot_product_attention(q_TNH.reshape(1, K, N // K, H), k_KSH, v_KSH).reshape(1, N, H)
+        q_NTH = q_TNH.transpose(0, 1).unsqueeze(0)
+        out_NTH = F.scaled_dot_product_attention(q_NTH, k_KSH, v_KSH, attn_mask=span.mask, is_causal=span.mask is None, enable_gqa=True)
+        return out_NTH.squeeze(0).transpose(0, 1)
+
+    def _read(self, span: Span, slots: Tensor) -> Tensor:
+        """The sequence's keys or values as [1, K, S, H]: a view when its pages are consecutive, else a copy page by page."""
+        size = self._cache.page_size
+        if span.pages is None:
+            return slots[span.run * size : span.run * size + span.length].transpose(0, 1).unsqueeze(0)
+        pages = slots.view(-1, size * slots.shape[1] * slots.shape[2]).index_select(0, span.pages)
+        return pages.view(-1, slots.shape[1], slots.shape[2])[: span.length].transpose(0, 1).unsqueeze(0)

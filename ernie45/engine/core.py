@@ -1,0 +1,172 @@
+"""The engine: requests in, tokens out, one step at a time. It knows ids only; text belongs to `client`.
+
+engine = Engine(decoder, EngineConfig())
+engine.submit(request)
+while not engine.idle:
+    for output in engine.step(): ...
+"""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ernie45.engine.cache import PagedCache, available_memory, bytes_per_token
+from ernie45.engine.request import FinishReason, Request
+from ernie45.engine.runner import Runner
+from ernie45.engine.sampler import TokenLogprobs
+from ernie45.engine.scheduler import Load, Scheduler, SchedulerConfig
+from ernie45.errors import ConfigError
+from ernie45.models.config import TextConfig
+from ernie45.models.text import Decoder
+
+_CACHE_SHARE = 0.5  # of the available memory, at most, for an automatic cache: activations and the caller need some too
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine; `resolve` turns what is None (automatic) into numbers. Raises `ConfigError`.
+
+    page_size       tokens per page of the cache
+    num_pages       None = room for max_running sequences of max_length, within half of the available memory
+    max_length      longest sequence, prompt and output; None = what the model and the cache can hold
+    token_budget    tokens computed per step; larger reads prompts faster, smaller keeps answers smooth while prompts are read
+    max_running     sequences served at the same time
+    """
+
+    page_size: int = 32
+    num_pages: int | None = None
+    max_length: int | None = None
+    token_budget: int = 512
+    max_running: int = 32
+    prefix_sharing: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "num_pages", "max_length", "token_budget", "max_running"):
+            value = getattr(self, name)
+            if value is None and name in ("num_pages", "max_length"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+    def resolve(self, model: TextConfig, dtype: torch.dtype, available: int) -> SchedulerConfig:
+        """Every number fixed, for a model, a compute type and so many available bytes. Raises `ConfigError` when it cannot be done."""
+        wanted = self.max_length or model.max_positions
+        if wanted > model.max_positions:
+            raise ConfigError(f"max_length is {wanted}; the model knows positions for {model.max_positions}")
+        page_bytes = self.page_size * bytes_per_token(model, dtype)
+        per_sequence = -(-wanted // self.page_size)
+        fitting = int(available * _CACHE_SHARE) // page_bytes
+        pages = self.num_pages if self.num_pages is not None else min(fitting, per_sequence * self.max_running)
+        if pages < 1 or (self.max_length is not None and pages < per_sequence):
+            raise ConfigError(
+                f"a sequence of {wanted} tokens needs {per_sequence} pages of {page_bytes:,} bytes, the cache has {pages}: "
+                f"set a smaller max_length or more num_pages ({available:,} bytes of memory are available, half of them for the cache)"
+            )
+        return SchedulerConfig(
+            token_budget=self.token_budget,
+            max_running=self.max_running,
+            page_size=self.page_size,
+            num_pages=pages,
+            max_length=min(wanted, pages * self.page_size),
+            prefix_sharing=self.prefix_sharing,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step brought to one request.
+
+    tokens           new ids (the one that ended the answer included)
+    logprobs         one entry per new id, when asked for
+    prompt_logprobs  entries for further prompt tokens, when asked for; the first of all is for the second token
+    finish           set on the request's last output
+    cached_tokens    prompt tokens found in shared pages
+    """
+
+    request_id: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    finish: FinishReason | None
+    cached_tokens: int
+
+
+class Engine:
+    """A decoder, its paged cache and the scheduler over it. One thread at a time may call it.
+
+    limits      the resolved settings, for printing
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: EngineConfig | None = None,
+        *,
+        available: int | None = None,
+        new_seed: Callable[[], int] = lambda: secrets.randbits(63),
+    ) -> None:
+        """available: bytes of memory, asked from the system when None. new_seed: for requests without a seed."""
+        free = available_memory() if available is None else available
+        self.limits = (config or EngineConfig()).resolve(decoder.config, decoder.dtype, free)
+        self.model = decoder.config
+        self._new_seed = new_seed
+        self._scheduler = Scheduler(self.limits)
+        cache = PagedCache(decoder.config, self.limits.num_pages, self.limits.page_size, decoder.dtype)
+        self._runner = Runner(decoder, cache)
+
+    @property
+    def idle(self) -> bool:
+        """True when no request is alive."""
+        return self._scheduler.idle
+
+    @property
+    def load(self) -> Load:
+        """How busy it is."""
+        return self._scheduler.load
+
+    def check(self, request: Request) -> int:
+        """max_tokens as it would be served. Raises `RequestError` (names the field) when the request could not be."""
+        request.check_vocabulary(self.model.vocab_size)
+        return self._scheduler.check_fits(request)
+
+    def submit(self, request: Request) -> None:
+        """Puts a request into the queue. Raises `RequestError` when it can never be served."""
+        self.check(request)
+        self._scheduler.add(request)
+        self._runner.admit(request, self._new_seed() if request.params.seed is None else request.params.seed)
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request: nothing more comes of it, and its pages are free. False when it was not alive."""
+        self._runner.forget(request_id)
+        return self._scheduler.cancel(request_id)
+
+    def step(self) -> tuple[Output, ...]:
+        """Computes one step; empty when only parts of prompts were read, or nothing was to do.
+
+        When the step itself breaks (out of memory, a bug), its requests end, their pages are free, and the exception goes on to the caller.
+        """
+        plan = self._scheduler.plan()
+        if not plan.rows:
+            return ()
+        try:
+            result = self._runner.run(plan)
+        except Exception:
+            for progress in self._scheduler.abandon(plan):
+                self._runner.forget(progress.request_id)
+            raise
+        outputs = []
+        scored = dict(result.prompt_logprobs)
+        for progress in self._scheduler.commit(plan, result.sampled, result.failed):
+            name = progress.request_id
+            logprobs = result.logprobs.get(name, ())
+            outputs.append(Output(name, progress.tokens, logprobs, scored.pop(name, ()), progress.finish, progress.cached_tokens))
+            if progress.finish is not None:
+                self._runner.forget(name)
+        outputs += [Output(name, (), (), entries, None, 0) for name, entries in scored.items()]
+        return tuple(outputs)
+
+    def verify(self) -> None:
+        """Proves that pages and requests agree; meant for idle moments and tests."""
+        self._scheduler.check()

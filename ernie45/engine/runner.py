@@ -1,0 +1,90 @@
+"""Runs one plan: embedding, decoder over the paged cache, logits of the rows that sample, the next tokens.
+
+Letters: T tokens of the step, R rows that sample, D width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ernie45.engine.batch import BatchBuilder
+from ernie45.engine.cache import PagedAttend, PagedCache
+from ernie45.engine.request import Request
+from ernie45.engine.sampler import SampleState, TokenLogprobs, sample, score
+from ernie45.engine.scheduler import Plan, PlanRow
+from ernie45.models.text import Decoder
+
+_SCORED_ROWS = 64  # prompt logits are made so many rows at a time: whole they would be gigabytes
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a plan brought: tokens per request that samples, requests whose logits were not numbers, log probabilities asked for.
+
+    prompt_logprobs holds what this step adds: entries for prompt tokens in order, the first entry being for the second token.
+    """
+
+    sampled: dict[str, tuple[int, ...]]
+    failed: frozenset[str]
+    logprobs: dict[str, tuple[TokenLogprobs, ...]]
+    prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]
+
+
+class Runner:
+    """Executes plans of requests that were announced by `admit`, and holds what sampling must remember of them."""
+
+    def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._batches = BatchBuilder(cache.page_size, cache.dtype)
+        self._states: dict[str, SampleState] = {}
+
+    def admit(self, request: Request, seed: int) -> None:
+        self._states[request.id] = SampleState.of(request, seed, self._decoder.config.vocab_size)
+
+    def forget(self, request_id: str) -> None:
+        self._states.pop(request_id, None)
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> StepResult:
+        """Computes a plan that has rows."""
+        batch = self._batches.build(plan)
+        h_TD = self._decoder(self._decoder.embed(batch.tokens_T), batch.positions_T, PagedAttend(self._cache, batch))
+        scored = {
+            row.request_id: found
+            for row, span in zip(plan.rows, batch.spans, strict=True)
+            if (found := self._score_prompt(row, h_TD[span.first : span.end]))
+        }
+        ends = [span.end - 1 for row, span in zip(plan.rows, batch.spans, strict=True) if row.samples]
+        rows = [row for row in plan.rows if row.samples]
+        if not rows:
+            return StepResult({}, frozenset(), {}, scored)
+        states = [self._states[row.request_id] for row in rows]
+        h_RD = h_TD if len(ends) == len(h_TD) else h_TD[ends]
+        result = sample(self._decoder.logits(h_RD).float(), states)
+        sampled, logprobs, failed = {}, {}, set()
+        for row, state, token, entry in zip(rows, states, result.tokens, result.logprobs, strict=True):
+            if token is None:
+                failed.add(row.request_id)
+                continue
+            state.append(token)
+            sampled[row.request_id] = (token,)
+            if entry is not None:
+                logprobs[row.request_id] = (entry,)
+        return StepResult(sampled, frozenset(failed), logprobs, scored)
+
+    def _score_prompt(self, row: PlanRow, h_TD: Tensor) -> tuple[TokenLogprobs, ...]:
+        """Log probabilities of the prompt tokens that follow this row's positions, unless an earlier computation reported them."""
+        state = self._states[row.request_id]
+        request, count = state.request, state.request.params.prompt_logprobs
+        if count is None:
+            return ()
+        found: list[TokenLogprobs] = []
+        last = min(row.start + len(row.tokens), len(request.prompt) - 1)
+        for start in range(max(row.start, state.prompt_scored), last, _SCORED_ROWS):
+            end = min(start + _SCORED_ROWS, last)
+            logits_RV = self._decoder.logits(h_TD[start - row.start : end - row.start]).float()
+            found += score(logits_RV, request.prompt[start + 1 : end + 1], [count] * (end - start))
+        state.prompt_scored = max(state.prompt_scored, last)
+        return tuple(found)

@@ -1,0 +1,193 @@
+"""From logits to the next token of each row.
+
+What one row gets depends on its own logits, settings and history alone: the random number is made from (seed, place in the output), and a
+cut keeps all ties, so neither the other rows nor how far a sort had to go can change the answer.
+Letters: R rows that sample, V vocabulary, W the best candidates looked at.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ernie45.engine.request import Request
+
+_FIRST_WINDOW = 256  # nearly every top-p set is smaller; the window grows when it is not
+_NO = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probability of a token, and the best tokens of its place with theirs, best first; natural logarithm, raw logits."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(slots=True)
+class SampleState:
+    """What sampling must remember of one request. seen_V and counts_V exist only when penalties are on."""
+
+    request: Request
+    seed: int
+    output: list[int] = field(default_factory=list)
+    seen_V: Tensor | None = None  # bool: in prompt or output
+    counts_V: Tensor | None = None  # float32: times in the output
+    prompt_scored: int = 0  # prompt tokens whose log probability was already reported
+
+    @classmethod
+    def of(cls, request: Request, seed: int, vocab_size: int) -> "SampleState":
+        state = cls(request, seed)
+        if request.params.penalised:
+            state.seen_V = torch.zeros(vocab_size, dtype=torch.bool)
+            state.seen_V[list(request.prompt)] = True
+            state.counts_V = torch.zeros(vocab_size)
+        return state
+
+    def append(self, token: int) -> None:
+        self.output.append(token)
+        if self.seen_V is not None and self.counts_V is not None:
+            self.seen_V[token] = True
+            self.counts_V[token] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One entry per row: the token, or None where the logits were not numbers or nothing was allowed."""
+
+    tokens: tuple[int | None, ...]
+    logprobs: tuple[TokenLogprobs | None, ...]
+
+
+def sample(logits_RV: Tensor, states: Sequence[SampleState]) -> Sampled:
+    """The next token of each row of float32 logits, which may be overwritten. The states are not changed: call `append`."""
+    wants_logprobs = [i for i, state in enumerate(states) if state.request.params.logprobs is not None]
+    raw_RV = logits_RV.clone() if wants_logprobs else logits_RV
+    healthy = torch.isfinite(logits_RV.amax(dim=-1)).tolist()
+    adjust(logits_RV, states)
+    tokens = [token if ok else None for token, ok in zip(choose(logits_RV, states), healthy, strict=True)]
+    logprobs: list[TokenLogprobs | None] = [None] * len(states)
+    scored = [i for i in wants_logprobs if tokens[i] is not None]
+    if scored:
+        counts = [states[i].request.params.logprobs or 0 for i in scored]
+        found = score(raw_RV[scored], [token for i in scored if (token := tokens[i]) is not None], counts)
+        for i, entry in zip(scored, found, strict=True):
+            logprobs[i] = entry
+    return Sampled(tuple(tokens), tuple(logprobs))
+
+
+def score(logits_RV: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+    """Log probabilities of `tokens` and of the `counts[i]` best of each row, from raw float32 logits."""
+    norm_R1 = logits_RV.logsumexp(dim=-1, keepdim=True)
+    chosen_R = (logits_RV.gather(1, torch.tensor(tokens)[:, None]) - norm_R1).squeeze(1).tolist()
+    best = logits_RV.topk(min(max((1, *counts)), logits_RV.shape[1]), dim=-1)
+    ids, values = best.indices.tolist(), (best.values - norm_R1).tolist()
+    return [
+        TokenLogprobs(token, logprob, tuple(zip(ids[i][:count], values[i][:count], strict=True)))
+        for i, (token, logprob, count) in enumerate(zip(tokens, chosen_R, counts, strict=True))
+    ]
+
+
+def adjust(logits_RV: Tensor, states: Sequence[SampleState]) -> None:
+    """Penalties, logit bias, bad words and min_tokens, in place and in this order; rows that ask for none cost nothing."""
+    penalised = [i for i, state in enumerate(states) if state.seen_V is not None]
+    if penalised:
+        logits_RV[penalised] = _penalised(logits_RV[penalised], [states[i] for i in penalised])
+    for i, state in enumerate(states):
+        params = state.request.params
+        if params.logit_bias:
+            logits_RV[i, list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+        forbidden = _forbidden(state)
+        if forbidden:
+            logits_RV[i, forbidden] = _NO
+
+
+def _penalised(logits_RV: Tensor, states: Sequence[SampleState]) -> Tensor:
+    """Repetition: logits of seen tokens are divided (positive) or multiplied (negative); frequency and presence: subtracted."""
+    params = [state.request.params for state in states]
+    repetition, presence, frequency = (
+        torch.tensor(values)[:, None]
+        for values in zip(*((p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params), strict=True)
+    )
+    seen_RV = torch.stack([state.seen_V for state in states if state.seen_V is not None])
+    counts_RV = torch.stack([state.counts_V for state in states if state.counts_V is not None])
+    repeated_RV = torch.where(logits_RV > 0, logits_RV / repetition, logits_RV * repetition)
+    return torch.where(seen_RV, repeated_RV, logits_RV) - frequency * counts_RV - presence * (counts_RV > 0)
+
+
+def _forbidden(state: SampleState) -> list[int]:
+    """Ids that may not come next: the last id of a bad word whose beginning stands at the end of the output, and early ends."""
+    params, output = state.request.params, state.output
+    ids = [word[-1] for word in params.bad_words if len(word) == 1 or tuple(output[1 - len(word) :]) == word[:-1]]
+    if len(output) < params.min_tokens:
+        ids.extend(state.request.end_ids)
+    return ids
+
+
+def choose(logits_RV: Tensor, states: Sequence[SampleState]) -> list[int | None]:
+    """The best token of greedy rows, a drawn one of the others; None where nothing is allowed."""
+    best_R, ids_R = logits_RV.max(dim=-1)
+    tokens: list[int | None] = [
+        token if possible else None for token, possible in zip(ids_R.tolist(), torch.isfinite(best_R).tolist(), strict=True)
+    ]
+    drawn = [i for i, state in enumerate(states) if not state.request.params.greedy and tokens[i] is not None]
+    if drawn:
+        params = [states[i].request.params for i in drawn]
+        # shifted so that the best is 0: no division by a small temperature can overflow upwards
+        scaled_RV = (logits_RV[drawn] - best_R[drawn, None]) / torch.tensor([p.temperature for p in params])[:, None]
+        cuts = cut_offs(scaled_RV, [p.top_k for p in params], [p.top_p for p in params], [p.min_p for p in params])
+        for i, row_V, cut in zip(drawn, scaled_RV, cuts.tolist(), strict=True):
+            tokens[i] = _draw(row_V, cut, uniform(states[i].seed, len(states[i].output)))
+    return tokens
+
+
+def cut_offs(scaled_RV: Tensor, top_k: Sequence[int], top_p: Sequence[float], min_p: Sequence[float]) -> Tensor:
+    """The least logit that stays, per row [R]; -inf where nothing is cut. Rows are scaled by temperature, their best is 0.
+
+    top-k keeps the k best; top-p of those the smallest set with a mass of at least p; min-p what is at least min_p times the best. At
+    least the best stays, and with it every tie of the last that stays.
+    """
+    cut_R = torch.full((len(top_k),), _NO)
+    V = scaled_RV.shape[1]
+    ranked = [i for i in range(len(top_k)) if 0 < top_k[i] < V or top_p[i] < 1.0]
+    if ranked:
+        cut_R[ranked] = _rank_cuts(scaled_RV[ranked], [top_k[i] or V for i in ranked], [top_p[i] for i in ranked])
+    return torch.maximum(cut_R, torch.tensor(min_p).log())
+
+
+def _rank_cuts(scaled_RV: Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> Tensor:
+    """Looks at the best W tokens only, and at more until no row's answer lies beyond them."""
+    R, V = scaled_RV.shape
+    k_R1, p_R1 = torch.tensor(top_k)[:, None], torch.tensor(top_p)[:, None]
+    whole_R1 = scaled_RV.logsumexp(dim=-1, keepdim=True)
+    W = max(_FIRST_WINDOW, *(k + 16 for k in top_k if k < V), 0)
+    while True:
+        W = min(W, V)
+        top_RW = scaled_RV.topk(W, dim=-1).values
+        kth_R1 = top_RW.gather(1, (k_R1 - 1).clamp(max=W - 1)).where(k_R1 <= W, torch.tensor(_NO))
+        in_k_RW = top_RW >= kth_R1
+        norm_R1 = torch.where(k_R1 < V, top_RW.masked_fill(~in_k_RW, _NO).logsumexp(dim=-1, keepdim=True), whole_R1)
+        mass_RW = (top_RW - norm_R1).exp()
+        stays_RW = in_k_RW & ((mass_RW.cumsum(dim=-1) - mass_RW < p_R1) | (p_R1 >= 1.0))
+        unseen_R1 = stays_RW[:, -1:] | (in_k_RW[:, -1:] & (k_R1 < V))  # what stays, or ties of the k-th, may lie beyond the window
+        if W == V or not bool(unseen_R1.any()):
+            return top_RW.gather(1, stays_RW.sum(dim=-1, keepdim=True) - 1).squeeze(1)
+        W *= 16
+
+
+def _draw(row_V: Tensor, cut: float, u: float) -> int:
+    """Inverse of the cumulative distribution over what stays, in the order of ids; sums in float64."""
+    ids = None if cut == _NO else (row_V >= cut).nonzero().squeeze(1)
+    mass = (row_V if ids is None else row_V[ids]).double().exp_().cumsum(0)
+    place = min(int(torch.searchsorted(mass, mass[-1] * u, right=True)), len(mass) - 1)
+    return place if ids is None else int(ids[place])
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) for the output token `index` of a request: 53 bits of BLAKE2b of (seed, index)."""
+    digest = hashlib.blake2b(struct.pack("<qq", seed, index), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
