@@ -65,7 +65,7 @@ def starter_folder(environment: Environment, progress: Progress | None = None) -
 def _build(environment: Environment, target: Path, tell: Progress) -> None:
     """Make the folder and put it in its place. Only the holder of the lock is here, so what earlier kills left can go."""
     for left in environment.cache_dir.glob(".starter-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     check_room(environment.cache_dir, _ROOM)
     work = Path(tempfile.mkdtemp(prefix=".starter-", dir=environment.cache_dir))
     try:
@@ -129,7 +129,7 @@ def starter_config(metadata: Mapping[str, Any]) -> TextConfig:
 
 
 def _write_weights(source: GgufFile, config: TextConfig, folder: Path) -> None:
-    """Copy tensor by tensor. Both layouts keep q, k, v and gate, up apart: each PT tensor is the GGUF tensor with the same place in ours."""
+    """Copy tensor by tensor. Both layouts keep q, k, v and gate, up apart: each PT tensor is the GGUF tensor of the same place."""
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in Decoder(config).named_parameters()}
     plan = name_table(config, "gguf").load_plan({name: source.info(name).shape for name in source}, shapes)
@@ -156,6 +156,8 @@ def _write_record(folder: Path, files: Mapping[str, Any]) -> None:
     record = {"files": files, "weights_changed_ns": (folder / _WEIGHTS).stat().st_mtime_ns}
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder.parent, prefix=".starter-", delete=False) as file:
         json.dump(record, file, indent=2)
+    # a temporary file is private to its maker; others may read the cache
+    Path(file.name).chmod(0o644)
     Path(file.name).replace(folder / _DIGESTS)
 
 
