@@ -59,6 +59,7 @@ def test_the_rules_see_a_breach(planted):
     assert untyped_arguments(planted("def f(): ...")) == ["ernie45/planted.py:1 f -> ?"]
     assert unfinished(planted("# TODO: later"))
     assert not unfinished(planted("# TODO(#12): later"))
-    assert local_words("x", "cache = '/work/cache'")
-    assert local_words("x", "pip install --extra-index-url ...")
+    # in pieces, since this file is read too
+    assert local_words("x", "/".join(["cache = '", "work", "cache'"]))
+    assert local_words("x", "-".join(["pip install -", "extra", "index", "url ..."]))
     assert not local_words("x", "see the /v1/work/ route and docs/tmp/x")
