@@ -206,7 +206,7 @@ def _matchable(
     added: Mapping[str, tuple[AddedToken, int]], ids: Mapping[str, int], control: frozenset[int], texts: Mapping[int, str]
 ) -> list[tuple[AddedToken, int]]:
     """Every token `allow_special` may find in text: the added ones, and control tokens of the base vocabulary."""
-    found = {text: pair for text, pair in added.items()}
+    found = dict(added)
     for id in control:
         found.setdefault(texts[id], (AddedToken(texts[id], id, special=True), ids[texts[id]]))
     return list(found.values())
