@@ -18,6 +18,7 @@ from ernie45.errors import ConfigError, RequestError
 from ernie45.recipes.answer import AnswerView, Piece, Reply, summary
 from ernie45.recipes.conversation import Turn, fit
 from ernie45.recipes.session import Session, Speaker, terminal_size
+from ernie45.recipes.speaker import open_speaker
 from ernie45.recipes.terminal import Style, clean, hidden_cursor, quiet_keyboard
 
 _OWN = tyro.conf.arg(help_behavior_hint="(default: what the model's folder recommends)")
@@ -90,8 +91,6 @@ def run(config: ChatConfig, environment: Environment) -> int:
     if config.json and config.prompt is None and sys.stdin.isatty():
         raise ConfigError("--json answers one prompt: give --prompt TEXT, or pipe it in: echo hi | ernie chat --json")
     prompt = "" if interactive else read_prompt(config.prompt, sys.stdin)
-    from ernie45.recipes.speaker import open_speaker
-
     speaker = open_speaker(config, environment, chat=interactive)
     turns = [Turn(role="system", content=config.system)] if config.system else []
     if interactive:

@@ -101,8 +101,7 @@ class LiveLines:
             if rows + taken > height - 1:
                 break
             rows, first = rows + taken, first - 1
-        if first == len(self._shown) and first >= len(lines):
-            self._shown = self._shown[:first] if first > len(lines) else list(lines)
+        if not rows and len(lines) <= first:
             return
         up = f"\x1b[{rows}A" if rows else ""
         body = "".join(line + "\n" for line in lines[first:])
@@ -169,7 +168,7 @@ def bar_line(style: Style, stage: str, done: int, total: int, columns: int) -> s
     """One line of a progress bar, no wider than `columns`."""
     amount = f"{size_text(done)} of {size_text(total)}" if total >= 100_000 else f"{done} of {total}"
     if total <= 0:
-        return f"{clean(stage)[: columns - 1]} …"
+        return f"{clean(stage)[: columns - 3]} …"
     part = min(max(done / total, 0.0), 1.0)
     room = min(30, columns - len(stage) - len(amount) - 12)
     if room < 6:
@@ -215,3 +214,8 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+def terminal_columns() -> int:
+    """Columns of the terminal, 80 where nobody knows."""
+    return shutil.get_terminal_size().columns
