@@ -45,7 +45,7 @@ def resolve(
     makers = makers or {}
     text = str(name_or_path)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return path
     if path.is_file():
         return _checked_file(path)
@@ -57,9 +57,10 @@ def resolve(
     if repository is None and _REPOSITORY.fullmatch(text):
         repository = text
     if repository is None or path.suffix in {".gguf", ".safetensors"}:
+        names = [*makers, *published]
         raise CheckpointError(
-            f"'{text}' is no folder, no .gguf file and no known model{did_you_mean(text, [*makers, *published])}; "
-            "'ernie models' lists the names, and a Hub repository is written owner/name"
+            f"'{text}' is no folder, no .gguf file and no known model; 'ernie models' lists the names, and a Hub repository is written "
+            f"owner/name{did_you_mean(text, names) or did_you_mean(text.upper(), names)}"
         )
     return _fetch(repository, environment, client or _HuggingFace(environment))
 
