@@ -90,18 +90,15 @@ class Family:
             if message.role not in self.roles or (message.tool_calls and not self.tools):
                 what = "tool_calls" if message.role in self.roles else f"the role {message.role}"
                 raise TokenizerError(f"{where}: the chat format '{self.name}' has no {what}; it has {', '.join(sorted(self.roles))}")
-            if message.media and not (self.media and message.role == "user"):
-                who = "user messages" if self.media else "text models"
-                raise TokenizerError(f"{where}: holds an image or video; the chat format '{self.name}' takes {who} only" + _only_text(self))
+            if message.media and not self.media:
+                raise TokenizerError(f"{where}: holds an image or video; the chat format '{self.name}' is for text only")
+            if message.media and message.role != "user":
+                raise TokenizerError(f"{where}: holds an image or video; only user messages may, this one is of role {message.role}")
             if message.reasoning and self.thinking == "never":
                 raise TokenizerError(f"{where}: has reasoning, which the chat format '{self.name}' cannot write")
             for call in message.tool_calls:
                 if not call.valid:
                     raise TokenizerError(f"{where}: the arguments of tool call '{call.name}' are not a JSON object: {call.arguments!r:.80}")
-
-
-def _only_text(family: Family) -> str:
-    return " with images" if family.media else ": text"
 
 
 def tools_json(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -308,6 +305,8 @@ def _ernie_vl_answer(chat: Chat, index: int, break_line: bool) -> Iterator[Segme
         yield Segment(f"{lead}{message.reasoning}\n", turn=index)
         yield _tag("</think>", index)
         yield Segment("\n\n", turn=index)
+    elif chat.opens_last(index) and not chat.thinking:
+        yield from _vl_opening(False, break_line)
     yield Segment(message.text, turn=index, trusted=message.trusted)
     if message.tool_calls and message.text:
         yield Segment("\n", turn=index)

@@ -89,6 +89,10 @@ class Tokenizer:
         bad = next(id for id in ids if id in self._forbidden)
         raise TokenizerError(f"this vocabulary spells plain text with the control token '{self._texts[bad]}' (id {bad}); refused")
 
+    def split_special(self, text: str) -> list[str | int]:
+        """A text cut at the added and control tokens written in it: plain pieces and ids, nothing encoded yet."""
+        return self._whole.split(text)
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; `skip_special` hides special tokens. Raises TokenizerError when an id is out of range."""
         stream = TextStream(self, hide=self.special_ids if skip_special else frozenset())
