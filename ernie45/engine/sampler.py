@@ -161,7 +161,7 @@ def cut_offs(scaled_RV: Tensor, top_k: Sequence[int], top_p: Sequence[float], mi
 
 def _rank_cuts(scaled_RV: Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> Tensor:
     """Looks at the best W tokens only, and at more until no row's answer lies beyond them."""
-    R, V = scaled_RV.shape
+    V = scaled_RV.shape[1]
     k_R1, p_R1 = torch.tensor(top_k)[:, None], torch.tensor(top_p)[:, None]
     whole_R1 = scaled_RV.logsumexp(dim=-1, keepdim=True)
     W = max(_FIRST_WINDOW, *(k + 16 for k in top_k if k < V), 0)

@@ -266,8 +266,9 @@ def test_a_step_that_breaks_frees_its_requests_and_the_engine_goes_on(monkeypatc
         with pytest.raises(MemoryError):
             engine.step()
     engine.verify()
-    tokens = [token for _ in range(20) for out in engine.step() for token in out.tokens]
-    assert tokens
+    outputs = [out for _ in range(20) for out in engine.step()]
+    assert next((out.request_id, out.finish) for out in outputs if out.finish) == ("a", FinishReason.error)
+    assert [token for out in outputs for token in out.tokens]
     assert engine.idle
     assert engine.load.free_pages == 40
 
