@@ -169,7 +169,7 @@ def test_failures_of_the_real_client_are_answered(tmp_path, monkeypatch, kind):
         raise raised("no")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(CheckpointError, match="^a/b "):
+    with pytest.raises(CheckpointError, match=r"^a/b "):
         resolve("a/b", environment(tmp_path), published={})
 
 

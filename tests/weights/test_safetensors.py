@@ -148,7 +148,7 @@ def test_pickles_are_refused_by_name(tmp_path, suffix):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(b"\x80\x04.")
     for way in (path, tmp_path):
-        with pytest.raises(CheckpointError, match="pickle.*convert"):
+        with pytest.raises(CheckpointError, match=r"pickle.*convert"):
             open_safetensors(way)
 
 
