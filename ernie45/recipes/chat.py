@@ -1,8 +1,8 @@
 """Talk with a model: at a terminal, once with `--prompt`, or through a pipe.
 
-    ernie chat                                  a conversation with the starter model
-    ernie chat FOLDER --prompt "Why is ..."     one answer
-    cat letter.txt | ernie chat | less          the prompt from standard input, plain text out
+ernie chat                                  a conversation with the starter model
+ernie chat FOLDER --prompt "Why is ..."     one answer
+cat letter.txt | ernie chat | less          the prompt from standard input, plain text out
 """
 
 import json
@@ -126,7 +126,7 @@ def read_prompt(text: str | None, stream: IO[str]) -> str:
             ) from None
     text = text.rstrip("\r\n")
     if not text.strip():
-        raise RequestError('the prompt is empty; write something, as in `ernie chat --prompt "Hello"` or `echo Hello | ernie chat`', "prompt")
+        raise RequestError('the prompt is empty; try `ernie chat --prompt "Hello"` or `echo Hello | ernie chat`', field="prompt")
     return text
 
 

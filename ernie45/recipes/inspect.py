@@ -16,11 +16,14 @@ import tyro
 
 from ernie45.config import Environment
 from ernie45.errors import ErnieError
+from ernie45.models.config import TextConfig
+from ernie45.models.counts import count_parameters
 from ernie45.recipes.terminal import Progress, Style, clean, progress_bar, size_text
 
 LARGEST = 5
 # Sizes of the compute types that a model can be loaded in, in bytes a number.
 COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}
+_LAYOUTS = {"pt": "PT (PyTorch)", "fused": "PT with fused experts", "paddle": "Paddle", "gguf": "GGUF (llama.cpp)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +76,16 @@ class Inspection:
         try:
             yield
         except ErnieError as error:
-            self.problems.append(str(error))
+            if str(error) not in self.problems:  # the same file may be asked twice
+                self.problems.append(str(error))
         except OSError as error:
             self.problems.append(f"{error.filename or self.path}: {error.strerror or error}")
 
 
 def run(config: InspectConfig, environment: Environment) -> int:
     """Inspect and print; the exit code is 0 when the model would load and 1 when there are problems."""
-    path = find(config.path, environment)
     with progress_bar(environment) as progress:
+        path = find(config.path, environment, progress)
         found = inspect(path, check=config.check, progress=progress)
     if config.json:
         print(clean(json.dumps(asdict(found), ensure_ascii=False, indent=2)))
@@ -90,14 +94,14 @@ def run(config: InspectConfig, environment: Environment) -> int:
     return 1 if found.problems else 0
 
 
-def find(name: str, environment: Environment) -> Path:
+def find(name: str, environment: Environment, progress: Progress) -> Path:
     """The folder or file a name stands for: a path as it is, anything else as `ernie chat` finds it."""
     path = Path(name).expanduser()
     if path.exists():
         return path
     from ernie45.models.load import find_model
 
-    return find_model(name, environment)
+    return find_model(name, environment, lambda stage: progress(stage, 0, 0))
 
 
 def inspect(path: Path, check: bool = False, progress: Progress = lambda stage, done, total: None) -> Inspection:
@@ -105,99 +109,94 @@ def inspect(path: Path, check: bool = False, progress: Progress = lambda stage, 
     found = Inspection(str(path))
     with found.noting():
         found.files = {p.name: p.stat().st_size for p in (sorted(path.iterdir()) if path.is_dir() else [path]) if p.is_file()}
-    if path.suffix == ".gguf":
-        _inspect_gguf(path, found, check, progress)
-    else:
-        _inspect_folder(path, found, check, progress)
+    if path.is_dir():
+        _family(path, found)
+    _look(path, found, check, progress)
+    if path.is_dir():
+        _words(path, found)
+    elif path.suffix == ".gguf":
+        _gguf_words(path, found)
     return found
 
 
-def _inspect_gguf(path: Path, found: Inspection, check: bool, progress: Progress) -> None:
-    from ernie45.models.gguf_config import config_from_gguf
-    from ernie45.weights.gguf import open_gguf
+def _look(path: Path, found: Inspection, check: bool, progress: Progress) -> None:
+    """Everything about the weights: as a model when the files hang together, else as far as each can be read."""
+    from ernie45.models.load import OpenModel, open_model
 
-    found.layout = "GGUF (llama.cpp)"
-    with found.noting(), open_gguf(path) as file:
-        infos = [file.info(name) for name in file.names()]
-        _count(found, [TensorLine(i.name, i.type.name, tuple(i.shape), i.size, path.name) for i in infos])
-        found.family = str(file.metadata.get("general.architecture", "unknown"))
+    opened: OpenModel | None = None
+    if path.is_dir() or path.suffix == ".gguf":
         with found.noting():
-            if "tokenizer.ggml.model" in file.metadata:
-                words = file.metadata.get("tokenizer.ggml.tokens") or []
-                found.tokenizer = f"in the file: {file.metadata['tokenizer.ggml.model']}, {len(words):,} words"
-            if "tokenizer.chat_template" in file.metadata:
-                found.template = "in the file (Jinja)"
-        with found.noting():
-            config = config_from_gguf(file.metadata, {i.name: tuple(i.shape) for i in infos}, path.name)
-            _plan(found, config, {i.name: tuple(i.shape) for i in infos}, "gguf", None)
-        if check:
-            _check_numbers(found, file, progress)
-
-
-def _inspect_folder(path: Path, found: Inspection, check: bool, progress: Progress) -> None:
-    from ernie45.models.names import detect_layout
-
-    folder = path if path.is_dir() else path.parent
-    config = _read_config(folder / "config.json", found)
-    shapes: dict[str, tuple[int, ...]] = {}
-    sources = _open_tensors(path, found)
-    lines = []
-    for source in sources:
-        for name in source.names():
-            info = source.info(name)
-            lines.append(TensorLine(name, str(info.dtype).removeprefix("torch."), tuple(info.shape), info.nbytes, info.file.name))
-            shapes[name] = tuple(info.shape)
+            opened = open_model(path)
+    sources = [opened.files] if opened else _readable(path, found)
+    lines = [line for source in sources for line in _tensor_lines(source)]
     _count(found, lines)
-    _words(folder, found)
-    if shapes:
-        with found.noting():
-            layout, prefix = detect_layout(shapes, path.name)
-            found.layout = {"pt": "PT (PyTorch)", "fused": "PT, experts fused", "paddle": "Paddle"}.get(layout, layout)
-            if config is not None:
-                _plan(found, config, shapes, layout, prefix)
-    if check:
-        for source in sources:
-            _check_numbers(found, source, progress)
+    shapes = {line.name: line.shape for line in lines}
+    if opened:
+        _describe(found, opened.config, _LAYOUTS[opened.layout])
+        found.notes += opened.notes
+        if not opened.plan.complete:
+            found.problems.append(opened.complaint().partition(": ")[2])
+    elif path.is_dir() and shapes:
+        _compare(path, found, shapes)
+    for source in sources if check else ():
+        _check_numbers(found, source, progress)
+    found.checked = check
 
 
-def _read_config(path: Path, found: Inspection) -> Any:
-    from ernie45.models.config import TextConfig
-
-    with found.noting():
-        if not path.is_file():
-            found.problems.append(f"{path.name} is missing; without it the sizes of the model are not known")
-            return None
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            found.problems.append(f"{path.name} is not JSON: {error}")
-            return None
-        if not isinstance(data, dict):
-            found.problems.append(f"{path.name} is no table of settings")
-            return None
-        found.family = str(data.get("model_type", "unknown"))
-        if data.get("ernie45_source"):
-            found.notes.append(f"made from: {data['ernie45_source']}")
-        return TextConfig.from_hf(data, path.name)
-    return None
-
-
-def _open_tensors(path: Path, found: Inspection) -> list[Any]:
-    """The weights as one source; when they do not hang together, each file that can be read on its own."""
+def _readable(path: Path, found: Inspection) -> list[Any]:
+    """Each weight file that can be read on its own; the others become problems."""
+    from ernie45.weights.gguf import open_gguf
     from ernie45.weights.safetensors import open_safetensors
 
-    try:
-        return [open_safetensors(path)]
-    except ErnieError as error:
-        found.problems.append(str(error))
     sources = []
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else []:
-        try:
-            sources.append(open_safetensors(file))
-        except ErnieError as error:
-            if str(error) not in found.problems:
-                found.problems.append(str(error))
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with found.noting():
+            sources.append(open_gguf(file) if file.suffix == ".gguf" else open_safetensors(file))
     return sources
+
+
+def _tensor_lines(source: Any) -> Iterator[TensorLine]:
+    for name in source.names():
+        info = source.info(name)
+        if hasattr(info, "nbytes"):
+            yield TensorLine(name, str(info.dtype).removeprefix("torch."), tuple(info.shape), info.nbytes, info.file.name)
+        else:
+            yield TensorLine(name, info.type.name, tuple(info.shape), info.size, info.file.name)
+
+
+def _compare(folder: Path, found: Inspection, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """For a damaged folder: what the readable files would give, so that one knows what to fetch again."""
+    import torch
+
+    from ernie45.models.config import TextConfig
+    from ernie45.models.load import read_config
+    from ernie45.models.names import detect_layout, name_table
+    from ernie45.models.text import Decoder
+
+    with found.noting():
+        config = TextConfig.from_hf(read_config(folder), str(folder / "config.json"))
+        layout, prefix = detect_layout([*shapes, *_listed(folder)], str(folder))
+        _describe(found, config, _LAYOUTS[layout])
+        with torch.device("meta"):
+            wanted = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+        plan = name_table(config, layout, prefix=prefix).load_plan(shapes, wanted)
+        if not plan.complete:
+            found.problems.append("the readable files do not make the model:\n" + plan.explain())
+
+
+def _listed(folder: Path) -> list[str]:
+    """Tensor names of the index, which a damaged shard cannot take away; none when it cannot be read (then that is a problem already)."""
+    try:
+        return [str(name) for name in json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+
+
+def _describe(found: Inspection, config: TextConfig, layout: str) -> None:
+    count = count_parameters(config)
+    found.layout, found.model = layout, asdict(config)
+    found.parameters = count.total + count.mtp
+    found.memory = {kind: found.parameters * size for kind, size in COMPUTE_BYTES.items()}
 
 
 def _count(found: Inspection, lines: list[TensorLine]) -> None:
@@ -210,48 +209,52 @@ def _count(found: Inspection, lines: list[TensorLine]) -> None:
 
 
 def _words(folder: Path, found: Inspection) -> None:
-    """Tokenizer and template of a folder: where they come from, or what is wrong with them."""
+    """Tokenizer and template of a folder: where they come from, or what is wrong with them. Neither is needed to load the weights."""
     from ernie45.tokens.template import load_template
     from ernie45.tokens.tokenizer import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(folder)
     except ErnieError as error:
-        found.notes.append(f"no chat and no text prompts: {error}")
+        found.notes.append(f"text prompts will not work: {error}")
         return
     files = [name for name in ("tokenizer.json", "tokenizer.model") if name in found.files]
-    found.tokenizer = f"{' and '.join(files) or 'found'}, {tokenizer.vocab_size:,} words"
+    found.tokenizer = f"{' and '.join(files)}, {tokenizer.vocab_size:,} words"
     try:
         template = load_template(folder, tokenizer)
     except ErnieError as error:
-        found.notes.append(f"no chat: {error}")
+        found.notes.append(f"chat will not work: {error}")
         return
-    found.template = template_source(template)
+    found.template = "the folder's own (Jinja)" if template.source == "folder" else f"known: {template.source}"
 
 
-def template_source(template: Any) -> str:
-    """Where a chat template comes from, in words."""
-    return str(getattr(template, "source", "") or getattr(template, "family", "") or "found")
+def _family(path: Path, found: Inspection) -> None:
+    """What the folder calls itself, whether or not it can be loaded."""
+    with found.noting():
+        try:
+            data = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            found.family = str(data["model_type"])
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+            return  # `open_model` reads it too and has the words for what is wrong
+        if data.get("ernie45_source"):
+            found.notes.append(str(data["ernie45_source"]))
 
 
-def _plan(found: Inspection, config: Any, shapes: Mapping[str, tuple[int, ...]], layout: str, prefix: str | None) -> None:
-    """Compare what the model needs with what the files have."""
-    from ernie45.models.load import plan_load
+def _gguf_words(path: Path, found: Inspection) -> None:
+    """The same for a GGUF file, whose metadata holds the tokenizer."""
+    from ernie45.weights.gguf import open_gguf
 
-    found.model = {name: value for name, value in asdict(config).items() if value is not None}
-    plan, wanted = plan_load(config, shapes, layout, prefix)
-    found.parameters = sum(_elements(shape) for shape in wanted.values())
-    found.memory = {kind: found.parameters * size for kind, size in COMPUTE_BYTES.items()}
-    if not plan.complete:
-        found.problems.append(plan.explain())
-    found.notes += sorted({f"left in the file: {reason}" for reason in plan.ignored.values()})
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
+    try:
+        with open_gguf(path) as file:
+            data = file.metadata
+    except ErnieError:
+        return  # noted already
+    found.family = str(data.get("general.architecture", "unknown"))
+    words = data.get("tokenizer.ggml.tokens")
+    if isinstance(words, list):
+        found.tokenizer = f"in the file: {data.get('tokenizer.ggml.model', 'unnamed')}, {len(words):,} words"
+    if "tokenizer.chat_template" in data:
+        found.template = "in the file (Jinja)"
 
 
 def _check_numbers(found: Inspection, source: Any, progress: Progress) -> None:
@@ -265,7 +268,6 @@ def _check_numbers(found: Inspection, source: Any, progress: Progress) -> None:
             if tensor.is_floating_point():
                 check_finite(name, tensor)
             source.release(name)
-    found.checked = True
 
 
 def report(found: Inspection, style: Style) -> list[str]:
@@ -284,10 +286,10 @@ def report(found: Inspection, style: Style) -> list[str]:
     rows += [("tokenizer", found.tokenizer), ("template", found.template)]
     width = max(len(name) for name, _ in rows)
     lines = [style.bold(clean(found.path)), *(f"  {style.dim(f'{name:<{width}}')}  {clean(text)}" for name, text in rows)]
-    for note in found.notes:
-        lines.append(f"  {style.dim(f'{"note":<{width}}')}  {clean(note)}")
+    lines += [f"  {style.dim('note'.ljust(width))}  {clean(note)}" for note in found.notes]
     if not found.problems:
-        verdict = "Everything is there, and every number is finite." if found.checked else "Everything is there. --check looks at the numbers too."
+        numbers = "and every number is finite" if found.checked else "--check looks at the numbers too"
+        verdict = f"The files make the model; {numbers}."
         return [*lines, "", verdict]
     lines += ["", style.warning(f"{_plural(len(found.problems), 'problem')}:")]
     for problem in found.problems:
@@ -303,7 +305,8 @@ def _model_text(model: Mapping[str, Any]) -> str:
         f"{model['head_size']}, feed-forward {model['ffn_size']:,}, vocabulary {model['vocab_size']:,}, context {model['max_positions']:,}"
     )
     if experts:
-        text += f", {experts['num_experts']} experts of width {experts['expert_size']:,} ({experts['top_k']} per token, {experts['num_shared']} shared)"
+        chosen = f"{experts['top_k']} per token, {experts['num_shared']} shared"
+        text += f", {experts['num_experts']} experts of width {experts['expert_size']:,} ({chosen})"
     if model.get("num_mtp"):
         text += ", multi-token prediction"
     return text + (", tied head" if model["tie_embeddings"] else ", separate head")

@@ -82,7 +82,8 @@ def row(release: Release, cached: bool) -> dict[str, Any]:
         "kv_heads": text.num_kv_heads,
         "head_size": text.head_size,
         "vocabulary": text.vocab_size,
-        "experts": experts and {
+        "experts": experts
+        and {
             "routed": experts.num_experts,
             "per_token": experts.top_k,
             "shared": experts.num_shared,
@@ -140,7 +141,7 @@ def table(rows: Sequence[dict[str, Any]], style: Style, columns: int | None) -> 
     lines = [style.bold(_line([column.title for column in chosen], chosen, rows))]
     lines += [_line([column.text(r) for column in chosen], chosen, rows) for r in rows]
     notes = [
-        "Active: parameters that one text token meets, without embedding and head. Bytes: all weights, without the scales of quantised files.",
+        "Active: parameters one text token meets, without embedding and head. Bytes: all weights, without the scales of quantised files.",
         f"KV: memory of one token of context in bf16. {STARTER.name}: {STARTER.note}.",
     ]
     hidden = len(_columns(exact=False)) - len(chosen)

@@ -118,8 +118,8 @@ class Session:
             kept = "the system message and " if fitted.turns[0].role == "system" else ""
             self.say(
                 self.style.warning(
-                    f"The context of {self.speaker.limit:,} tokens is full: the {fitted.dropped} oldest messages are left out of this prompt; "
-                    f"the model sees {kept}the rest. /clear starts afresh."
+                    f"The context of {self.speaker.limit:,} tokens is full: "
+                    f"the {fitted.dropped} oldest messages are left out of this prompt; it has {kept}the rest. /clear starts afresh."
                 )
             )
         self.say("")
@@ -232,7 +232,12 @@ def completer() -> "Completer":
 def _help(session: Session, argument: str) -> None:
     width = max(len(f"{word} {entry.takes}") for word, entry in COMMANDS.items())
     rows = [f"  {f'{word} {entry.takes}':<{width}}   {session.style.dim(entry.does)}" for word, entry in COMMANDS.items()]
-    keys = [("Enter", "send"), ("Alt-Enter, \\ Enter", "break the line"), ("Ctrl-C", "stop the answer; empty the line; twice: leave"), ("Ctrl-D", "leave")]
+    keys = [
+        ("Enter", "send"),
+        ("Alt-Enter", "break the line; a \\ before Enter does too"),
+        ("Ctrl-C", "stop the answer; empty the line; twice on an empty line: leave"),
+        ("Ctrl-D", "leave"),
+    ]
     session.say("", *rows, "", *(f"  {key:<{width}}   {session.style.dim(does)}" for key, does in keys), "")
 
 

@@ -139,7 +139,9 @@ def hidden_cursor(stream: IO[str]) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(environment: Environment, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic) -> Iterator[Progress]:
+def progress_bar(
+    environment: Environment, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Progress]:
     """A `Progress` drawn as one line on stderr and wiped at the end; silent when stderr is no terminal.
 
     Nothing is drawn in the first 0.3 s: a step that is over at once needs no bar.

@@ -54,7 +54,11 @@ def test_nothing_is_dropped_without_need():
 
 @pytest.mark.parametrize("text", ["plain", "中文 🎉", "line\nline", "\x1b[31m", '"quotes"', ""])
 def test_a_saved_conversation_comes_back_whole(tmp_path, text):
-    turns = [Turn(role="system", content="s"), Turn(role="user", content=text), Turn(role="assistant", content=text, reasoning="r", interrupted=True)]
+    turns = [
+        Turn(role="system", content="s"),
+        Turn(role="user", content=text),
+        Turn(role="assistant", content=text, reasoning="r", interrupted=True),
+    ]
     save(tmp_path / "chat.json", "Model", turns)
     assert load(tmp_path / "chat.json") == turns
     assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]

@@ -51,7 +51,10 @@ def test_the_table_fits_every_window_with_a_line_per_model(rows, columns):
 def test_a_pipe_gets_every_column_with_exact_numbers(rows):
     lines = table(rows, Style(False, False), None)
     assert "299,484,163,264" in "\n".join(lines)
-    assert lines[0].split() == "model kind layers width heads/kv experts parameters active bf16 int8 int4 KV tied MTP vision context here".split()
+    assert (
+        lines[0].split()
+        == "model kind layers width heads/kv experts parameters active bf16 int8 int4 KV tied MTP vision context here".split()
+    )
 
 
 def test_a_copy_counts_as_here_only_when_it_is_whole(tmp_path):

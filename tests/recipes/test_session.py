@@ -81,7 +81,7 @@ def test_old_messages_are_dropped_aloud_and_stay_in_the_file(session, tmp_path):
     chat.take("/system be brief")
     for n in range(4):
         chat.take(f"question number {n} is this")
-    assert "oldest messages are left out of this prompt; the model sees the system message and the rest" in seen(chat)
+    assert "oldest messages are left out of this prompt; it has the system message and the rest" in seen(chat)
     assert chat.speaker.asked[-1][0].content == "be brief"
     assert len(chat.turns) == 9
     chat.take(f"/save {tmp_path / 'all.json'}")
