@@ -55,5 +55,5 @@ def test_tensors_that_cannot_be_a_model_are_refused():
     with pytest.raises(CheckpointError, match=r"lacks token_embd"):
         config_from_gguf(metadata, {}, "x")
     dense = {name: shape for name, shape in shapes.items() if "ffn_gate_inp" not in name}
-    with pytest.raises(CheckpointError, match="without any blk.N.ffn_gate_inp"):
+    with pytest.raises(CheckpointError, match=r"without any blk.N.ffn_gate_inp"):
         config_from_gguf(metadata, dense, "x")
