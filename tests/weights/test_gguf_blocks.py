@@ -74,7 +74,7 @@ def test_encoding_many_chunks_gives_the_gguf_packages_bytes(name):
 
 @pytest.mark.parametrize(("name", "steps"), [("Q8_0", 0.57 / 127), ("Q4_0", 1.01 / 8)])
 def test_a_block_comes_back_within_its_step(name, steps):
-    """Half a step from rounding and 2^-11 of the largest number from the float16 scale; in Q4_0 the far end of the range is clipped by up to a whole step."""
+    """Half a step of rounding, and 2^-11 from the float16 scale; in Q4_0 the far end of the range is clipped by up to a whole step."""
     values = torch.randn(64, 256, generator=torch.Generator().manual_seed(4))
     raw = encode(BY_NAME[name], values).numpy().reshape(-1, BY_NAME[name].size)
     error = (decoded(BY_NAME[name], raw).view(64, 256) - values).abs().view(-1, 32).amax(1)
