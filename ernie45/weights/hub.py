@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError, MissingExtra, did_you_mean
@@ -142,7 +142,7 @@ class _HuggingFace:
         return Path(folder)
 
 
-def _transport_failures(errors: object) -> tuple[type[BaseException], ...]:
+def _transport_failures(errors: Any) -> tuple[type[BaseException], ...]:
     """What a broken connection raises: OSError, and the HTTP library's own base class, whichever library this release of the hub uses."""
     bases = [base for base in errors.HfHubHTTPError.__mro__ if base.__name__ in {"HTTPError", "RequestException"}]
     return (OSError, *bases)
