@@ -96,7 +96,7 @@ class FolderTemplate:
             through = self.text(messages[: index + 1], **variables)
             if not (index and through.startswith(before) and text.startswith(through)):
                 raise TokenizerError(
-                    f"messages[{index}]: what of it is learned cannot be told: the folder's chat template writes earlier messages differently "
+                    f"messages[{index}]: what of it is learned cannot be told: the folder's chat template writes messages differently "
                     "once later ones follow; put {% generation %} blocks into the template"
                 )
             found.append((len(before), len(before) + _answer_length(through[len(before) :], tokenizer), index))

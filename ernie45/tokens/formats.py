@@ -88,7 +88,7 @@ class Family:
         for index, message in enumerate(chat.messages):
             where = f"messages[{index}]"
             if message.role not in self.roles or (message.tool_calls and not self.tools):
-                what = "tool_calls" if message.role in self.roles else f"the role {message.role}"
+                what = "tool_calls" if message.role in self.roles else f"role {message.role}"
                 raise TokenizerError(f"{where}: the chat format '{self.name}' has no {what}; it has {', '.join(sorted(self.roles))}")
             if message.media and not self.media:
                 raise TokenizerError(f"{where}: holds an image or video; the chat format '{self.name}' is for text only")

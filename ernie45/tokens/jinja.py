@@ -108,9 +108,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._deadline = time.monotonic() + bounds.seconds
         self.filters = {name: self._bounded(self.filters[name]) for name in _FILTERS if name in self.filters}
         self.filters |= {"tojson": _tojson, "join": self._join, "replace": self._replace, "_turns": self._turns, "_glue": self._glue}
-        self.globals = {
-            name: value for name, value in self.globals.items() if name in ("range", "dict", "namespace", "cycler", "joiner")
-        } | {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+        allowed: dict[str, Any] = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
+        allowed["raise_exception"] = _raise_exception
+        allowed["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.globals = allowed
 
     def tick(self, steps: int = 1) -> None:
         """Counts steps. Raises when there were too many, or the time is over."""
@@ -144,6 +145,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return not (isinstance(obj, str) and attr in _GROWING_METHODS) and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """Refuses str.format, which jinja2's sandbox allows: a width in it is memory."""
+        return
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
         self.tick()

@@ -210,11 +210,13 @@ class ReplyParser:
         for _ in range(tag.drop):
             before = before.removesuffix("\n")
         yield from self._emit(before)
+        given_back = self._call is not None and self._call.name is None
         if self._call is not None:
             yield from self._end_call(text)
         if self.format.blocks[tag.to].kind == "call":
             self._call_open = text
-        self._enter(tag.to)
+        self._enter("content" if given_back else tag.to)
+        self._at_start = not given_back
 
     def _emit(self, text: str) -> Iterator[Delta]:
         if not text:

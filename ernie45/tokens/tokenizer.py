@@ -114,14 +114,12 @@ class Tokenizer:
 
     def bytes_of(self, id: int) -> bytes:
         """The bytes an id stands for; none for a row of the embedding no file names. Raises TokenizerError out of range."""
-        found = self._bytes.get(id)
-        if found is not None and not isinstance(id, bool):
-            return found
-        if not isinstance(id, int) or isinstance(id, bool):
+        if type(id) is not int:  # True and 1.0 would be found under 1
             raise TokenizerError(f"a token id must be an int, not {type(id).__name__} {id!r:.60}")
-        if not 0 <= id < self._rows:
+        found = self._bytes.get(id)
+        if found is None and not 0 <= id < self._rows:
             raise TokenizerError(f"token id {id} is out of range; this tokenizer has ids 0 to {self._rows - 1}")
-        return b""
+        return found or b""
 
     @property
     def drops_first_space(self) -> bool:
@@ -144,7 +142,8 @@ class TextStream:
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that is complete after these ids; may be empty. Raises TokenizerError when an id is out of range."""
-        data = b"".join(self._tokenizer.bytes_of(id) for id in ids if id not in self._hide)
+        read = [(id, self._tokenizer.bytes_of(id)) for id in ids]
+        data = b"".join(piece for id, piece in read if id not in self._hide)
         return self._emit(self._decoder.decode(data))
 
     def finish(self) -> str:

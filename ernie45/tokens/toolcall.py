@@ -131,10 +131,10 @@ class CallScanner:
             self.name = self.name or self._decoded() or None
             self.broken = self.name is None
         elif self._key == "arguments" and first != "{":
-            # Some models write the object as a string, or null for none; anything else is not an arguments object.
+            # Some models write the object as a string, or null for none; anything else goes on as it is, and is not valid.
+            raw = "".join(self._literal)
             text = self._decoded() if first == '"' else None
-            self._pending += text or ""
-            self.broken = text is None and "".join(self._literal) != "null"
+            self._pending += text if text is not None else "" if raw == "null" else raw
         self._place, self._literal = "comma", []
 
     def _string(self, char: str) -> None:
