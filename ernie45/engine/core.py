@@ -141,6 +141,7 @@ class Engine:
     def cancel(self, request_id: str) -> bool:
         """Ends a request: nothing more comes of it, and its pages are free. False when it was not alive."""
         self._runner.forget(request_id)
+        self._untold = [output for output in self._untold if output.request_id != request_id]
         return self._scheduler.cancel(request_id)
 
     def step(self) -> tuple[Output, ...]:
