@@ -2,14 +2,14 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING
 
 from ernie45.config import Environment
 from ernie45.errors import ConfigError, ErnieError, RequestError, did_you_mean
-from ernie45.recipes.answer import AnswerView, Outcome, Reply, summary
+from ernie45.recipes.answer import AnswerView, Outcome, Speaker, summary
 from ernie45.recipes.conversation import Turn, fit, load, save
 from ernie45.recipes.markdown import MarkdownLines
 from ernie45.recipes.terminal import Interrupt, Style, clean, hidden_cursor, quiet_keyboard
@@ -17,22 +17,6 @@ from ernie45.recipes.terminal import Interrupt, Style, clean, hidden_cursor, qui
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer
-
-
-class Speaker(Protocol):
-    """A model that answers conversations."""
-
-    name: str
-    limit: int
-
-    def count(self, turns: Sequence[Turn]) -> int:
-        """Tokens of the prompt that `turns` make."""
-
-    def reply(self, turns: Sequence[Turn], retry: int = 0) -> Reply:
-        """Begin an answer; `retry` counts how often this one was asked for again, so that a fixed seed does not repeat itself."""
-
-    def settings(self) -> dict[str, str]:
-        """What was resolved: compute type, sampling, memory; for people to read."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +129,8 @@ class Session:
                 outcome = reply.outcome
                 view.finish([summary(outcome, self.speaker.limit, stopped)])
         self.say("")
+        if stopped and not content:
+            raise RequestError("stopped before the first word; the question is not kept (press Up to have it again)")
         cut = stopped or outcome.finish_reason == "length"
         self.outcomes.append(outcome)
         self.turns.append(Turn(role="assistant", content=content, reasoning=reasoning, interrupted=cut))

@@ -144,20 +144,20 @@ def progress_bar(
 ) -> Iterator[Progress]:
     """A `Progress` drawn as one line on stderr and wiped at the end; silent when stderr is no terminal.
 
-    Nothing is drawn in the first 0.3 s: a step that is over at once needs no bar.
+    Drawn at most twenty times a second, and at once when a stage begins.
     """
     stream = sys.stderr if stream is None else stream
     if not stream.isatty():
         yield lambda stage, done, total: None
         return
-    style, live, began, last = Style.of(stream, environment), LiveLines(stream), clock(), -1.0
+    style, live, last, before = Style.of(stream, environment), LiveLines(stream), float("-inf"), ""
 
     def progress(stage: str, done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, before
         now = clock()
-        if now - began < 0.3 or (now - last < 0.05 and done < total):
+        if now - last < 0.05 and stage == before:
             return
-        last = now
+        last, before = now, stage
         live.show([bar_line(style, stage, done, total, shutil.get_terminal_size().columns)])
 
     try:
@@ -168,7 +168,7 @@ def progress_bar(
 
 def bar_line(style: Style, stage: str, done: int, total: int, columns: int) -> str:
     """One line of a progress bar, no wider than `columns`."""
-    amount = f"{size_text(done)} of {size_text(total)}" if total >= 100_000 else f"{done} of {total}"
+    amount = f"{size_text(done, '')} of {size_text(total, '')}" if total >= 100_000 else f"{done} of {total}"
     if total <= 0:
         return f"{clean(stage)[: columns - 3]} …"
     part = min(max(done / total, 0.0), 1.0)

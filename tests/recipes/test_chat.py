@@ -26,7 +26,7 @@ def ask(monkeypatch, capsys, environment, ScriptSpeaker):
     def run(speaker_script, data=b"", terminal=False, reasoning="", **settings):
         speaker = ScriptSpeaker(speaker_script, reasoning=reasoning)
         monkeypatch.setattr("sys.stdin", Input(data, terminal))
-        monkeypatch.setattr(chat, "open_speaker", lambda config, environment, chat: speaker)
+        monkeypatch.setattr(chat, "open_speaker", lambda model, environment, **settings: speaker)
         code = chat.run(ChatConfig(**settings), environment)
         assert code == 0
         return capsys.readouterr().out, speaker
@@ -113,6 +113,7 @@ def test_other_words_for_thinking_are_refused(word):
 
 def test_sampling_comes_from_flags_then_the_folder_then_the_house():
     assert sampling_settings(ChatConfig(), {}) == {"temperature": 0.8, "top_p": 0.8}
+    assert sampling_settings(ChatConfig(), {"eos_token_id": 2}) == {"temperature": 0.8, "top_p": 0.8}
     folder = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": 2, "frequency_penalty": 0.0}
     assert sampling_settings(ChatConfig(), folder) == {"temperature": 0.6, "top_p": 0.95, "frequency_penalty": 0.0}
     assert sampling_settings(ChatConfig(temperature=0.0, seed=7), folder)["temperature"] == 0.0
