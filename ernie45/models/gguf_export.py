@@ -141,9 +141,9 @@ def _refuse_inexpressible(config: TextConfig, path: Path) -> None:
     e = config.experts
     if e is None:
         return
-    last = max(layer for layer in range(config.num_layers) if (layer + 1) % e.interval == 0 and layer >= e.first_layer)
-    if e.last_layer < last:
+    expert_layers = [layer for layer in range(config.num_layers) if config.is_expert_layer(layer)]
+    if expert_layers != list(range(e.first_layer, config.num_layers)):
         raise CheckpointError(
-            f"{path}: experts end at layer {e.last_layer}, but llama.cpp takes every layer from {e.first_layer} on to have them (every "
-            f"{e.interval}); such a model cannot be exported"
+            f"{path}: the layers with experts are {expert_layers}, but llama.cpp gives experts to every layer from the first such one to "
+            "the last of the model; it cannot run this one"
         )
