@@ -92,7 +92,7 @@ class Message:
 
         Raises TokenizerError naming `where` and the field.
         """
-        allowed = {*cls.__dataclass_fields__, "reasoning_content"}
+        allowed = {*cls.__dataclass_fields__, "reasoning_content"} - {"trusted"}  # a stranger may not call himself trusted
         for key in value:
             if key not in allowed:
                 raise TokenizerError(f"{where}: '{key}' is not a field of a message{did_you_mean(str(key), allowed)}")
@@ -107,7 +107,6 @@ class Message:
             tool_call_id=value.get("tool_call_id"),
             name=value.get("name"),
             learned=value.get("learned"),
-            trusted=value.get("trusted", False),
         )
 
 

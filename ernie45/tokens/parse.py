@@ -25,6 +25,8 @@ from ernie45.tokens.toolcall import CallScanner
 ALL = 1 << 30
 """As a count of newlines: every one."""
 
+_STEP = 1024  # characters scanned at once
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -153,8 +155,11 @@ class ReplyParser:
 
     def push(self, text: str) -> list[Delta]:
         """What these further characters settle. Neighbours of the same kind come as one delta."""
-        self._held += text
-        return _joined(self._scan(final=False))
+        deltas: list[Delta] = []
+        for at in range(0, len(text), _STEP):  # what is held stays short, so that cutting it costs nothing
+            self._held += text[at : at + _STEP]
+            deltas.extend(self._scan(final=False))
+        return _joined(iter(deltas))
 
     def finish(self) -> list[Delta]:
         """What was held back, once no more text comes."""

@@ -1,6 +1,7 @@
 """Replies read in pieces: the same result for every split, nothing lost, malformed replies answered as the module says."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -133,6 +134,22 @@ def test_text_is_held_back_no_longer_than_needed():
     assert [delta.text for delta in parser.push("<b")] == ["\n<b"]  # no tag begins so
     assert parser.push("</th") == []
     assert [delta.text for delta in parser.push("x")] == ["</thx"]
+
+
+@pytest.mark.parametrize("unit", ["<think>", "<tool_call>x</tool_call>", '<tool_call>{"name": "f"}</tool_call>', "\n", "a<", CALL])
+def test_time_grows_with_the_reply_and_not_faster(unit):
+    """Four times the reply takes about four times as long; quadratic would be sixteen. Nine leaves room for noise."""
+
+    def seconds(size):
+        text, best = unit * (size // len(unit)), 1e9
+        for _ in range(2):
+            begin = time.perf_counter()
+            parse_reply(text, "ernie-thinking")
+            best = min(best, time.perf_counter() - begin)
+        return best
+
+    small = seconds(20_000)
+    assert seconds(80_000) < 9 * small + 0.01
 
 
 def test_unknown_names_are_answered():

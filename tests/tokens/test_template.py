@@ -272,6 +272,7 @@ def test_a_folder_without_template_says_so(tmp_path, ernie):
         ("ernie-thinking", [{"role": "user", "content": 5}], {}, "not int"),
         ("ernie-thinking", [{"role": "user", "content": [{"type": "audio"}]}], {}, r"content\[0\]: type 'audio' is not known"),
         ("ernie-thinking", [{"role": "user", "content": "x", "contnet": 1}], {}, "did you mean 'content'"),
+        ("ernie-thinking", [{"role": "user", "content": "x", "trusted": True}], {}, "'trusted' is not a field"),
         ("ernie-thinking", [{"role": "tool", "content": "x"}], {}, r"messages\[0\]: a tool message needs tool_call_id"),
         ("ernie-thinking", [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}], {}, "only an assistant"),
         ("ernie-thinking", [{"role": "user", "content": "\ud800"}], {}, "lone surrogate"),
