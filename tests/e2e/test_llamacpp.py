@@ -190,9 +190,9 @@ def exported(folder, environment, kind):
 @pytest.mark.parametrize(
     ("kind", "tolerance"),
     [
-        ("f32", 2e-4),  # the same numbers in another order of sums; 1e-5 is typical
-        ("f16", 2e-2),  # llama.cpp also rounds activations to float16 before each product: 2^-11 of each, over four layers
-        ("q8_0", 2e-1),  # and here to 8-bit blocks: about 2^-8 of each
+        ("f32", 2e-4),  # the same numbers in another order of sums; 5e-6 was seen
+        ("f16", 2e-2),  # llama.cpp also rounds activations to float16 before each product: 2^-11 of each, over four layers; 0.004 was seen
+        ("q8_0", 2e-1),  # and here to 8-bit blocks: about 2^-8 of each; 0.12 was seen
     ],
 )
 def test_llama_cpp_computes_what_we_compute(name, config, vocabulary, kind, tolerance, tmp_path, environment):
@@ -242,7 +242,7 @@ def test_the_starter_in_llama_cpp(starter, environment, tmp_path):
     chat = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer.encode(chat, allow_special=True)
     assert llama.tokenize(chat, special=True) == ids
-    # float16 activations over 30 layers; 0.005 was seen
+    # float16 activations over 30 layers; 0.016 was seen
     assert worst_difference(llama, load_model(path, dtype="float32"), ids, 8, 20) < 0.05
     with open_gguf(path) as file:
         assert "no ERNIE weights" in file.metadata["general.description"]
