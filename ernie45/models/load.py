@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError
@@ -90,18 +91,15 @@ def load(
     compute = choose_compute(dtype, opened.stored, fast_bfloat16=cpu_has_bfloat16())
     with torch.device("meta"):
         decoder = Decoder(opened.config)
-    wanted = _shapes(decoder)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if name.endswith(FLOAT32_ENDINGS) else compute.dtype
+
     with opened.files as files:
         if opened.plan.ignored.get(head_name(opened.layout)):
             _check_tied_head(opened)
-        state = load_pieces(
-            opened.plan,
-            files,
-            wanted,
-            lambda name: torch.float32 if name.endswith(FLOAT32_ENDINGS) else compute.dtype,
-            check=check,
-            progress=progress,
-        )
+        source = files if isinstance(files, TensorFiles) else _Decoded(files, {p.file: dtype_of(p.ours) for p in opened.plan.pieces})
+        state = load_pieces(opened.plan, source, _shapes(decoder), dtype_of, check=check, progress=progress)
     decoder.load_state_dict(state, assign=True)
     return LoadedModel(decoder.eval(), compute, opened)
 
@@ -121,6 +119,20 @@ def load_model(
     the file. `check` refuses NaN and infinite weights. Raises CheckpointError, naming file and tensor, for anything that does not fit.
     """
     return load(name_or_path, dtype=dtype, mtp=mtp, check=check, progress=progress, environment=environment).decoder
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A GGUF file whose blocks are decoded straight into the type they are wanted in, not into float32 first."""
+
+    file: GgufFile
+    dtypes: Mapping[str, torch.dtype]
+
+    def read(self, name: str) -> Tensor:
+        return self.file.read(name, self.dtypes[name])
+
+    def release(self, name: str) -> None:
+        self.file.release(name)
 
 
 def find_model(name_or_path: str | Path, environment: Environment, tell: Callable[[str], None] | None = None) -> Path:

@@ -103,6 +103,8 @@ def test_a_gguf_file_is_loaded(tmp_path, experts):
     loaded = load(path)
     assert (loaded.opened.layout, loaded.compute.dtype) == ("gguf", torch.float32)
     assert torch.equal(loaded.decoder.prompt_logits(TOKENS), decoder.prompt_logits(TOKENS))
+    half = load(path, dtype="bfloat16").decoder.state_dict()
+    assert all(torch.equal(half[name], tensor if ".router." in name else tensor.bfloat16()) for name, tensor in weights.items())
 
 
 def test_a_missing_selection_bias_is_no_detail(folder):
