@@ -68,3 +68,11 @@ def test_every_python_block_runs(readme, shell):
     assert blocks
     for block in blocks:
         assert shell(f"{shlex.quote(sys.executable)} -", block).strip()
+
+
+@pytest.mark.timeout(2 * SECONDS)
+@pytest.mark.parametrize("name", ["quickstart.md", "python-api.md"])
+def test_the_python_of_a_guide_runs(pages, shell, name):
+    """From top to bottom, as one program: later blocks go on from earlier ones."""
+    [page] = [page for page in pages if page.path.name == name]
+    assert shell(f"{shlex.quote(sys.executable)} -", "\n".join(page.blocks("python"))).strip()
