@@ -199,6 +199,21 @@ def test_files_that_are_no_model_of_ours(folder, tmp_path):
     assert "x.gguf" in refusal(tmp_path / "x.gguf")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("num_hidden_layers", 10**12, "1,000,000,000,000 layers and the files have"),
+        ("vocab_size", 10**30, "vocabulary is too large"),
+        ("head_dim", 10**20, "query width is too large"),
+        ("moe_num_experts", 10**9, "number of experts is too large"),
+        ("moe_num_shared_experts", 10**9, "shared width is too large"),
+    ],
+)
+def test_a_hostile_config_costs_nothing(folder, key, value, word):
+    edit_config(folder, **{key: value})
+    assert word in refusal(folder)
+
+
 def test_opening_reads_no_data(folder):
     edit_weights(folder, lambda tensors: tensors[BIAS].fill_(float("nan")))
     opened = open_model(folder)
