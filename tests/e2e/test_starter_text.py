@@ -1,8 +1,8 @@
 """The starter's tokenizer and chat template against transformers and plain Jinja, both reading the source GGUF file.
 
 transformers (5.23) drops the splitting of single digits when it reads this tokenizer out of GGUF, so its ids differ from the original's
-where whitespace of more than one character, or a digit outside ASCII, meets a number. Those texts are compared with llama.cpp instead, which
-has it (`test_llamacpp`).
+where whitespace of more than one character, or a digit outside ASCII, meets a number. Those texts are compared with llama.cpp, which has it
+(`test_llamacpp`).
 """
 
 import warnings
