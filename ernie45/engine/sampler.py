@@ -167,17 +167,18 @@ def _rank_cuts(scaled_RV: Tensor, top_k: Sequence[int], top_p: Sequence[float]) 
     """Looks at the best W tokens only, and at more until no row's answer lies beyond them."""
     V = scaled_RV.shape[1]
     k_R1, p_R1 = torch.tensor(top_k)[:, None], torch.tensor(top_p)[:, None]
-    whole_R1 = scaled_RV.logsumexp(dim=-1, keepdim=True)
+    limited_R1 = k_R1 < V
+    whole_R1 = torch.zeros(()) if max(top_k) < V else scaled_RV.logsumexp(dim=-1, keepdim=True)
     W = max(_FIRST_WINDOW, *(k + 16 for k in top_k if k < V), 0)
     while True:
         W = min(W, V)
         top_RW = scaled_RV.topk(W, dim=-1).values
         kth_R1 = top_RW.gather(1, (k_R1 - 1).clamp(max=W - 1)).where(k_R1 <= W, torch.tensor(_NO))
         in_k_RW = top_RW >= kth_R1
-        norm_R1 = torch.where(k_R1 < V, top_RW.masked_fill(~in_k_RW, _NO).logsumexp(dim=-1, keepdim=True), whole_R1)
+        norm_R1 = torch.where(limited_R1, top_RW.masked_fill(~in_k_RW, _NO).logsumexp(dim=-1, keepdim=True), whole_R1)
         mass_RW = (top_RW - norm_R1).exp()
         stays_RW = in_k_RW & ((mass_RW.cumsum(dim=-1) - mass_RW < p_R1) | (p_R1 >= 1.0))
-        unseen_R1 = stays_RW[:, -1:] | (in_k_RW[:, -1:] & (k_R1 < V))  # what stays, or ties of the k-th, may lie beyond the window
+        unseen_R1 = stays_RW[:, -1:] | (in_k_RW[:, -1:] & limited_R1)  # what stays, or ties of the k-th, may lie beyond the window
         if W == V or not bool(unseen_R1.any()):
             return top_RW.gather(1, stays_RW.sum(dim=-1, keepdim=True) - 1).squeeze(1)
         W *= 16
@@ -187,7 +188,7 @@ def _draw(row_V: Tensor, cut: float, u: float) -> int:
     """Inverse of the cumulative distribution over what stays, in the order of ids; sums in float64."""
     mass_V = row_V.double().exp_()
     if cut != _NO:
-        mass_V *= row_V >= cut  # not by -inf before: exp of it is ten times slower than of a number
+        mass_V.masked_fill_(row_V < cut, 0.0)  # not by -inf before: exp of it is ten times slower than of a number
     mass_V = mass_V.cumsum_(0)
     place = int(torch.searchsorted(mass_V, mass_V[-1] * u, right=True))
     return min(place, int(torch.searchsorted(mass_V, mass_V[-1])))  # rounding may put u at the very end: then the last that stays
