@@ -13,6 +13,9 @@ static inline __m512i quad(const int8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
+// s += w . a. Written as an instruction since GCC 12 copies the sums around its own intrinsic, which halves the speed of `tile`.
+static inline void dot(__m512i& s, __m512i w, __m512i a) { __asm__("vpdpbusd %2, %1, %0" : "+v"(s) : "v"(w), "v"(a)); }
+
 struct Micro {
   static constexpr int rows_at_once = 6;  // 6 x 4 sums, 4 weights, 1 activation: 29 of 32 registers
   static constexpr bool unpacks_bytes = false;
@@ -61,8 +64,8 @@ struct Micro {
         }
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
-          s[t][0] = _mm512_dpbusd_epi32(s[t][0], first, quad(a + t * x.I + k));
-          s[t][chains - 1] = _mm512_dpbusd_epi32(s[t][chains - 1], second, quad(a + t * x.I + k + 4));
+          dot(s[t][0], first, quad(a + t * x.I + k));
+          dot(s[t][chains - 1], second, quad(a + t * x.I + k + 4));
         }
       }
       const __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scale + g * 16)));
@@ -99,7 +102,7 @@ struct Micro {
         for (int i = 0; i < M; i++) {
           const __m512i q = quad(a + i * x.I + k);
 #pragma GCC unroll 4
-          for (int b = 0; b < B; b++) s[i][b] = _mm512_dpbusd_epi32(s[i][b], v[b], q);
+          for (int b = 0; b < B; b++) dot(s[i][b], v[b], q);
         }
       }
       __m512 d[B];

@@ -141,13 +141,20 @@ static inline float exp_approx(float x) {
   return p * power;
 }
 
-static inline void put(void* out, Type type, int64_t at, const float* c, int n) {
+// `n` values to `out`; sixteen of them, the usual case, with a count the compiler knows.
+template <int n>
+static inline void put_exactly(void* out, Type type, int64_t at, const float* c) {
   if (type == Type::f32) {
-    std::memcpy(static_cast<float*>(out) + at, c, size_t(n) * 4);
+    std::memcpy(static_cast<float*>(out) + at, c, n * 4);
   } else {
     uint16_t* p = static_cast<uint16_t*>(out) + at;
     for (int i = 0; i < n; i++) p[i] = bf16_of_f32(c[i]);
   }
+}
+
+static inline void put(void* out, Type type, int64_t at, const float* c, int n) {
+  if (n == 16) return put_exactly<16>(out, type, at, c);
+  for (int i = 0; i < n; i++) put_exactly<1>(out, type, at + i, c + i);
 }
 
 static inline float seen_as(Type type, float x) { return type == Type::f32 ? x : f32_of_bf16(bf16_of_f32(x)); }
@@ -157,18 +164,21 @@ static inline void finish_16(const Output& o, int64_t t, int64_t column, float* 
   int n = int(o.width - column < 16 ? o.width - column : 16);
   if (n <= 0) return;
   if (o.finish == Finish::add) {  // the product is rounded to the model's type first, as separate layers would
-    float more[16];
-    Rows r{o.addend, o.type, o.stride};
-    load_row(r, t, column, n, more);
-    for (int i = 0; i < n; i++) c[i] = seen_as(o.type, c[i]) + more[i];
+    float more[16] = {0};
+    load_row(Rows{o.addend, o.type, o.stride}, t, column, n, more);
+    if (o.type == Type::bf16)
+      for (int i = 0; i < 16; i++) c[i] = seen_as(Type::bf16, c[i]);
+    for (int i = 0; i < 16; i++) c[i] += more[i];
     put(o.out, o.type, t * o.stride + column, c, n);
   } else if (o.finish == Finish::rotate) {
     const int64_t head = 2 * o.pairs;
     if (column < o.rotated) {
       // pair p of a head; 16 columns never straddle a head: head sizes are multiples of 16
       const float* turn = o.turns + (t * o.pairs + (column % head) / 2) * 2;
+      if (o.type == Type::bf16)
+        for (int i = 0; i < 16; i++) c[i] = seen_as(Type::bf16, c[i]);
       for (int i = 0; i < 16; i += 2) {
-        const float even = seen_as(o.type, c[i]), odd = seen_as(o.type, c[i + 1]), cos = turn[i], sin = turn[i + 1];
+        const float even = c[i], odd = c[i + 1], cos = turn[i], sin = turn[i + 1];
         c[i] = even * cos - odd * sin;
         c[i + 1] = odd * cos + even * sin;
       }
@@ -190,9 +200,13 @@ static inline void finish_pair(const Output& o, int64_t t, int64_t column, const
   int n = int(o.width - column < 16 ? o.width - column : 16);
   if (n <= 0) return;
   float c[16];
-  for (int i = 0; i < 16; i++) {
-    const float g = seen_as(o.type, gate[i]), u = seen_as(o.type, up[i]);
-    c[i] = seen_as(o.type, g / (1.0f + exp_approx(-g))) * u;
+  if (o.type == Type::f32) {
+    for (int i = 0; i < 16; i++) c[i] = gate[i] / (1.0f + exp_approx(-gate[i])) * up[i];
+  } else {  // gate, up and silu(gate) rounded, as separate layers would
+    for (int i = 0; i < 16; i++) {
+      const float g = seen_as(Type::bf16, gate[i]), u = seen_as(Type::bf16, up[i]);
+      c[i] = seen_as(Type::bf16, g / (1.0f + exp_approx(-g))) * u;
+    }
   }
   put(o.out, o.type, t * o.stride + column, c, n);
 }
