@@ -14,14 +14,16 @@ ARGS   ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-# $(call install,WHAT TO SAY,PIP ARGUMENTS): says what comes, then one line a package that is fetched. Everything pip said is in the log,
-# and is shown when it fails.
+# One line a package that is fetched, out of all that pip says.
+PROGRESS := /^ *Downloading .*\(/ { print "    " $$2, $$3, $$4; fflush() }
+PROGRESS += /^ *Processing .*\.whl/ { n = split($$2, path, "/"); print "    " path[n]; fflush() }
+PROGRESS += /does not provide the extra/ { print; fflush() }
+
+# $(call install,WHAT TO SAY,PIP ARGUMENTS): says what comes and how far it is; the log has the rest, and is shown when pip fails.
 define install
 @echo "==> $(1)"
-@set -o pipefail; $(PIP) install $(2) </dev/null 2>&1 | tee $(VENV)/install.log | awk \
-    '/^ *Downloading .*\(/ { print "    " $$2, $$3, $$4; fflush() } /does not provide the extra/ { print }'\
-    ' /^ *Processing .*\.whl/ { n = split($$2, path, "/"); print "    " path[n]; fflush() }' \
-    || { grep -v '^WARNING: Location' $(VENV)/install.log | tail -n 30 >&2; echo "the whole of it: $(VENV)/install.log" >&2; exit 1; }
+@set -o pipefail; $(PIP) install $(2) </dev/null 2>&1 | tee $(VENV)/install.log | awk '$(PROGRESS)' || { \
+    grep -v '^WARNING: Location' $(VENV)/install.log | tail -n 12 >&2; echo "the whole of it: $(VENV)/install.log" >&2; exit 1; }
 endef
 
 .PHONY: help chat test lint kernels docs bench clean always

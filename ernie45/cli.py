@@ -36,7 +36,8 @@ class Word:
 WORDS: dict[str, Word] = {
     "chat": Word("Talk", "ernie45.recipes.chat", "ChatConfig", "talk with a model in the terminal, or through a pipe"),
     "models": Word("Look", "ernie45.recipes.models", "ModelsConfig", "list every published model of the family, with sizes"),
-    "inspect": Word("Look", "ernie45.recipes.inspect", "InspectConfig", "show what is in a model folder or GGUF file, and what is wrong with it"),
+    "inspect": Word("Look", "ernie45.recipes.inspect", "InspectConfig", "show what is in a model folder or file, and what is wrong there"),
+    "export": Word("Make", "ernie45.recipes.export", "ExportConfig", "write a model as a GGUF file for llama.cpp and its kin"),
 }
 
 
@@ -94,7 +95,7 @@ def overview() -> str:
     for group in dict.fromkeys(entry.group for entry in WORDS.values()):
         lines += ["", group]
         lines += [f"  {word:<{width}}   {entry.summary}" for word, entry in WORDS.items() if entry.group == group]
-    lines += ["", "`ernie help WORD` shows its options. `ernie chat` starts a small model at once; `ernie --version` says which release this is."]
+    lines += ["", "`ernie help WORD` shows its options. `ernie chat` is the quickest start: it brings a small model."]
     return "\n".join(lines)
 
 
@@ -111,9 +112,7 @@ def read_config(word: str, cls: type, args: Sequence[str]) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                cls, prog=f"ernie {word}", args=args, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone), **options
-            )
+            return tyro.cli(cls, prog=f"ernie {word}", args=args, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone), **options)
     except SystemExit as leaving:
         if not leaving.code:
             return None
@@ -166,7 +165,7 @@ def _unboxed(text: str) -> str:
     lines = [line.strip("│ \t") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
     words: list[str] = []
     for line in lines:
-        if line.startswith("─") or line.startswith("Got errors") or (words and not line):
+        if line.startswith(("─", "Got errors")) or (words and not line):
             break
         words.append(line)
     return " ".join(words).strip().rstrip(".") or "these options cannot be read"

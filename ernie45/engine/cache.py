@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ernie45.engine.batch import Batch, Span
+from ernie45.errors import ConfigError
 from ernie45.models.config import TextConfig
 
 
@@ -43,11 +44,18 @@ class PagedCache:
         self.page_size = page_size
         self.dtype = dtype
         shape = (config.num_layers, 2, num_pages * page_size, config.num_kv_heads, config.head_size)
-        count = num_pages * page_size * bytes_per_token(config, dtype) // dtype.itemsize
-        memory = mmap.mmap(-1, count * dtype.itemsize)
-        store = torch.frombuffer(memory, dtype=dtype).view(shape)
+        store = torch.frombuffer(_lazy_memory(num_pages * page_size * bytes_per_token(config, dtype)), dtype=dtype).view(shape)
         self.keys = tuple(layer[0] for layer in store)
         self.values = tuple(layer[1] for layer in store)
+
+
+def _lazy_memory(size: int) -> mmap.mmap:
+    """`size` zero bytes that the system provides as they are touched. Raises `ConfigError` where it promises no more than it has."""
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # Windows knows no flags
+    try:
+        return mmap.mmap(-1, size, **flags)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"the system does not give {size:,} bytes for the cache ({error}); set num_pages or max_length smaller") from None
 
 
 class PagedAttend:

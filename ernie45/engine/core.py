@@ -113,13 +113,14 @@ class Engine:
         self.model = decoder.config
         self._new_seed = new_seed
         self._scheduler = Scheduler(self.limits)
+        self._untold: list[Output] = []  # ends of requests whose step broke
         cache = PagedCache(decoder.config, self.limits.num_pages, self.limits.page_size, decoder.dtype)
         self._runner = Runner(decoder, cache)
 
     @property
     def idle(self) -> bool:
-        """True when no request is alive."""
-        return self._scheduler.idle
+        """True when no request is alive and every end has been told."""
+        return self._scheduler.idle and not self._untold
 
     @property
     def load(self) -> Load:
@@ -140,23 +141,27 @@ class Engine:
     def cancel(self, request_id: str) -> bool:
         """Ends a request: nothing more comes of it, and its pages are free. False when it was not alive."""
         self._runner.forget(request_id)
+        self._untold = [output for output in self._untold if output.request_id != request_id]
         return self._scheduler.cancel(request_id)
 
     def step(self) -> tuple[Output, ...]:
         """Computes one step; empty when only parts of prompts were read, or nothing was to do.
 
-        When the step itself breaks (out of memory, a bug), its requests end, their pages are free, and the exception goes on to the caller.
+        When the step itself breaks (out of memory, an interrupt, a bug), its requests end, their pages are free, and the exception goes on
+        to the caller; the next call tells of the ends.
         """
         plan = self._scheduler.plan()
+        outputs, self._untold = self._untold, []
         if not plan.rows:
-            return ()
+            return tuple(outputs)
         try:
             result = self._runner.run(plan)
-        except Exception:
+        except BaseException:
             for progress in self._scheduler.abandon(plan):
                 self._runner.forget(progress.request_id)
+                outputs.append(Output(progress.request_id, (), (), (), progress.finish, progress.cached_tokens))
+            self._untold = outputs
             raise
-        outputs = []
         scored = dict(result.prompt_logprobs)
         for progress in self._scheduler.commit(plan, result.sampled, result.failed):
             name = progress.request_id

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError
@@ -31,6 +32,9 @@ from ernie45.weights.safetensors import TensorFiles, open_safetensors
 from ernie45.weights.stream import Progress, load_pieces
 
 MAX_CONFIG = 10_000_000
+"""Bytes of a config.json."""
+MAX_WIDTH = 1 << 20
+"""Largest width that is believed; released models stay below 110,000. Products of three such stay far from overflow."""
 _QUANTISED_ENDINGS = (
     "quant_weight",
     "weight_scale",
@@ -90,18 +94,15 @@ def load(
     compute = choose_compute(dtype, opened.stored, fast_bfloat16=cpu_has_bfloat16())
     with torch.device("meta"):
         decoder = Decoder(opened.config)
-    wanted = _shapes(decoder)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if name.endswith(FLOAT32_ENDINGS) else compute.dtype
+
     with opened.files as files:
         if opened.plan.ignored.get(head_name(opened.layout)):
             _check_tied_head(opened)
-        state = load_pieces(
-            opened.plan,
-            files,
-            wanted,
-            lambda name: torch.float32 if name.endswith(FLOAT32_ENDINGS) else compute.dtype,
-            check=check,
-            progress=progress,
-        )
+        source = files if isinstance(files, TensorFiles) else _Decoded(files, {p.file: dtype_of(p.ours) for p in opened.plan.pieces})
+        state = load_pieces(opened.plan, source, _shapes(decoder), dtype_of, check=check, progress=progress)
     decoder.load_state_dict(state, assign=True)
     return LoadedModel(decoder.eval(), compute, opened)
 
@@ -121,6 +122,20 @@ def load_model(
     the file. `check` refuses NaN and infinite weights. Raises CheckpointError, naming file and tensor, for anything that does not fit.
     """
     return load(name_or_path, dtype=dtype, mtp=mtp, check=check, progress=progress, environment=environment).decoder
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A GGUF file whose blocks are decoded straight into the type they are wanted in, not into float32 first."""
+
+    file: GgufFile
+    dtypes: Mapping[str, torch.dtype]
+
+    def read(self, name: str) -> Tensor:
+        return self.file.read(name, self.dtypes[name])
+
+    def release(self, name: str) -> None:
+        self.file.release(name)
 
 
 def find_model(name_or_path: str | Path, environment: Environment, tell: Callable[[str], None] | None = None) -> Path:
@@ -161,7 +176,7 @@ def open_model(path: Path, *, mtp: bool = True) -> OpenModel:
     infos = {name: files.info(name) for name in files.names()}
     shapes = {name: info.shape for name, info in infos.items()}
     config, ignored, notes = _settle(config, data, shapes, layout, prefix, mtp=mtp)
-    plan = name_table(config, layout, prefix=prefix, ignored=ignored).load_plan(shapes, _wanted(config))
+    plan = name_table(config, layout, prefix=prefix, ignored=ignored).load_plan(shapes, _wanted(config, len(shapes), path))
     sizes: Counter[torch.dtype] = Counter()
     for info in infos.values():
         sizes[torch.bfloat16 if info.dtype == torch.uint16 else info.dtype] += math.prod(info.shape)
@@ -172,7 +187,7 @@ def _open_gguf(path: Path) -> OpenModel:
     files = open_gguf(path)
     shapes = {name: files.info(name).shape for name in files.names()}
     config = config_from_gguf(files.metadata, shapes, str(path))
-    plan = name_table(config, "gguf").load_plan(shapes, _wanted(config))
+    plan = name_table(config, "gguf").load_plan(shapes, _wanted(config, len(shapes), path))
     sizes: Counter[str] = Counter()
     for name, shape in shapes.items():
         sizes[files.type_of(name)] += math.prod(shape)
@@ -211,8 +226,20 @@ def _settle(
     return config, ignored, notes
 
 
-def _wanted(config: TextConfig) -> dict[str, Shape]:
-    """Name and shape of every parameter of the model, without memory for them."""
+def _wanted(config: TextConfig, num_tensors: int, where: Path) -> dict[str, Shape]:
+    """Name and shape of every parameter of the model, without memory for them.
+
+    A hostile config must cost no time either: a layer needs tensors of its own, and no width is near `MAX_WIDTH`.
+    """
+    e = config.experts
+    widths = {"hidden_size": config.hidden_size, "feed-forward width": config.ffn_size, "query width": config.query_size}
+    widths |= {"vocabulary": config.vocab_size}
+    widths |= {"expert width": e.expert_size, "shared width": e.shared_size, "number of experts": e.num_experts * 256} if e else {}
+    for name, width in widths.items():
+        if width > MAX_WIDTH:
+            raise CheckpointError(f"{where}: the config's {name} is too large to be a model's; take the config published with the weights")
+    if config.num_layers > num_tensors:
+        raise CheckpointError(f"{where}: the config has {config.num_layers:,} layers and the files have {num_tensors:,} tensors")
     with torch.device("meta"):
         return _shapes(Decoder(config))
 

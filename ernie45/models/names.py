@@ -111,6 +111,7 @@ def _pt_ends(config: TextConfig, first: str) -> list[Rule]:
         Rule(ours=f"{_LAYER}.ffn.router.weight", files=(f"{layer}.mlp.gate.weight",), either_way=True),
         _one("norm.weight", f"{first}.norm.weight"),
         _one("head.weight", "lm_head.weight"),
+        _one("head_bias", "lm_head.bias"),
         *_mtp_ends(first, turned=False),
         *_pt_block(config, "mtp.block", f"{first}.mtp_block.0"),
     ]
@@ -171,6 +172,7 @@ def _paddle_rules(config: TextConfig, first: str) -> list[Rule]:
         Rule(ours=f"{_LAYER}.ffn.experts.down", files=(f"{one}.down_proj.weight",), axis=1, turned=True),
         _one("norm.weight", f"{first}.norm.weight"),
         Rule(ours="head.weight", files=("lm_head.weight",), turned=True),
+        _one("head_bias", "lm_head.bias"),
         *_mtp_ends(first, turned=True),
         *_paddle_block("mtp.block", f"{first}.mtp_block.0"),
     ]

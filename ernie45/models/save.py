@@ -63,8 +63,8 @@ def save_model(
         )
         body = decoder.config.to_hf() | {"torch_dtype": str(dtype or decoder.dtype).removeprefix("torch.")}
         (partial / "config.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-        for name in COMPANIONS if companions else ():
-            if (companions / name).is_file():
+        for name in COMPANIONS:
+            if companions is not None and (companions / name).is_file():
                 shutil.copyfile(companions / name, partial / name)
         if folder.exists():
             folder.rmdir()

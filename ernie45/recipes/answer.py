@@ -1,10 +1,11 @@
 """An answer on its way from the model to a reader: its pieces, what it came to, and how it looks on a screen while it grows."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Literal, Protocol
 
+from ernie45.recipes.conversation import Turn
 from ernie45.recipes.markdown import WIDEST, MarkdownLines
 from ernie45.recipes.terminal import LiveLines, Style, clean
 
@@ -50,6 +51,30 @@ class Reply(Protocol):
 
     @property
     def outcome(self) -> Outcome: ...
+
+
+class Speaker(Protocol):
+    """A model that answers conversations."""
+
+    name: str
+    limit: int
+    """Tokens of context: prompt and answer together."""
+
+    def count(self, turns: Sequence[Turn]) -> int:
+        """Tokens of the prompt that `turns` make."""
+
+    def reply(self, turns: Sequence[Turn], retry: int = 0) -> Reply:
+        """Begin an answer; `retry` counts how often this one was asked for again, so that a fixed seed does not repeat itself."""
+
+    def settings(self) -> dict[str, str]:
+        """What was resolved: compute type, sampling, memory; for people to read."""
+
+
+def headline(speaker: Speaker) -> str:
+    """What was resolved when the model was opened, in one line."""
+    settings = speaker.settings()
+    parts = [settings[name] if name != "threads" else f"{settings[name]} threads" for name in ("compute", "threads") if name in settings]
+    return " · ".join([*parts, f"context {speaker.limit:,} tokens"])
 
 
 def summary(outcome: Outcome, limit: int, interrupted: bool) -> str:

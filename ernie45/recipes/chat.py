@@ -1,8 +1,8 @@
 """Talk with a model: at a terminal, once with `--prompt`, or through a pipe.
 
-    ernie chat                                  a conversation with the starter model
-    ernie chat FOLDER --prompt "Why is ..."     one answer
-    cat letter.txt | ernie chat | less          the prompt from standard input, plain text out
+ernie chat                                  a conversation with the starter model
+ernie chat FOLDER --prompt "Why is ..."     one answer
+cat letter.txt | ernie chat | less          the prompt from standard input, plain text out
 """
 
 import json
@@ -15,9 +15,10 @@ import tyro
 
 from ernie45.config import Environment
 from ernie45.errors import ConfigError, RequestError
-from ernie45.recipes.answer import AnswerView, Piece, Reply, summary
+from ernie45.recipes.answer import AnswerView, Piece, Reply, Speaker, headline, summary
 from ernie45.recipes.conversation import Turn, fit
-from ernie45.recipes.session import Session, Speaker, terminal_size
+from ernie45.recipes.session import Session, terminal_size
+from ernie45.recipes.speaker import open_speaker
 from ernie45.recipes.terminal import Style, clean, hidden_cursor, quiet_keyboard
 
 _OWN = tyro.conf.arg(help_behavior_hint="(default: what the model's folder recommends)")
@@ -73,9 +74,10 @@ def thinking_of(word: str | None) -> bool | int | None:
 def sampling_settings(config: ChatConfig, folder: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling fields for `SamplingParams`: flags win over `folder`, the content of generation_config.json; both over 0.8 and 0.8."""
     settings: dict[str, Any] = {"temperature": 0.8, "top_p": 0.8}
-    if folder:
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        settings = {name: folder[name] for name in names if folder.get(name) is not None}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    advice = {name: folder[name] for name in names if folder.get(name) is not None}
+    if advice or "do_sample" in folder:  # a file that holds token ids only gives no advice
+        settings = advice
         if folder.get("do_sample") is False:
             settings["temperature"] = 0.0
     for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"):
@@ -90,13 +92,20 @@ def run(config: ChatConfig, environment: Environment) -> int:
     if config.json and config.prompt is None and sys.stdin.isatty():
         raise ConfigError("--json answers one prompt: give --prompt TEXT, or pipe it in: echo hi | ernie chat --json")
     prompt = "" if interactive else read_prompt(config.prompt, sys.stdin)
-    from ernie45.recipes.speaker import open_speaker
-
-    speaker = open_speaker(config, environment, chat=interactive)
+    speaker = open_speaker(
+        config.model,
+        environment,
+        dtype=config.dtype,
+        thinking=thinking_of(config.thinking),
+        sampling=lambda folder: sampling_settings(config, folder),
+        chat=interactive,
+    )
     turns = [Turn(role="system", content=config.system)] if config.system else []
     if interactive:
         return Session(speaker, environment, max_tokens=config.max_tokens, turns=turns).run()
     turns.append(Turn(role="user", content=prompt))
+    if not config.json:  # there the settings are part of the object
+        print(Style.of(sys.stderr, environment).dim(clean(f"{speaker.name} · {headline(speaker)}")), file=sys.stderr)
     fitted = fit(turns, speaker.count, speaker.limit, config.max_tokens)
     reply = speaker.reply(fitted.turns)
     try:
@@ -127,7 +136,7 @@ def read_prompt(text: str | None, stream: IO[str]) -> str:
             ) from None
     text = text.rstrip("\r\n")
     if not text.strip():
-        raise RequestError('the prompt is empty; write something, as in `ernie chat --prompt "Hello"` or `echo Hello | ernie chat`', "prompt")
+        raise RequestError('the prompt is empty; try `ernie chat --prompt "Hello"` or `echo Hello | ernie chat`', field="prompt")
     return text
 
 

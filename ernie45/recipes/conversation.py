@@ -82,7 +82,8 @@ def save(path: Path, model: str, turns: Sequence[Turn], overwrite: bool = False)
     if path.suffix.lower() in (".md", ".markdown"):
         text = _markdown(model, turns)
     else:
-        text = json.dumps({"format": FORMAT, "model": model, "turns": [asdict(turn) for turn in turns]}, ensure_ascii=False, indent=2) + "\n"
+        data = {"format": FORMAT, "model": model, "turns": [asdict(turn) for turn in turns]}
+        text = json.dumps(data, ensure_ascii=False, indent=2) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.write_text(text, encoding="utf-8")

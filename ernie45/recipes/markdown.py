@@ -6,6 +6,7 @@ grows, so that the cost of a frame does not grow with the answer.
 
 import io
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from markdown_it import MarkdownIt
@@ -81,7 +82,7 @@ class MarkdownLines:
         starts = [token.map[0] for token in self._parser.parse(self._open) if token.level == 0 and token.map and token.nesting >= 0]
         if len(starts) > 1:
             source = self._open.splitlines(keepends=True)
-            for begin, end in zip(starts, starts[1:], strict=False):
+            for begin, end in pairwise(starts):
                 self._blocks.append("".join(source[begin:end]))
                 if self._width:
                     self._lines += [*([""] if self._lines else []), *self._render(self._blocks[-1])]

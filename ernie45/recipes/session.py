@@ -2,14 +2,14 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING
 
 from ernie45.config import Environment
 from ernie45.errors import ConfigError, ErnieError, RequestError, did_you_mean
-from ernie45.recipes.answer import AnswerView, Outcome, Reply, summary
+from ernie45.recipes.answer import AnswerView, Outcome, Speaker, headline, summary
 from ernie45.recipes.conversation import Turn, fit, load, save
 from ernie45.recipes.markdown import MarkdownLines
 from ernie45.recipes.terminal import Interrupt, Style, clean, hidden_cursor, quiet_keyboard
@@ -17,22 +17,6 @@ from ernie45.recipes.terminal import Interrupt, Style, clean, hidden_cursor, qui
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer
-
-
-class Speaker(Protocol):
-    """A model that answers conversations."""
-
-    name: str
-    limit: int
-
-    def count(self, turns: Sequence[Turn]) -> int:
-        """Tokens of the prompt that `turns` make."""
-
-    def reply(self, turns: Sequence[Turn], retry: int = 0) -> Reply:
-        """Begin an answer; `retry` counts how often this one was asked for again, so that a fixed seed does not repeat itself."""
-
-    def settings(self) -> dict[str, str]:
-        """What was resolved: compute type, sampling, memory; for people to read."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +48,7 @@ class Session:
     def run(self) -> int:
         """Prompt and answer until the person leaves; returns the exit code."""
         prompt = input_line(self.environment, self.style)
-        self.say(f"{self.style.bold(self.speaker.name)}")
+        self.say(self.style.bold(clean(self.speaker.name)), self.style.dim(headline(self.speaker)))
         self.say(self.style.dim("Enter sends, Alt-Enter breaks the line, Ctrl-C stops an answer, /help lists the commands."), "")
         warned = False
         while not self.leaving:
@@ -118,8 +102,8 @@ class Session:
             kept = "the system message and " if fitted.turns[0].role == "system" else ""
             self.say(
                 self.style.warning(
-                    f"The context of {self.speaker.limit:,} tokens is full: the {fitted.dropped} oldest messages are left out of this prompt; "
-                    f"the model sees {kept}the rest. /clear starts afresh."
+                    f"The context of {self.speaker.limit:,} tokens is full: "
+                    f"the {fitted.dropped} oldest messages are left out of this prompt; it has {kept}the rest. /clear starts afresh."
                 )
             )
         self.say("")
@@ -145,6 +129,8 @@ class Session:
                 outcome = reply.outcome
                 view.finish([summary(outcome, self.speaker.limit, stopped)])
         self.say("")
+        if stopped and not content:
+            raise RequestError("stopped before the first word; the question is not kept (press Up to have it again)")
         cut = stopped or outcome.finish_reason == "length"
         self.outcomes.append(outcome)
         self.turns.append(Turn(role="assistant", content=content, reasoning=reasoning, interrupted=cut))
@@ -232,7 +218,12 @@ def completer() -> "Completer":
 def _help(session: Session, argument: str) -> None:
     width = max(len(f"{word} {entry.takes}") for word, entry in COMMANDS.items())
     rows = [f"  {f'{word} {entry.takes}':<{width}}   {session.style.dim(entry.does)}" for word, entry in COMMANDS.items()]
-    keys = [("Enter", "send"), ("Alt-Enter, \\ Enter", "break the line"), ("Ctrl-C", "stop the answer; empty the line; twice: leave"), ("Ctrl-D", "leave")]
+    keys = [
+        ("Enter", "send"),
+        ("Alt-Enter", "break the line; a \\ before Enter does too"),
+        ("Ctrl-C", "stop the answer; empty the line; twice on an empty line: leave"),
+        ("Ctrl-D", "leave"),
+    ]
     session.say("", *rows, "", *(f"  {key:<{width}}   {session.style.dim(does)}" for key, does in keys), "")
 
 

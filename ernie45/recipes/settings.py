@@ -21,8 +21,8 @@ class _Loader(yaml.SafeLoader):
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key, (key_node, _) in zip(keys, node.value, strict=True):
-        if keys.count(key) > 1:
+    for n, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
+        if key in keys[:n]:
             raise ConfigError(f"line {key_node.start_mark.line + 1}: '{key}' is set twice")
     return loader.construct_mapping(node, deep=True)
 

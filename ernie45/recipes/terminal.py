@@ -101,8 +101,7 @@ class LiveLines:
             if rows + taken > height - 1:
                 break
             rows, first = rows + taken, first - 1
-        if first == len(self._shown) and first >= len(lines):
-            self._shown = self._shown[:first] if first > len(lines) else list(lines)
+        if not rows and len(lines) <= first:
             return
         up = f"\x1b[{rows}A" if rows else ""
         body = "".join(line + "\n" for line in lines[first:])
@@ -140,36 +139,39 @@ def hidden_cursor(stream: IO[str]) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(environment: Environment, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic) -> Iterator[Progress]:
+def progress_bar(
+    environment: Environment, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Progress]:
     """A `Progress` drawn as one line on stderr and wiped at the end; silent when stderr is no terminal.
 
-    Nothing is drawn in the first 0.3 s: a step that is over at once needs no bar.
+    Drawn at most twenty times a second, and at once when a stage begins.
     """
     stream = sys.stderr if stream is None else stream
     if not stream.isatty():
         yield lambda stage, done, total: None
         return
-    style, live, began, last = Style.of(stream, environment), LiveLines(stream), clock(), -1.0
+    style, live, last, before = Style.of(stream, environment), LiveLines(stream), float("-inf"), ""
 
     def progress(stage: str, done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, before
         now = clock()
-        if now - began < 0.3 or (now - last < 0.05 and done < total):
+        if now - last < 0.05 and stage == before:
             return
-        last = now
+        last, before = now, stage
         live.show([bar_line(style, stage, done, total, shutil.get_terminal_size().columns)])
 
-    try:
-        yield progress
-    finally:
-        live.show([])
+    with quiet_keyboard():  # keys pressed while waiting would push the line about
+        try:
+            yield progress
+        finally:
+            live.show([])
 
 
 def bar_line(style: Style, stage: str, done: int, total: int, columns: int) -> str:
     """One line of a progress bar, no wider than `columns`."""
-    amount = f"{size_text(done)} of {size_text(total)}" if total >= 100_000 else f"{done} of {total}"
+    amount = f"{size_text(done, '')} of {size_text(total, '')}" if total >= 100_000 else f"{done} of {total}"
     if total <= 0:
-        return f"{clean(stage)[: columns - 1]} …"
+        return f"{clean(stage)[: columns - 3]} …"
     part = min(max(done / total, 0.0), 1.0)
     room = min(30, columns - len(stage) - len(amount) - 12)
     if room < 6:
@@ -215,3 +217,8 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+def terminal_columns() -> int:
+    """Columns of the terminal, 80 where nobody knows."""
+    return shutil.get_terminal_size().columns

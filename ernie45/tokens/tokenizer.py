@@ -89,6 +89,10 @@ class Tokenizer:
         bad = next(id for id in ids if id in self._forbidden)
         raise TokenizerError(f"this vocabulary spells plain text with the control token '{self._texts[bad]}' (id {bad}); refused")
 
+    def split_special(self, text: str) -> list[str | int]:
+        """A text cut at the added and control tokens written in it: plain pieces and ids, nothing encoded yet."""
+        return self._whole.split(text)
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; `skip_special` hides special tokens. Raises TokenizerError when an id is out of range."""
         stream = TextStream(self, hide=self.special_ids if skip_special else frozenset())
@@ -110,14 +114,12 @@ class Tokenizer:
 
     def bytes_of(self, id: int) -> bytes:
         """The bytes an id stands for; none for a row of the embedding no file names. Raises TokenizerError out of range."""
-        found = self._bytes.get(id)
-        if found is not None and not isinstance(id, bool):
-            return found
-        if not isinstance(id, int) or isinstance(id, bool):
+        if type(id) is not int:  # True and 1.0 would be found under 1
             raise TokenizerError(f"a token id must be an int, not {type(id).__name__} {id!r:.60}")
-        if not 0 <= id < self._rows:
+        found = self._bytes.get(id)
+        if found is None and not 0 <= id < self._rows:
             raise TokenizerError(f"token id {id} is out of range; this tokenizer has ids 0 to {self._rows - 1}")
-        return b""
+        return found or b""
 
     @property
     def drops_first_space(self) -> bool:
@@ -140,7 +142,8 @@ class TextStream:
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that is complete after these ids; may be empty. Raises TokenizerError when an id is out of range."""
-        data = b"".join(self._tokenizer.bytes_of(id) for id in ids if id not in self._hide)
+        read = [(id, self._tokenizer.bytes_of(id)) for id in ids]
+        data = b"".join(piece for id, piece in read if id not in self._hide)
         return self._emit(self._decoder.decode(data))
 
     def finish(self) -> str:
@@ -206,7 +209,7 @@ def _matchable(
     added: Mapping[str, tuple[AddedToken, int]], ids: Mapping[str, int], control: frozenset[int], texts: Mapping[int, str]
 ) -> list[tuple[AddedToken, int]]:
     """Every token `allow_special` may find in text: the added ones, and control tokens of the base vocabulary."""
-    found = {text: pair for text, pair in added.items()}
+    found = dict(added)
     for id in control:
         found.setdefault(texts[id], (AddedToken(texts[id], id, special=True), ids[texts[id]]))
     return list(found.values())

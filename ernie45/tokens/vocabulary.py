@@ -78,12 +78,7 @@ def read_pieces(data: bytes, where: str) -> PieceFile:
     try:
         for number, value, start in _fields(data, 0, len(data)):
             if number == 1 and isinstance(value, int):
-                text, kind, offset = "", int(PieceKind.NORMAL), -1
-                for inner, content, at in _fields(data, start, value):
-                    if inner == 1:
-                        text = data[at:content].decode()
-                    elif inner == 3:
-                        kind, offset = content, at
+                text, kind, offset = _piece(data, start, value)
                 file.texts.append(text)
                 file.kinds.append(kind)
                 file.kind_offsets.append(offset)
@@ -96,6 +91,20 @@ def read_pieces(data: bytes, where: str) -> PieceFile:
     if not file.texts:
         raise CheckpointError(f"{where} is not a SentencePiece model: it holds no pieces")
     return file
+
+
+def _piece(data: bytes, start: int, end: int) -> tuple[str, int, int]:
+    """One piece of the file: its text, its kind, and the offset of the byte that holds the kind (-1: absent, so normal)."""
+    text_end = start + 2 + data[start + 1]
+    if data[start] == 0x0A and data[start + 1] < 0x80 and text_end + 7 == end and data[text_end] == 0x15 and data[text_end + 5] == 0x18:
+        return data[start + 2 : text_end].decode(), data[end - 1], end - 1  # text, score, kind: how nearly all are written
+    text, kind, offset = "", int(PieceKind.NORMAL), -1
+    for number, value, at in _fields(data, start, end):
+        if number == 1:
+            text = data[at:value].decode()
+        elif number == 3:
+            kind, offset = value, at
+    return text, kind, offset
 
 
 def _fields(data: bytes, at: int, end: int) -> list[tuple[int, int, int]]:

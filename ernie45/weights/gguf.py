@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ernie45.errors import CheckpointError, did_you_mean
 from ernie45.weights.gguf_blocks import BLOCK_TYPES, READABLE, BlockType, decode_into
+from ernie45.weights.mapping import map_privately
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -142,8 +143,7 @@ def open_gguf(path: Path) -> GgufFile:
             size = file.seek(0, 2)
             if size < 24:
                 raise CheckpointError(f"{path} has {size} bytes; a GGUF file has at least 24")
-            # a private writable mapping: torch wants writable memory, and a write through a view must never reach the file
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            view = map_privately(file.fileno())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be opened: {error.strerror or error}") from error
     metadata, tensors = _Header(path, view, size).parse()

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError, MissingExtra, did_you_mean
@@ -45,7 +45,7 @@ def resolve(
     makers = makers or {}
     text = str(name_or_path)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return path
     if path.is_file():
         return _checked_file(path)
@@ -57,9 +57,10 @@ def resolve(
     if repository is None and _REPOSITORY.fullmatch(text):
         repository = text
     if repository is None or path.suffix in {".gguf", ".safetensors"}:
+        names = [*makers, *published]
         raise CheckpointError(
-            f"'{text}' is no folder, no .gguf file and no known model{did_you_mean(text, [*makers, *published])}; "
-            "'ernie models' lists the names, and a Hub repository is written owner/name"
+            f"'{text}' is no folder, no .gguf file and no known model; 'ernie models' lists the names, and a Hub repository is written "
+            f"owner/name{did_you_mean(text, names) or did_you_mean(text.upper(), names)}"
         )
     return _fetch(repository, environment, client or _HuggingFace(environment))
 
@@ -141,7 +142,7 @@ class _HuggingFace:
         return Path(folder)
 
 
-def _transport_failures(errors: object) -> tuple[type[BaseException], ...]:
+def _transport_failures(errors: Any) -> tuple[type[BaseException], ...]:
     """What a broken connection raises: OSError, and the HTTP library's own base class, whichever library this release of the hub uses."""
     bases = [base for base in errors.HfHubHTTPError.__mro__ if base.__name__ in {"HTTPError", "RequestException"}]
     return (OSError, *bases)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ernie45.errors import CheckpointError
+from ernie45.weights.mapping import map_privately
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -164,7 +165,7 @@ class _MappedFile:
                 file.seek(0)
                 header, start = _read_header(path, file.read(8), size, file.read)
                 # Copy-on-write: torch wants writable memory, the file must stay as it is.
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self.map = map_privately(file.fileno())
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         self.metadata, self.entries = _check_header(path, header, start, size)

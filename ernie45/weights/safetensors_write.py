@@ -156,6 +156,6 @@ def _write_file(path: Path, header: bytes, specs: Sequence[TensorSpec], produce:
             assert tensor.dtype == spec.dtype, (spec, tensor.dtype)
             assert tuple(tensor.shape) == spec.shape, (spec, tuple(tensor.shape))
             if tensor.numel():
-                file.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

@@ -59,6 +59,17 @@ def tests() -> list[Source]:
 
 
 @pytest.fixture(scope="session")
+def none():
+    """Fails with every breach that was found, one a line: a shortened list would be found out piece by piece."""
+
+    def check(found):
+        if found:
+            pytest.fail("\n".join(map(str, found)), pytrace=False)
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def planted():
     """Builds a source from text, to show that a rule catches what it is there for."""
     return lambda text, path="ernie45/planted.py": Source(Path(path), text)

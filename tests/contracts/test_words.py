@@ -32,26 +32,26 @@ def local_words(name, text):
     return [f"{name}:{n} {line.strip()[:120]}" for n, line in lines if MACHINE_PATH.search(line) or REGISTRY_HOST.search(line)]
 
 
-def test_every_module_has_a_docstring(package):
-    assert [str(s.path) for s in package if not ast.get_docstring(s.tree)] == []
+def test_every_module_has_a_docstring(package, none):
+    none([str(s.path) for s in package if not ast.get_docstring(s.tree)])
 
 
-def test_every_argument_is_typed(package):
-    assert [hit for source in package for hit in untyped_arguments(source)] == []
+def test_every_argument_is_typed(package, none):
+    none([hit for source in package for hit in untyped_arguments(source)])
 
 
-def test_nothing_is_left_unfinished_without_an_issue(package, tests):
+def test_nothing_is_left_unfinished_without_an_issue(package, tests, none):
     own = "test_words.py"
-    assert [hit for source in package + tests if source.path.name != own for hit in unfinished(source)] == []
+    none([hit for source in package + tests if source.path.name != own for hit in unfinished(source)])
 
 
-def test_there_are_no_drawers(package, tests):
-    assert [str(s.path) for s in package + tests if DRAWERS & {part.removesuffix(".py") for part in s.path.parts}] == []
+def test_there_are_no_drawers(package, tests, none):
+    none([str(s.path) for s in package + tests if DRAWERS & {part.removesuffix(".py") for part in s.path.parts}])
 
 
-def test_no_tracked_file_speaks_of_one_machine(tracked):
+def test_no_tracked_file_speaks_of_one_machine(tracked, none):
     texts = ((path, path.read_text("utf-8")) for path in tracked if path.suffix not in BINARY)
-    assert [hit for path, text in texts for hit in local_words(path.name, text)] == []
+    none([hit for path, text in texts for hit in local_words(path.name, text)])
 
 
 def test_the_rules_see_a_breach(planted):
@@ -59,6 +59,7 @@ def test_the_rules_see_a_breach(planted):
     assert untyped_arguments(planted("def f(): ...")) == ["ernie45/planted.py:1 f -> ?"]
     assert unfinished(planted("# TODO: later"))
     assert not unfinished(planted("# TODO(#12): later"))
-    assert local_words("x", "cache = '/work/cache'")
-    assert local_words("x", "pip install --extra-index-url ...")
+    # in pieces, since this file is read too
+    assert local_words("x", "/".join(["cache = '", "work", "cache'"]))
+    assert local_words("x", "-".join(["pip install -", "extra", "index", "url ..."]))
     assert not local_words("x", "see the /v1/work/ route and docs/tmp/x")

@@ -1,0 +1,271 @@
+"""`LLM`: a model folder that generates, chats and streams. The text side of the engine, for one thread of one process.
+
+llm = LLM("starter")
+llm.chat("Why is the sky blue?", SamplingParams(max_tokens=200)).text
+for delta in llm.stream("Tell me a story."): print(delta.text, end="")
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from ernie45.config import Environment
+from ernie45.engine.answer import Answer, Completion
+from ernie45.engine.cache import bytes_per_token
+from ernie45.engine.core import Engine, EngineConfig
+from ernie45.engine.request import Request, SamplingParams
+from ernie45.engine.scheduler import Load, SchedulerConfig
+from ernie45.errors import CheckpointError, RequestError
+from ernie45.models.load import OpenModel, load
+from ernie45.models.text import Decoder
+from ernie45.tokens.gguf_vocabulary import tokenizer_from_gguf
+from ernie45.tokens.messages import Message
+from ernie45.tokens.parse import Delta
+from ernie45.tokens.template import ChatTemplate, Prompt, load_template
+from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
+from ernie45.weights.gguf import GgufFile
+from ernie45.weights.stream import Progress
+
+Messages = str | Sequence[Message | Mapping[str, Any]]
+Prompts = str | Sequence[str | Sequence[int]]
+
+
+class Stream:
+    """An answer being made: iterate over its deltas. Leaving the loop early, `close()` or a `with`'s end stops it and frees its pages."""
+
+    def __init__(self, llm: "LLM", answer: Answer) -> None:
+        self._llm = llm
+        self._answer = answer
+
+    def __iter__(self) -> Iterator[Delta]:
+        for deltas in self.steps():
+            yield from deltas
+
+    def steps(self) -> Iterator[list[Delta]]:
+        """The deltas of each step of the engine; an empty list when a step brought nothing to show."""
+        try:
+            while self._answer.finish is None:
+                self._llm.step()
+                yield self._answer.deltas()
+            if rest := self._answer.deltas():
+                yield rest
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stops the answer unless it is over."""
+        self._llm.drop([self._answer])
+
+    @property
+    def completion(self) -> Completion:
+        """The whole answer, or what there is of it."""
+        return self._answer.completion()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LLM:
+    """A decoder with its tokenizer and chat template, behind one engine.
+
+    compute    the compute type and why, when the model was loaded here
+    limits     the engine's resolved settings
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Decoder,
+        *,
+        dtype: str = "auto",
+        tokenizer: Tokenizer | None = None,
+        template: ChatTemplate | None = None,
+        chat_format: str | None = None,
+        page_size: int = 32,
+        num_pages: int | None = None,
+        max_length: int | None = None,
+        token_budget: int = 512,
+        max_running: int = 32,
+        prefix_sharing: bool = True,
+        progress: Progress | None = None,
+        environment: Environment | None = None,
+    ) -> None:
+        """model: folder, .gguf file, published name, "starter", or a decoder (then with `tokenizer` and `template`, or ids only).
+
+        chat_format names a known chat format for a model without a template of its own. The engine's settings: see `EngineConfig`.
+        Raises CheckpointError, TokenizerError or ConfigError.
+        """
+        config = EngineConfig(
+            page_size=page_size,
+            num_pages=num_pages,
+            max_length=max_length,
+            token_budget=token_budget,
+            max_running=max_running,
+            prefix_sharing=prefix_sharing,
+        )
+        self.tokenizer, self.template = tokenizer, template
+        self.compute, self.name = "as the decoder was given", "decoder"
+        self._without_template = "this model was given without a chat template"
+        if isinstance(model, Decoder):
+            decoder = model
+        else:
+            loaded = load(model, dtype=dtype, mtp=False, progress=progress, environment=environment)
+            decoder, self.compute, self.name = loaded.decoder, str(loaded.compute), str(model)
+            self._read_text_side(loaded.opened, chat_format)
+        self._engine = Engine(decoder, config)
+        self._dtype = decoder.dtype
+        self._live: dict[str, Answer] = {}
+        self._asked = 0
+
+    @property
+    def limits(self) -> SchedulerConfig:
+        """The engine's settings, every number resolved."""
+        return self._engine.limits
+
+    @property
+    def load(self) -> Load:
+        """How busy the engine is."""
+        return self._engine.load
+
+    def settings(self) -> dict[str, str]:
+        """What was resolved, for people to read."""
+        limits = self.limits
+        size = limits.num_pages * limits.page_size * bytes_per_token(self._engine.model, self._dtype)
+        return {
+            "model": self.name,
+            "compute": self.compute,
+            "context": f"{limits.max_length:,} tokens",
+            "cache": f"{limits.num_pages:,} pages of {limits.page_size} tokens, at most {size / 2**30:.2f} GiB, taken as it fills",
+            "step": f"{limits.token_budget} tokens, {limits.max_running} requests",
+            "chat format": self.template.source if self.template else "none",
+        }
+
+    def render(self, messages: Messages, *, thinking: bool | int | None = None, tools: Sequence[Mapping[str, Any]] | None = None) -> Prompt:
+        """The prompt that `chat` would send. Raises RequestError or TokenizerError as the template does."""
+        if self.template is None:
+            raise RequestError(f"{self._without_template}; use generate, or name a chat_format", "messages")
+        return self.template.render([Message("user", messages)] if isinstance(messages, str) else messages, thinking=thinking, tools=tools)
+
+    def generate(self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+        """Continues each prompt (text, or ids); one completion per prompt, in order. Raises RequestError before anything is computed."""
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        settings = [params or SamplingParams()] * len(several) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(settings) != len(several):
+            raise RequestError(f"there are {len(several)} prompts and {len(settings)} params; give one for all, or one for each", "params")
+        answers = [self._plain(prompt, setting) for prompt, setting in zip(several, settings, strict=True)]
+        try:
+            for answer in answers:
+                self._submit(answer)
+            while any(answer.finish is None for answer in answers):
+                self.step()
+        finally:
+            self.drop(answers)
+        return [answer.completion() for answer in answers]
+
+    def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        thinking: bool | int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Completion:
+        """Answers a conversation (a text is one user message). thinking: on, off, or the most tokens of reasoning."""
+        with self.stream(messages, params, thinking=thinking, tools=tools) as stream:
+            for _ in stream.steps():
+                pass
+            return stream.completion
+
+    def stream(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        thinking: bool | int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Stream:
+        """As `chat`, piece by piece. The request is checked and queued at once; several streams may be open, each drives all."""
+        prompt = self.render(messages, thinking=thinking, tools=tools)
+        assert self.template is not None
+        request = self._request(prompt.ids, params, self.template.stop_ids)
+        answer = Answer(
+            request,
+            self._engine.check(request),
+            time.perf_counter(),
+            tokenizer=self.tokenizer,
+            reply_format=self.template.reply_format,
+            starts_in=prompt.starts_in,
+            budget=thinking if isinstance(thinking, int) and not isinstance(thinking, bool) and thinking > 0 else None,
+        )
+        self._submit(answer)
+        return Stream(self, answer)
+
+    def stream_text(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Stream:
+        """As `generate` for one prompt, piece by piece."""
+        answer = self._plain(prompt, params or SamplingParams())
+        self._submit(answer)
+        return Stream(self, answer)
+
+    def step(self) -> None:
+        """One step of the engine for every open answer."""
+        outputs = self._engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            answer = self._live[output.request_id]
+            answer.take(output, now)
+            if answer.over_budget:
+                self._engine.cancel(output.request_id)
+                if (following := answer.closing()) is not None:
+                    self._engine.submit(following)
+            if answer.finish is not None:
+                self.drop([answer])
+
+    def drop(self, answers: Sequence[Answer]) -> None:
+        """Ends answers and frees what they hold."""
+        for answer in answers:
+            if self._live.pop(answer.request.id, None) is not None:
+                self._engine.cancel(answer.request.id)
+            answer.cancel()
+
+    def _submit(self, answer: Answer) -> None:
+        self._engine.submit(answer.request)
+        self._live[answer.request.id] = answer
+
+    def _plain(self, prompt: str | Sequence[int], params: SamplingParams) -> Answer:
+        """An answer to a prompt that no template has touched. Raises RequestError."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("this model was given without a tokenizer; give the prompt as token ids", "prompt")
+            ids: Sequence[int] = self.tokenizer.encode(prompt)
+        else:
+            ids = prompt
+        eos = self.tokenizer.eos_ids if self.tokenizer is not None and self.tokenizer.eos_ids else self._engine.model.eos_ids
+        request = self._request(ids, params, eos)
+        return Answer(request, self._engine.check(request), time.perf_counter(), tokenizer=self.tokenizer)
+
+    def _request(self, ids: Sequence[int], params: SamplingParams | None, eos: tuple[int, ...]) -> Request:
+        params = SamplingParams() if params is None else params
+        if self.tokenizer is None and isinstance(params, SamplingParams) and params.stop:
+            raise RequestError("this model was given without a tokenizer, so it cannot find stop strings; use stop_token_ids", "stop")
+        self._asked += 1
+        return Request(id=str(self._asked), prompt=cast(tuple[int, ...], ids), params=params, eos_ids=eos)
+
+    def _read_text_side(self, opened: OpenModel, chat_format: str | None) -> None:
+        """Tokenizer and template from the model's folder, or from its GGUF file's metadata."""
+        with tempfile.TemporaryDirectory() as made:
+            folder = opened.path
+            if isinstance(opened.files, GgufFile):
+                folder = Path(made)
+                tokenizer, settings = tokenizer_from_gguf(opened.files.metadata)
+                (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+                (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+            self.tokenizer = self.tokenizer or load_tokenizer(folder)
+            try:
+                self.template = self.template or load_template(folder, self.tokenizer, chat_format)
+            except CheckpointError as error:
+                self._without_template = str(error)
