@@ -23,19 +23,19 @@ class Native:
     isa: str
     available: tuple[str, ...]
 
-    def linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
+    def packed_linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
         """See `quantised.packed_linear`."""
         return torch.ops.ernie45.linear(x_TI, None, 0.0, weight.values, weight.scales, weight.bits, weight.out_size, None, self.isa)
 
-    def norm_linear(self, x_TD: Tensor, norm_D: Tensor, eps: float, weight: PackedWeight) -> Tensor:
+    def norm_packed_linear(self, x_TD: Tensor, norm_D: Tensor, eps: float, weight: PackedWeight) -> Tensor:
         """See `quantised.norm_packed_linear`."""
         return torch.ops.ernie45.linear(x_TD, norm_D, eps, weight.values, weight.scales, weight.bits, weight.out_size, None, self.isa)
 
-    def linear_add(self, x_TI: Tensor, weight: PackedWeight, addend_TO: Tensor) -> Tensor:
+    def packed_linear_add(self, x_TI: Tensor, weight: PackedWeight, addend_TO: Tensor) -> Tensor:
         """See `quantised.packed_linear_add`."""
         return torch.ops.ernie45.linear(x_TI, None, 0.0, weight.values, weight.scales, weight.bits, weight.out_size, addend_TO, self.isa)
 
-    def qkv(
+    def packed_qkv(
         self, x_TD: Tensor, norm_D: Tensor, eps: float, weight: PackedWeight, turns_TP: Tensor, num_heads: int, num_kv_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `quantised.packed_qkv`; head sizes must be a multiple of 16."""
@@ -45,10 +45,17 @@ class Native:
             x_TD, norm_D, eps, weight.values, weight.scales, weight.bits, turns, num_heads, num_kv_heads, size, self.isa
         )
 
-    def feed_forward(self, x_TD: Tensor, norm_D: Tensor, eps: float, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+    def packed_feed_forward(self, x_TD: Tensor, norm_D: Tensor, eps: float, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
         """See `quantised.packed_feed_forward`; the inner width must be a multiple of 16."""
         return torch.ops.ernie45.feed_forward(
             x_TD, norm_D, eps, gate_up.values, gate_up.scales, gate_up.bits, down.values, down.scales, down.bits, gate_up.out_size // 2,
+            self.isa,
+        )  # fmt: skip
+
+    def packed_swiglu(self, x_TD: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+        """See `quantised.packed_swiglu`; the inner width must be a multiple of 16."""
+        return torch.ops.ernie45.feed_forward(
+            x_TD, None, 0.0, gate_up.values, gate_up.scales, gate_up.bits, down.values, down.scales, down.bits, gate_up.out_size // 2,
             self.isa,
         )  # fmt: skip
 
@@ -109,7 +116,7 @@ def _register_shapes() -> None:
         return tuple(x.new_empty(x.shape[0], n, head_size) for n in (heads, kv_heads, kv_heads))  # pyrefly: ignore[bad-return]
 
     def feed_forward(
-        x: Tensor, norm: Tensor, eps: float, gate_up: Tensor, gate_up_scale: Tensor, gate_up_bits: int, down: Tensor, down_scale: Tensor,
+        x: Tensor, norm: Tensor | None, eps: float, gate_up: Tensor, gate_up_scale: Tensor, gate_up_bits: int, down: Tensor, down_scale: Tensor,
         down_bits: int, inner: int, isa: str,
     ) -> Tensor:  # fmt: skip
         return torch.empty_like(x)

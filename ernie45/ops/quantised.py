@@ -114,6 +114,11 @@ def packed_linear_add(x_TI: Tensor, weight: PackedWeight, addend_TO: Tensor) -> 
     return addend_TO + packed_linear(x_TI, weight)
 
 
+def packed_swiglu(x_TD: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+    """`down(swiglu(gate_up(x)))`, [T, D] -> [T, D]: one expert."""
+    return packed_linear(reference.swiglu(packed_linear(x_TD, gate_up)), down)
+
+
 def packed_feed_forward(x_TD: Tensor, norm_D: Tensor, eps: float, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
     """`x + down(swiglu(gate_up(norm(x))))`, [T, D] -> [T, D]."""
     return x_TD + packed_linear(reference.swiglu(norm_packed_linear(x_TD, norm_D, eps, gate_up)), down)

@@ -26,7 +26,7 @@ def packed_shapes(out_size: int, in_size: int, bits: int, group: int) -> tuple[t
 
 
 def pack(whole_OI: Tensor, scales_OG: Tensor, bits: int, group: int) -> PackedWeight:
-    """Pack int8 [O, I] of -7 .. 7 (4 bits) or -127 .. 127 (8 bits) and float32 scales [O, G].
+    """Pack int8 [O, I] of -8 .. 7 (4 bits) or -127 .. 127 (8 bits) and float32 scales [O, G].
 
     Raises `CheckpointError` when a scale is no finite number or beyond float16.
     """

@@ -4,6 +4,8 @@ For every row and group the largest magnitude is shrunk step by step, and the sc
 Letters: O and I out- and input widths, G groups of inputs.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -26,22 +28,34 @@ def round_to_nearest(weight_OI: Tensor, scheme: Scheme) -> PackedWeight:
 def _quantise(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     if not bool(weight_OI.isfinite().all()):
         raise CheckpointError("a weight holds NaN or infinities and cannot be quantised; the checkpoint is damaged")
-    top = 2 ** (scheme.weight_bits - 1) - 1
     width = weight_OI.shape[1]
     group = group_width(width, scheme.group)
     w = torch.nn.functional.pad(weight_OI.float(), (0, -width % group)).unflatten(1, (-1, group))
     largest = w.abs().amax(-1)
     best_error, best_scale = torch.full_like(largest, float("inf")), torch.zeros_like(largest)
-    for clip in _CLIPS[scheme.weight_bits]:
-        # the scale that will be stored: rounding to float16 comes before the choice of whole numbers
-        scale = (largest * (clip / top)).to(torch.float16).float()
-        whole = _round(w, scale, top)
+    for scale in _scales(w, largest, scheme.weight_bits):
+        whole = _round(w, scale, scheme.weight_bits)
         error = (whole * scale[..., None] - w).square().sum(-1)
         better = error < best_error
         best_error, best_scale = torch.where(better, error, best_error), torch.where(better, scale, best_scale)
-    return _round(w, best_scale, top).to(torch.int8).flatten(1)[:, :width], best_scale
+    return _round(w, best_scale, scheme.weight_bits).to(torch.int8).flatten(1)[:, :width], best_scale
 
 
-def _round(w: Tensor, scale: Tensor, top: int) -> Tensor:
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    return (w * inverse[..., None]).round_().clamp_(-top, top)
+def _scales(w: Tensor, largest: Tensor, bits: int) -> Iterator[Tensor]:
+    """Scales to try, rounded to float16 as they will be stored: that comes before the choice of whole numbers.
+
+    At 4 bits also those that map the largest value, sign and all, to -8: the lowest number has no positive twin and is lost otherwise.
+    """
+    top = 2 ** (bits - 1) - 1
+    for clip in _CLIPS[bits]:
+        yield (largest * (clip / top)).to(torch.float16).float()
+    if bits == 4:
+        signed = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        for clip in _CLIPS[bits]:
+            yield (signed * (clip / -(top + 1))).to(torch.float16).float()
+
+
+def _round(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    inverse = torch.where(scale != 0, 1 / scale, 0.0)
+    top = 2 ** (bits - 1) - 1
+    return (w * inverse[..., None]).round_().clamp_(-top - (bits == 4), top)

@@ -115,7 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> qkv(const Tensor& x, const std::optional<Tens
   return {q, k, v};
 }
 
-Tensor feed_forward(const Tensor& x, const Tensor& norm, double eps, const Tensor& gate_up, const Tensor& gate_up_scale, int64_t gate_up_bits,
+// x + swiglu(norm(x) @ gate_up) @ down; without a norm, the part behind the plus: one expert
+Tensor feed_forward(const Tensor& x, const std::optional<Tensor>& norm, double eps, const Tensor& gate_up, const Tensor& gate_up_scale, int64_t gate_up_bits,
                     const Tensor& down, const Tensor& down_scale, int64_t down_bits, int64_t inner, const std::string& isa) {
   const ernie::Rows rows = rows_of(x, "x");
   STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
@@ -185,7 +186,7 @@ STABLE_TORCH_LIBRARY(ernie45, m) {
   m.def("linear(Tensor x, Tensor? norm, float eps, Tensor packed, Tensor scale, int bits, int out_size, Tensor? addend, str isa) -> Tensor");
   m.def("qkv(Tensor x, Tensor? norm, float eps, Tensor packed, Tensor scale, int bits, Tensor turns, int heads, int kv_heads, int head_size, "
         "str isa) -> (Tensor, Tensor, Tensor)");
-  m.def("feed_forward(Tensor x, Tensor norm, float eps, Tensor gate_up, Tensor gate_up_scale, int gate_up_bits, Tensor down, "
+  m.def("feed_forward(Tensor x, Tensor? norm, float eps, Tensor gate_up, Tensor gate_up_scale, int gate_up_bits, Tensor down, "
         "Tensor down_scale, int down_bits, int inner, str isa) -> Tensor");
   m.def("bf16_linear(Tensor x, Tensor weight, str isa) -> Tensor");
   m.def("paged_attention(Tensor q, Tensor keys, Tensor values, Tensor pages, Tensor lengths, int page_size, str isa) -> Tensor");

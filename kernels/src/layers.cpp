@@ -108,7 +108,7 @@ void feed_forward(const Kernels& k, const Threads& threads, const Rows& x, int64
   inner.type = x.type, inner.out = h, inner.stride = inner.width = F;
   linear(k, threads, x, T, D, norm, gate_up, inner);
   Output outer{};
-  outer.finish = Finish::add;
+  outer.finish = norm.weight ? Finish::add : Finish::store;
   outer.type = x.type, outer.out = out, outer.stride = outer.width = D, outer.addend = x.data;
   linear(k, threads, Rows{h, x.type, F}, T, F, Norm{nullptr, x.type, 0}, down, outer);
 }

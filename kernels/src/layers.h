@@ -16,15 +16,10 @@ struct Norm {
   float eps;
 };
 
-struct Attention {
-  int64_t N, K, H;
-  const float* turns;  // [T, H / 2, 2]
-};
-
 // out [T, O] = quantised(x) @ w
 void linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, const Norm& norm, const Packed& w, const Output& out);
 
-// out [T, D] = x + swiglu(norm(x) @ gate_up) @ down. Needs a gate whose width is a multiple of 16.
+// out [T, D] = x + swiglu(norm(x) @ gate_up) @ down; without a norm, nothing is added. Needs a gate whose width is a multiple of 16.
 void feed_forward(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t D, const Norm& norm, const Packed& gate_up,
                   const Packed& down, void* out);
 
