@@ -26,19 +26,37 @@ class LayeredModel:
         """Raises CheckpointError when the files do not make the model."""
         if not opened.plan.complete:
             raise CheckpointError(opened.complaint())
-        self._opened = opened
+        self.opened = opened
         with torch.device("meta"):
             self._empty = Decoder(opened.config)
         self.config = opened.config
 
     @property
-    def skeleton(self) -> Decoder:
-        """A decoder of the model's shape without weights (on the meta device), newly made."""
-        return copy.deepcopy(self._empty)
+    def num_layers(self) -> int:
+        """Layers of the trunk."""
+        return self.config.num_layers
+
+    @property
+    def frequencies_P(self) -> Tensor:
+        """Rotary frequencies, float32 [P]."""
+        return self._empty.frequencies_P
+
+    def empty_block(self, layer: int) -> Block:
+        """Layer `layer` without weights (on the meta device)."""
+        block = copy.deepcopy(self._empty.layers[layer])
+        assert isinstance(block, Block)
+        return block
 
     def block(self, layer: int) -> Block:
         """Layer `layer` with its weights."""
-        return self.part(f"layers.{layer}", copy.deepcopy(self._empty.layers[layer]))
+        return self.part(f"layers.{layer}", self.empty_block(layer))
+
+    def ends(self) -> Decoder:
+        """A decoder without its layers: embedding, final norm, head, and the multi-token predictor where there is one."""
+        ends = copy.deepcopy(self._empty)
+        ends.layers = nn.ModuleList()
+        ends.load_state_dict(self.tensors(""), assign=True)
+        return ends.eval().requires_grad_(False)
 
     def part(self, name: str, module: M) -> M:
         """Fill `module`, the empty module called `name` in the decoder, from the files."""
@@ -47,11 +65,12 @@ class LayeredModel:
         return module.eval().requires_grad_(False)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Parameters whose names begin with `prefix`, by name. Raises CheckpointError for NaN or infinite weights."""
-        wanted = {name: tuple(value.shape) for name, value in self._empty.state_dict().items() if name.startswith(prefix)}
-        plan = replace(self._opened.plan, pieces=tuple(piece for piece in self._opened.plan.pieces if piece.ours in wanted))
-        return load_pieces(plan, self._opened.files, wanted, lambda name: torch.float32)
+        """Parameters whose names begin with `prefix`, or for "" all outside the layers. Raises CheckpointError for NaN or infinite weights."""
+        every = {name: tuple(value.shape) for name, value in self._empty.state_dict().items()}
+        wanted = {name: shape for name, shape in every.items() if (name.startswith(prefix) if prefix else not name.startswith("layers."))}
+        plan = replace(self.opened.plan, pieces=tuple(piece for piece in self.opened.plan.pieces if piece.ours in wanted))
+        return load_pieces(plan, self.opened.files, wanted, lambda name: torch.float32)
 
     def close(self) -> None:
         """Unmap the files."""
-        self._opened.files.close()
+        self.opened.files.close()
