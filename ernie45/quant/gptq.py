@@ -5,7 +5,7 @@ lost is spread over the later ones by row j of the upper Cholesky factor of H^-1
 
 - columns with the largest inputs go first although groups stay where they are ("static groups"): the packed format has no index of groups;
 - scales are searched with the error weighted by the inputs' energy, and after rounding they are fitted again by least squares under H,
-  all groups of a row together, and the rounding is done once more; of the rounds, each row keeps the one with the least error.
+  all groups of a row together, and the rounding is done once more; of the rounds and rounding to nearest, each row keeps the best.
 
 Letters: O and I out- and input widths, G groups of inputs.
 """
@@ -105,27 +105,24 @@ def gptq(weight_OI: Tensor, gram_II: Tensor, bits: int, group: int, settings: Gp
     """Quantise a float32 matrix for inputs with Gram matrix H, both float32. Inputs that never occurred are rounded to nearest."""
     order_I, factor_II = _elimination(gram_II, settings)
     scales_OG = weighted_scales(weight_OI, gram_II.diagonal(), bits, group)
-    best: Rounded | None = None
-    errors_O = weight_OI.new_full((weight_OI.shape[0],), float("inf"))
+    best = Rounded(to_nearest(weight_OI, scales_OG, bits, group), scales_OG, 0.0)
+    errors_O = output_errors(weight_OI - restored(best, group), gram_II)
     for turn in range(settings.rounds):
-        if turn:
-            scales_OG = fitted_scales(weight_OI, whole_OI, scales_OG, gram_II, group)  # noqa: F821 (bound by the first turn)
-            # the fit alone already helps the whole numbers it was made for; rounding anew under it mostly helps more: both are candidates
-            best, errors_O = _better_rows(best, errors_O, weight_OI, whole_OI, scales_OG, gram_II, group)  # noqa: F821
         whole_OI = _spread_errors(weight_OI, scales_OG, order_I, factor_II, bits, group)
         best, errors_O = _better_rows(best, errors_O, weight_OI, whole_OI, scales_OG, gram_II, group)
-    assert best is not None
+        if turn + 1 < settings.rounds:
+            # the fit helps the whole numbers it was made for, and rounding anew under it mostly helps more: both are candidates
+            scales_OG = fitted_scales(weight_OI, whole_OI, scales_OG, gram_II, group)
+            best, errors_O = _better_rows(best, errors_O, weight_OI, whole_OI, scales_OG, gram_II, group)
     return best._replace(error=float(errors_O.sum()))
 
 
 def _better_rows(
-    best: Rounded | None, errors_O: Tensor, weight_OI: Tensor, whole_OI: Tensor, scales_OG: Tensor, gram_II: Tensor, group: int
+    best: Rounded, errors_O: Tensor, weight_OI: Tensor, whole_OI: Tensor, scales_OG: Tensor, gram_II: Tensor, group: int
 ) -> tuple[Rounded, Tensor]:
     """Row by row the candidate or what was best before, with the rows' errors."""
     candidate = Rounded(whole_OI, scales_OG, 0.0)
     new_O = output_errors(weight_OI - restored(candidate, group), gram_II)
-    if best is None:
-        return candidate, new_O
     better_O1 = (new_O < errors_O)[:, None]
     whole = torch.where(better_O1, whole_OI, best.whole_OI)
     return Rounded(whole, torch.where(better_O1, scales_OG, best.scales_OG), 0.0), torch.minimum(new_O, errors_O)

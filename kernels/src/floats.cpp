@@ -5,28 +5,24 @@
 namespace ernie {
 namespace ERNIE_ISA {
 
-using V = float __attribute__((vector_size(64), may_alias, aligned(4)));
-using U = uint32_t __attribute__((vector_size(64), may_alias, aligned(4)));
-using H16 = uint16_t __attribute__((vector_size(32), may_alias, aligned(2)));
-
-static inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
-static inline V load(const uint16_t* p) {
-  return reinterpret_cast<V>(__builtin_convertvector(*reinterpret_cast<const H16*>(p), U) << 16);
-}
-static inline float total(V v) {
-  float s[16];
-  std::memcpy(s, &v, 64);
-  for (int half = 8; half; half /= 2)
-    for (int j = 0; j < half; j++) s[j] += s[j + half];
-  return s[0];
+// The totals of four vectors: halves are folded pairwise, so that eight shuffles serve all four.
+static inline void totals(const V* v, float* out) {
+  const V ab = __builtin_shufflevector(v[0], v[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(v[0], v[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  const V cd = __builtin_shufflevector(v[2], v[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(v[2], v[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  V s = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+        __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  s += __builtin_shufflevector(s, s, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  s += __builtin_shufflevector(s, s, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  for (int j = 0; j < 4; j++) out[j] = s[4 * j];
 }
 
 static void widen(const Rows& x, int64_t T, int64_t width, float* out) {
   for (int64_t t = 0; t < T; t++)
-    for (int64_t i = 0; i < width; i += 4096) {
-      int n = int(width - i < 4096 ? width - i : 4096);
-      load_row(x, t, i, n, out + t * width + i);
-    }
+    for (int64_t i = 0; i < width; i++)
+      out[t * width + i] = x.type == Type::f32 ? static_cast<const float*>(x.data)[t * x.stride + i]
+                                               : f32_of_bf16(static_cast<const uint16_t*>(x.data)[t * x.stride + i]);
 }
 
 // R rows of the weight times T rows of x -> c[R][T]
@@ -59,14 +55,15 @@ static inline void dots(const uint16_t* w, int64_t I, const float* x, float* c) 
 template <int T>
 static void rows_of(const uint16_t* w, int64_t I, int64_t row, int64_t end, const float* x, const Output& out) {
   constexpr int R = T <= 4 ? 4 : 2;
-  float c[R * T], one;
+  float c[R * T];
   for (; row < end;) {
     const int n = end - row >= R ? R : 1;
     n == R ? dots<R, T>(w + row * I, I, x, c) : dots<1, T>(w + row * I, I, x, c);
     for (int r = 0; r < n; r++)
       for (int t = 0; t < T; t++) {
-        one = c[r * T + t];
-        put(out.out, out.type, t * out.stride + row + r, &one, 1);
+        const int64_t at = t * out.stride + row + r;
+        if (out.type == Type::f32) static_cast<float*>(out.out)[at] = c[r * T + t];
+        else put(out.out, out.type, at, V{} + c[r * T + t], 1);
       }
     row += n;
   }
@@ -99,7 +96,9 @@ static void scores_of(const float* q, int64_t G, int64_t H, const E* keys, int64
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) sum[j] += k * load(q + (g + j) * H + h);
       }
-      for (int j = 0; j < 4; j++) scores[(g + j) * S + s] = total(sum[j]) * by;
+      float four[4];
+      totals(sum, four);
+      for (int j = 0; j < 4; j++) scores[(g + j) * S + s] = four[j] * by;
     }
     for (; g < G; g++) {
       V sum = {};
@@ -135,41 +134,48 @@ static inline void gather_of(const float* weights, int64_t S, const E* values, i
   }
 }
 
+// Weights that sum to one. The row is read in whole vectors: behind its n scores there is room for 15 more.
 static void softmax(float* row, int64_t n) {
-  float top = row[0];
-  for (int64_t i = 1; i < n; i++) top = row[i] > top ? row[i] : top;
-  float part[16] = {0}, sum = 0;
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int j = 0; j < 16; j++) part[j] += row[i + j] = exp_approx(row[i + j] - top);
-  for (; i < n; i++) sum += row[i] = exp_approx(row[i] - top);
-  for (int j = 0; j < 16; j++) sum += part[j];
-  const float by = 1.0f / sum;
-  for (i = 0; i < n; i++) row[i] *= by;
+  for (int64_t i = n; i % 16; i++) row[i] = -INFINITY;
+  V most = load(row), sum = {};
+  for (int64_t i = 16; i < n; i += 16) most = load(row + i) > most ? load(row + i) : most;
+  float top = most[0];
+  for (int j = 1; j < 16; j++) top = most[j] > top ? most[j] : top;
+  for (int64_t i = 0; i < n; i += 16) {
+    const V e = load(row + i) == -INFINITY ? V{} : exp_approx(load(row + i) - top);
+    std::memcpy(row + i, &e, 64);
+    sum += e;
+  }
+  const float by = 1.0f / total(sum);
+  for (int64_t i = 0; i < n; i++) row[i] *= by;
 }
 
 template <class E>
 static void paged_as(const PagedJob& job, int64_t sequence, int64_t kv_head, float* scratch) {
-  const int64_t G = job.N / job.K, H = job.H, S = job.lengths[sequence], stride = job.K * H;
+  const int64_t G = job.N / job.K, H = job.H, length = job.lengths[sequence], stride = job.K * H;
+  const int64_t S = (length + 15) / 16 * 16;  // scores of one query lie so far apart
   float *q = scratch, *out = q + G * H, *scores = out + G * H;
-  load_row(Rows{job.q, job.type, job.N * H}, sequence, kv_head * G * H, int(G * H), q);
+  for (int64_t i = 0; i < G * H; i += 16) {
+    const V v = get(job.q, job.type, (sequence * job.N + kv_head * G) * H + i, 16);
+    std::memcpy(q + i, &v, 64);
+  }
   std::memset(out, 0, sizeof(float) * size_t(G * H));
   const E* keys = static_cast<const E*>(job.keys) + kv_head * H;
   const E* values = static_cast<const E*>(job.values) + kv_head * H;
   const int64_t* pages = job.pages + sequence * job.max_pages;
-  for (int64_t at = 0, p = 0; at < S; at += job.page_size, p++) {
-    const int64_t count = S - at < job.page_size ? S - at : job.page_size;
+  for (int64_t at = 0, p = 0; at < length; at += job.page_size, p++) {
+    const int64_t count = length - at < job.page_size ? length - at : job.page_size;
     scores_of<E>(q, G, H, keys + pages[p] * job.page_size * stride, stride, count, scores + at, S);
   }
-  for (int64_t g = 0; g < G; g++) softmax(scores + g * S, S);
-  for (int64_t at = 0, p = 0; at < S; at += job.page_size, p++) {
-    const int64_t count = S - at < job.page_size ? S - at : job.page_size;
+  for (int64_t g = 0; g < G; g++) softmax(scores + g * S, length);
+  for (int64_t at = 0, p = 0; at < length; at += job.page_size, p++) {
+    const int64_t count = length - at < job.page_size ? length - at : job.page_size;
     const E* from = values + pages[p] * job.page_size * stride;
     int64_t g = 0;
     for (; g + 4 <= G; g += 4) gather_of<E, 4>(scores + g * S + at, S, from, stride, count, out + g * H, H);
     for (; g < G; g++) gather_of<E, 1>(scores + g * S + at, S, from, stride, count, out + g * H, H);
   }
-  put(job.out, job.type, (sequence * job.N + kv_head * G) * H, out, int(G * H));
+  for (int64_t i = 0; i < G * H; i += 16) put(job.out, job.type, (sequence * job.N + kv_head * G) * H + i, load(out + i), 16);
 }
 
 static void paged(const PagedJob& job, int64_t sequence, int64_t kv_head, float* scratch) {

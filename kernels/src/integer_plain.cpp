@@ -42,7 +42,8 @@ struct Micro {
     for (int64_t g = 0; g < x.G; g++) {
       int32_t s[T][16];
       float d[16];
-      for (int r = 0; r < 16; r++) d[r] = f32_of_f16(scale[g * 16 + r]);
+      const V wide = f32_of_f16(scale + g * 16);
+      std::memcpy(d, &wide, 64);
       for (int t = 0; t < T; t++)
         for (int r = 0; r < 16; r++) s[t][r] = (bits == 4 ? -8 : -128) * x.sum[t * x.G + g];
       for (int64_t k = 0; k < group; k += 8, packed += 16 * bits) {

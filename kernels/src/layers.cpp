@@ -122,7 +122,7 @@ void bf16_linear(const Kernels& k, const Threads& threads, const Rows& x, int64_
 void paged(const Kernels& k, const Threads& threads, const PagedJob& job, int64_t sequences) {
   int64_t longest = 0;
   for (int64_t i = 0; i < sequences; i++) longest = job.lengths[i] > longest ? job.lengths[i] : longest;
-  const size_t bytes = size_t(job.N / job.K) * size_t(longest + 2 * job.H) * 4;
+  const size_t bytes = size_t(job.N / job.K) * size_t(longest + 16 + 2 * job.H) * 4;
   share(threads, sequences * job.K, 1, [&](int64_t first, int64_t end) {
     float* memory = reinterpret_cast<float*>(scratch(panels).take(bytes));
     for (; first < end; first++) k.floats->paged(job, first / job.K, first % job.K, memory);

@@ -72,7 +72,10 @@ struct Panel {
     } else {
       value[place] = packed;
     }
-    for (int64_t i = 0; i < w.G * 16; i++) scale[place * w.G * 16 + i] = f32_of_f16(w.scale[block * w.G * 16 + i]);
+    for (int64_t g = 0; g < w.G; g++) {
+      const V d = f32_of_f16(w.scale + (block * w.G + g) * 16);
+      std::memcpy(scale + (place * w.G + g) * 16, &d, 64);
+    }
   }
 };
 
@@ -111,7 +114,7 @@ static void many_pairs(const Packed& w, const Quantised& x, int64_t block, int64
       micro.tiles(panel.value, panel.scale, 2 * pairs, t, m, c);
       for (int i = 0; i < m; i++)
         for (int b = 0; b < pairs; b++) {
-          const float* row = c + i * kPanelBlocks * 16;
+          float* row = c + i * kPanelBlocks * 16;
           finish_pair(out, t + i, (block + b) * 16, row + b * 16, row + (pairs + b) * 16);
         }
     }

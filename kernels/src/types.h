@@ -73,7 +73,7 @@ struct FloatKernels {
   void (*widen)(const Rows& x, int64_t T, int64_t width, float* out);
   // rows `row` .. `end` of a bfloat16 weight [O, I] times x [T, I], T <= kFewRows
   void (*bf16_few)(const uint16_t* weight, int64_t I, int64_t row, int64_t end, const float* x, int64_t T, const Output& out);
-  // one query per sequence against its pages; scratch holds (N / K) * (longest length + 2 * H) floats
+  // one query per sequence against its pages; scratch holds (N / K) * (longest length + 16 + 2 * H) floats
   void (*paged)(const PagedJob& job, int64_t sequence, int64_t kv_head, float* scratch);
 };
 
