@@ -37,7 +37,7 @@ class LayeredModel:
         return self.config.num_layers
 
     @property
-    def frequencies_P(self) -> Tensor:
+    def frequencies(self) -> Tensor:
         """Rotary frequencies, float32 [P]."""
         return self._empty.frequencies_P
 
@@ -65,9 +65,13 @@ class LayeredModel:
         return module.eval().requires_grad_(False)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Parameters whose names begin with `prefix`, or for "" all outside the layers. Raises CheckpointError for NaN or infinite weights."""
+        """Parameters whose names begin with `prefix`, or for "" all outside the layers.
+
+        Raises CheckpointError for weights that are no numbers.
+        """
         every = {name: tuple(value.shape) for name, value in self._empty.state_dict().items()}
-        wanted = {name: shape for name, shape in every.items() if (name.startswith(prefix) if prefix else not name.startswith("layers."))}
+        inside = [name for name in every if (name.startswith(prefix) if prefix else not name.startswith("layers."))]
+        wanted = {name: every[name] for name in inside}
         plan = replace(self.opened.plan, pieces=tuple(piece for piece in self.opened.plan.pieces if piece.ours in wanted))
         return load_pieces(plan, self.opened.files, wanted, lambda name: torch.float32)
 

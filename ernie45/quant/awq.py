@@ -70,7 +70,7 @@ def narrowed_gram(gram_II: Tensor, factors_I: Tensor) -> Tensor:
 
 
 def shared_by_head(magnitude_I: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
-    """Magnitudes of the attention output [N * H] with heads of one key head given their common mean, so that one value row feeds them all."""
+    """Magnitudes of the attention output [N * H], heads of one key head given their common mean: one value row feeds them all."""
     grouped = magnitude_I.view(num_kv_heads, num_heads // num_kv_heads, -1)
     return grouped.mean(1, keepdim=True).expand_as(grouped).reshape(-1)
 

@@ -1,14 +1,15 @@
-"""Calibration: what the inputs of every matrix of one block look like, gathered while sequences pass through it.
+"""Calibration: what the inputs of one block's matrices look like, gathered while sequences pass through it.
 
-A block is watched by hooks, so any module tree made of `Linear` and `Experts` can be calibrated; nothing of the inputs is kept but their
-Gram matrix, mean magnitude and count. Routed experts are counted one by one: an expert that saw too few tokens is calibrated on all of
-them, and so is every expert when that is asked for.
+Two copies of a block are watched together: the one being quantised, whose inputs carry the errors made so far, and the original with its
+own inputs. A matrix can then be fitted to give, from the inputs it will really see, the outputs it should have given (GPTAQ, Li et al.
+2025, arXiv 2504.02692). Any module tree made of `Linear` and `Experts` can be watched. Nothing of the inputs is kept but Gram matrices,
+mean magnitudes and counts. Routed experts are counted one by one: an expert that saw too few tokens is calibrated on all of them.
 
 Letters: S sequences, L their length, T tokens, D width, I in-width, F width of one expert, P rotary pairs.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,37 +19,38 @@ from ernie45.errors import CheckpointError
 from ernie45.nn.attention import PackedCausal
 from ernie45.nn.layers import Linear
 from ernie45.nn.moe import Experts
-from ernie45.ops import Routing
 
 SEQUENCES_AT_ONCE = 2  # bounds the memory of a pass: a few hundred megabytes for the widest published layer
 
 
 class InputStatistics:
-    """Gram matrix sum x x^T (float32 [I, I]), sum of |x| [I] and number of the inputs one matrix saw."""
+    """Of the inputs x one matrix saw, and x' of the original: sum x x^T, sum x' x^T (float32 [I, I]), sum |x| [I], and how many."""
 
     def __init__(self, size: int) -> None:
         self.gram_II = torch.zeros(size, size)
+        self.cross_II = torch.zeros(size, size)
         self.magnitude_I = torch.zeros(size)
         self.tokens = 0
 
-    def add(self, x_TI: Tensor, where: str) -> None:
+    def add(self, x_TI: Tensor, original_TI: Tensor, where: str) -> None:
         """Take in T inputs. Raises `CheckpointError` for one that is no finite number: a model that overflows cannot be calibrated."""
-        x_TI = x_TI.float()
+        x_TI, original_TI = x_TI.float(), original_TI.float()
         if not bool(x_TI.isfinite().all()):
             raise CheckpointError(f"the inputs of '{where}' hold NaN or infinities on the calibration text; the checkpoint is damaged")
         self.gram_II.addmm_(x_TI.t(), x_TI)
+        self.cross_II.addmm_(original_TI.t(), x_TI)
         self.magnitude_I += x_TI.abs().sum(0)
         self.tokens += len(x_TI)
 
-    @property
-    def mean_magnitude_I(self) -> Tensor:
-        """Mean |x| per input."""
+    def mean_magnitude(self) -> Tensor:
+        """Mean |x| per input, [I]."""
         return self.magnitude_I / max(1, self.tokens)
 
     def narrowed(self, factors_I: Tensor) -> "InputStatistics":
-        """The statistics of x / s."""
+        """The statistics of x / s and x' / s."""
         result = InputStatistics(0)
-        result.gram_II = self.gram_II / torch.outer(factors_I, factors_I)
+        both_II = torch.outer(factors_I, factors_I)
+        result.gram_II, result.cross_II = self.gram_II / both_II, self.cross_II / both_II
         result.magnitude_I, result.tokens = self.magnitude_I / factors_I, self.tokens
         return result
 
@@ -65,116 +67,132 @@ class ExpertStatistics:
         self.gate_up = [InputStatistics(size) for _ in range(count)]
         self.down = [InputStatistics(inner) for _ in range(count)]
 
-    @property
     def starved(self) -> tuple[int, ...]:
         """Experts that saw fewer than `least` tokens of their own."""
         return tuple(e for e, tokens in enumerate(self.routed) if tokens < self.least)
 
-    def add(self, experts: Experts, x_TD: Tensor, routing: Routing, where: str) -> None:
-        """Give every token to the experts it was routed to."""
-        self.everything.add(x_TD, where)
-        for e in routing.experts.unique().tolist():
-            rows = x_TD[(routing.experts == e).any(1)]
-            self.routed[e] += len(rows)
-            self._give(experts, e, rows, where)
+    def add(self, now: "Seen", before: "Seen", where: str) -> None:
+        """Give every token to the experts it is routed to now."""
+        assert now.chosen is not None
+        self.everything.add(now.x_TI, before.x_TI, where)
+        for e in now.chosen.unique().tolist():
+            rows = (now.chosen == e).any(1)
+            self.routed[e] += int(rows.sum())
+            self.gate_up[e].add(now.x_TI[rows], before.x_TI[rows], f"{where}.gate_up.{e}")
+            self.down[e].add(_inner(now, e, rows), _inner(before, e, rows), f"{where}.down.{e}")
 
-    def add_to_starved(self, experts: Experts, x_TD: Tensor, where: str) -> None:
-        """Second pass: give every token to the inner inputs of the starved experts, whose own are forgotten before the first call."""
-        for e in self.starved:
-            h_TF = ops.swiglu(ops.linear(x_TD, experts.gate_up[e]))
-            self.down[e].add(h_TF, f"{where}.down.{e}")
-
-    def forget_starved(self) -> None:
-        """Starved experts share the Gram matrix of all tokens and wait for `add_to_starved`."""
-        for e in self.starved:
+    def begin_again_for_starved(self) -> None:
+        """Starved experts share the Gram matrix of all tokens; their inner inputs are gathered anew by `add_to_starved`."""
+        for e in self.starved():
             self.gate_up[e] = self.everything
             self.down[e] = InputStatistics(len(self.down[e].magnitude_I))
 
-    def _give(self, experts: Experts, e: int, rows_TD: Tensor, where: str) -> None:
-        self.gate_up[e].add(rows_TD, f"{where}.gate_up.{e}")
-        self.down[e].add(ops.swiglu(ops.linear(rows_TD, experts.gate_up[e])), f"{where}.down.{e}")
+    def add_to_starved(self, now: "Seen", before: "Seen", where: str) -> None:
+        """Give every token to the starved experts' inner inputs."""
+        rows = torch.ones(len(now.x_TI), dtype=torch.bool)
+        for e in self.starved():
+            self.down[e].add(_inner(now, e, rows), _inner(before, e, rows), f"{where}.down.{e}")
 
 
 Statistics = dict[str, InputStatistics | ExpertStatistics]
 """Module name within the block -> what it saw."""
 
 
-@contextmanager
-def watched(block: nn.Module, statistics: Statistics, *, again: bool = False) -> Iterator[None]:
-    """While this is open, every pass through `block` adds to `statistics`; with `again` only to the starved experts'."""
+@dataclass(frozen=True)
+class Seen:
+    """One input of a watched module: [T, I], and for experts the module and the chosen ones [T, C]."""
 
-    def linear_hook(name: str) -> object:
-        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            found = statistics[name]
-            assert isinstance(found, InputStatistics)
-            found.add(inputs[0], name)
+    x_TI: Tensor
+    module: nn.Module
+    chosen: Tensor | None = None
 
-        return hook
 
-    def experts_hook(name: str) -> object:
-        def hook(module: Experts, inputs: tuple[Tensor, Routing]) -> None:
-            found = statistics[name]
-            assert isinstance(found, ExpertStatistics)
-            if again:
-                found.add_to_starved(module, inputs[0], name)
+@dataclass(frozen=True)
+class Pair:
+    """A block with the hidden states [S, L, D] that enter it, now and in the original model."""
+
+    now: nn.Module
+    now_SLD: Tensor
+    original: nn.Module
+    original_SLD: Tensor
+    turns_LP: Tensor
+
+    @torch.inference_mode()
+    def observe(self, names: Collection[str], least_tokens: int) -> Statistics:
+        """What the modules `names` see, from one pass of all sequences; experts that saw fewer than `least_tokens` from a second one."""
+        statistics: Statistics = {}
+        for name in names:
+            module = self.now.get_submodule(name)
+            if isinstance(module, Experts):
+                statistics[name] = ExpertStatistics(module, least_tokens)
             else:
-                found.add(module, *inputs, name)
+                assert isinstance(module, Linear)
+                statistics[name] = InputStatistics(module.weight.shape[1])
+        for now, before in self._inputs(names):
+            for name, found in statistics.items():
+                if isinstance(found, ExpertStatistics):
+                    found.add(now[name], before[name], name)
+                else:
+                    found.add(now[name].x_TI, before[name].x_TI, name)
+        starving = {name: found for name, found in statistics.items() if isinstance(found, ExpertStatistics) and found.starved()}
+        for found in starving.values():
+            found.begin_again_for_starved()
+        for now, before in self._inputs(starving) if starving else ():
+            for name, found in starving.items():
+                found.add_to_starved(now[name], before[name], name)
+        return statistics
+
+    def _inputs(self, names: Collection[str]) -> Iterator[tuple[dict[str, Seen], dict[str, Seen]]]:
+        for begin in range(0, len(self.now_SLD), SEQUENCES_AT_ONCE):
+            part = slice(begin, begin + SEQUENCES_AT_ONCE)
+            yield (
+                inputs_of(self.now, names, self.now_SLD[part], self.turns_LP),
+                inputs_of(self.original, names, self.original_SLD[part], self.turns_LP),
+            )
+
+
+class _Enough(Exception):
+    """No error: it ends a pass whose rest nobody needs."""
+
+
+def inputs_of(block: nn.Module, names: Collection[str], x_SLD: Tensor, turns_LP: Tensor) -> dict[str, Seen]:
+    """What the modules `names` of the block receive when the sequences pass; the pass ends where the last of them is reached."""
+    seen: dict[str, Seen] = {}
+
+    def watching(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            chosen = inputs[1].experts if isinstance(module, Experts) else None  # pyrefly: ignore[missing-attribute]
+            seen[name] = Seen(inputs[0], module, chosen)
+            if len(seen) == len(names):
+                raise _Enough
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(experts_hook(name) if isinstance(module, Experts) else linear_hook(name))  # pyrefly: ignore
-        for name, module in block.named_modules()
-        if isinstance(module, Experts) or (isinstance(module, Linear) and not again)
-    ]
+    handles = [block.get_submodule(name).register_forward_pre_hook(watching(name)) for name in names]
     try:
-        yield
+        _through(block, x_SLD, turns_LP)
+    except _Enough:
+        return seen
     finally:
         for handle in handles:
             handle.remove()
+    raise AssertionError(f"of {sorted(names)} only {sorted(seen)} were reached")
 
 
-def empty_statistics(block: nn.Module, least_tokens: int) -> Statistics:
-    """One entry per `Linear` and `Experts` of the block; `least_tokens` as for `ExpertStatistics`."""
-    result: Statistics = {}
-    for name, module in block.named_modules():
-        if isinstance(module, Linear):
-            result[name] = InputStatistics(module.weight.shape[1])
-        elif isinstance(module, Experts):
-            result[name] = ExpertStatistics(module, least_tokens)
-    return result
+def _inner(seen: Seen, expert: int, rows: Tensor) -> Tensor:
+    assert isinstance(seen.module, Experts)
+    return ops.swiglu(ops.linear(seen.x_TI[rows], seen.module.gate_up[expert]))
 
 
-@torch.inference_mode()
-def calibrate(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor, least_tokens: int) -> Statistics:
-    """Pass the sequences through the block and return what its matrices saw."""
-    statistics = empty_statistics(block, least_tokens)
-    with watched(block, statistics):
-        for _ in passes(block, x_SLD, turns_LP):
-            pass
-    starving = [found for found in statistics.values() if isinstance(found, ExpertStatistics) and found.starved]
-    for found in starving:
-        found.forget_starved()
-    if starving:
-        with watched(block, statistics, again=True):
-            for _ in passes(block, x_SLD, turns_LP):
-                pass
-    return statistics
-
-
-def passes(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The block's output for a few sequences at a time: which they are, and [s, L, D]."""
-    length = x_SLD.shape[1]
-    for begin in range(0, len(x_SLD), SEQUENCES_AT_ONCE):
-        part = x_SLD[begin : begin + SEQUENCES_AT_ONCE]
-        count = len(part)
-        attend = PackedCausal([length * (i + 1) for i in range(count)])
-        y_TD = block(part.flatten(0, 1), turns_LP.repeat(count, 1), attend)
-        yield slice(begin, begin + count), y_TD.view_as(part)
+def _through(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor) -> Tensor:
+    count, length, _ = x_SLD.shape
+    attend = PackedCausal([length * (i + 1) for i in range(count)])
+    return block(x_SLD.flatten(0, 1), turns_LP.repeat(count, 1), attend).view_as(x_SLD)
 
 
 @torch.inference_mode()
 def advance(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor) -> None:
-    """Replace every sequence by the block's output for it, in place."""
-    for which, y_SLD in passes(block, x_SLD, turns_LP):
-        x_SLD[which] = y_SLD
+    """Replace every sequence by the block's output for it, in place, a few at a time."""
+    for begin in range(0, len(x_SLD), SEQUENCES_AT_ONCE):
+        part = slice(begin, begin + SEQUENCES_AT_ONCE)
+        x_SLD[part] = _through(block, x_SLD[part], turns_LP)

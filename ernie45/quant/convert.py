@@ -1,7 +1,7 @@
 """A model quantised layer by layer in bounded memory, into shards that are final as they are written.
 
-Three streams of hidden states walk through the layers together: the calibration text through the layers quantised so far, the held-out text
-through the original layers, and the held-out text through the quantised ones. So one reading of the original weights serves the statistics,
+Four streams of hidden states walk through the layers together: the calibration text and the held-out text, each through the original layers
+and through the quantised ones. So one reading of the original weights serves the statistics,
 the measurement before and the measurement after, and only one layer of floats is in memory. After each layer its shard and the streams are
 put on the disk; a run that was killed goes on there.
 
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ernie45.nn.block import Block
 from ernie45.nn.rope import turns
-from ernie45.quant.calibrate import Statistics, advance, calibrate
+from ernie45.quant.calibrate import advance
 from ernie45.quant.measure import LayerReport, Quality, QualityCounter
-from ernie45.quant.methods import MatrixReport, Method, quantise_block
+from ernie45.quant.methods import MatrixReport, Method, Streams, quantise_block
 from ernie45.quant.model import quantisable, quantise_model
 from ernie45.quant.spec import QuantSpec, Rule, Scheme
 from ernie45.weights.safetensors import INDEX_NAME, SINGLE_NAME, open_safetensors
@@ -53,7 +53,7 @@ class Source(Protocol):
         ...
 
     @property
-    def frequencies_P(self) -> Tensor:
+    def frequencies(self) -> Tensor:
         """Rotary frequencies."""
         ...
 
@@ -138,11 +138,11 @@ def _explicit(ends: nn.Module, schemes: Mapping[str, Scheme | None]) -> QuantSpe
 
 
 class _Walk:
-    """The three streams, how many layers they have passed, and the reports so far."""
+    """The streams, how many layers they have passed, and the reports so far."""
 
     def __init__(self, source: Source, plan: Plan, work: Path) -> None:
         self.source, self.plan, self.work = source, plan, work
-        self.turns_LP = turns(torch.arange(max(plan.calibration_SL.shape[1], plan.held_out_SL.shape[1])), source.frequencies_P)
+        self.turns_LP = turns(torch.arange(max(plan.calibration_SL.shape[1], plan.held_out_SL.shape[1])), source.frequencies)
         self.done = 0
         self.reports: list[LayerReport] = []
         self.streams: dict[str, Tensor] = {}
@@ -163,6 +163,7 @@ class _Walk:
         }
         if plan.method.needs_text:
             walk.streams["calibration"] = _embedded(packed, text["calibration"])
+            walk.streams["calibration_reference"] = _embedded(original, text["calibration"])
         return walk
 
     @torch.inference_mode()
@@ -170,11 +171,13 @@ class _Walk:
         """Quantise one layer, move all streams past it, and put shard and streams on the disk."""
         block = self.source.block(layer)
         advance(block, self.streams["reference"], self._turns("reference"))
-        statistics: Statistics = {}
+        seen: Streams | None = None
         if self.plan.method.needs_text:
-            statistics = calibrate(block, self.streams["calibration"], self._turns("calibration"), self.plan.least_expert_tokens)
-        packed, matrices = quantise_block(block, f"layers.{layer}", schemes, self.plan.method, statistics)
-        for name in self.streams.keys() - {"reference"}:
+            before = self.streams["calibration_reference"].clone()
+            advance(block, self.streams["calibration_reference"], self._turns("calibration"))
+            seen = Streams(self.streams["calibration"], before, self._turns("calibration"), self.plan.least_expert_tokens)
+        packed, matrices = quantise_block(block, f"layers.{layer}", schemes, self.plan.method, seen)
+        for name in self.streams.keys() & {"calibration", "quantised"}:
             advance(packed, self.streams[name], self._turns(name))
         self.reports.append(LayerReport(layer, _drift(self.streams), tuple(matrices)))
         _write_shard(self.work, layer + 1, self.source.num_layers, {f"layers.{layer}.{k}": v for k, v in packed.state_dict().items()})

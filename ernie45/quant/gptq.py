@@ -33,11 +33,14 @@ class Rounded(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GptqSettings:
-    """`damping`: this share of the mean diagonal is added to H. `by_energy`: large inputs first. `rounds`: roundings, scales fitted between."""
+    """`damping`: this share of the mean diagonal is added to H. `by_energy`: large inputs first. `rounds`: how often is rounded, scales
+    fitted in between. `correction`: how much of the earlier matrices' errors is made up for, 0 (nothing) to 1.
+    """
 
     damping: float = 0.01
     by_energy: bool = True
     rounds: int = 3
+    correction: float = 1.0
 
 
 def largest_whole(bits: int) -> int:
@@ -62,7 +65,7 @@ def storable(scales_OG: Tensor) -> Tensor:
 
 
 def weighted_scales(weight_OI: Tensor, energy_I: Tensor, bits: int, group: int) -> Tensor:
-    """Scales [O, G] of least squared error, inputs weighted by `energy` (the diagonal of H; ones for no data), over clip factors .5 to 1."""
+    """Scales [O, G] of least squared error, inputs weighted by `energy` (the diagonal of H; ones for no data), clipped by .5 to 1."""
     top = largest_whole(bits)
     grouped_OGW = in_groups(weight_OI, group)
     energy_GW = in_groups(energy_I[None], group)[0]
@@ -99,6 +102,22 @@ def round_to_nearest(weight_OI: Tensor, gram_II: Tensor, bits: int, group: int) 
     scales_OG = weighted_scales(weight_OI, gram_II.diagonal(), bits, group)
     rounded = Rounded(to_nearest(weight_OI, scales_OG, bits, group), scales_OG, 0.0)
     return rounded._replace(error=float(output_errors(weight_OI - restored(rounded, group), gram_II).sum()))
+
+
+def corrected(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, settings: GptqSettings) -> Tensor:
+    """W' whose outputs for the inputs x it will see are nearest to W's for the original inputs x', drawn to W by the damping.
+
+    W' = W + c W (C - H) (H + d)^-1 with H = sum x x^T, C = sum x' x^T and c the correction.
+    """
+    if not settings.correction:
+        return weight_OI
+    gram = gram_II.double()
+    damped = gram + torch.eye(len(gram), dtype=gram.dtype) * (settings.damping * float(gram.diagonal().mean()) + 1e-30)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        return weight_OI
+    moved_IO = torch.cholesky_solve((weight_OI.double() @ (cross_II.double() - gram)).t(), lower)
+    return (weight_OI + settings.correction * moved_IO.t()).float()
 
 
 def gptq(weight_OI: Tensor, gram_II: Tensor, bits: int, group: int, settings: GptqSettings) -> Rounded:

@@ -1,4 +1,4 @@
-"""One block quantised: its matrices widened (AWQ) and rounded (to nearest, or GPTQ) by what they saw, and packed modules put in their place.
+"""One block quantised: matrices widened (AWQ) and rounded (to nearest, or GPTQ) by what they saw, and packed modules put in their place.
 
 Works on any `nn.Block`: dense, or a mixture of experts whose routed experts share one set of factors, since one norm feeds them all. The
 function of the float block does not change when it is widened; routers stay in float32 and take their share of the factors.
@@ -6,7 +6,8 @@ function of the float block does not change when it is widened; routers stay in 
 Letters: D width, F feed-forward width, I in-width.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +20,8 @@ from ernie45.nn.layers import Linear, SwiGLU
 from ernie45.nn.moe import Experts, MixtureOfExperts
 from ernie45.ops import PackedWeight
 from ernie45.quant import awq
-from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Statistics
-from ernie45.quant.gptq import GptqSettings, gptq, output_errors, round_to_nearest
+from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Statistics
+from ernie45.quant.gptq import GptqSettings, corrected, gptq, output_errors, restored, round_to_nearest
 from ernie45.quant.linear import QuantExperts, QuantLinear
 from ernie45.quant.model import prepare_model, quantisable
 from ernie45.quant.pack import pack
@@ -42,6 +43,20 @@ class Method:
     def needs_text(self) -> bool:
         """Whether inputs are looked at."""
         return self.widen or self.spread
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Hidden states [S, L, D] that enter the block on the calibration text: in the model quantised so far, and in the original."""
+
+    now_SLD: Tensor
+    original_SLD: Tensor
+    turns_LP: Tensor
+    least_tokens: int
+
+    def pair(self, now: nn.Module, original: nn.Module) -> Pair:
+        """Both streams with the blocks they enter."""
+        return Pair(now, self.now_SLD, original, self.original_SLD, self.turns_LP)
 
 
 METHODS = {
@@ -81,35 +96,48 @@ class MatrixReport:
     starved: tuple[int, ...] = ()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def quantise_block(
-    block: Block, prefix: str, schemes: Mapping[str, Scheme | None], method: Method, statistics: Statistics
+    block: Block, prefix: str, schemes: Mapping[str, Scheme | None], method: Method, streams: Streams | None
 ) -> tuple[nn.Module, list[MatrixReport]]:
     """Quantise the matrices of `block` that `schemes` (by full name, `prefix` included) gives one; returns the packed block and its costs.
 
-    `block` is used up. `statistics` may be empty when the method needs no text.
+    `block` is used up. `streams` may be None when the method needs no text. Matrices are done in the order in which inputs pass them, so
+    that a later one sees, and makes up for, what the earlier ones lost.
     """
     named = {name: schemes[f"{prefix}.{name}"] for name, _ in quantisable(block)}
-    exponents = _widen(block, named, statistics) if method.widen else {}
+    todo = {name: scheme for name, scheme in named.items() if scheme is not None}
+    exponents: dict[str, float] = {}
+    if method.widen and streams is not None and todo:
+        exponents = _widen(block, named, streams.pair(block, block).observe(list(named), streams.least_tokens))
+    original = copy.deepcopy(block) if method.spread else block
     reports: list[MatrixReport] = []
     packed: dict[str, PackedWeight | list[tuple[PackedWeight, PackedWeight]]] = {}
-    for name, scheme in named.items():
-        if scheme is None:
-            continue
-        module = block.get_submodule(name)
-        if isinstance(module, Experts):
-            packed[name], costs = _round_experts(module, scheme, method, statistics.get(name))
-            found = statistics.get(name)
-            assert found is None or isinstance(found, ExpertStatistics)
-            routed, starved = (tuple(found.routed), found.starved) if found else ((), ())
-            reports.append(costs.report(f"{prefix}.{name}", scheme, method, exponents.get(name), sum(routed), routed, starved))
-        else:
-            assert isinstance(module, Linear)
-            seen = statistics.get(name)
-            assert seen is None or isinstance(seen, InputStatistics)
-            packed[name], costs = _round_matrix(module.weight, scheme, method, seen)
-            reports.append(costs.report(f"{prefix}.{name}", scheme, method, exponents.get(name), seen.tokens if seen else 0))
+    for stage in _stages(todo):
+        statistics: Statistics = {}
+        if streams is not None:
+            statistics = streams.pair(block, original).observe(stage, streams.least_tokens)
+        for name in stage:
+            module, scheme, seen = block.get_submodule(name), todo[name], statistics.get(name)
+            full, exponent = f"{prefix}.{name}", exponents.get(name)
+            if isinstance(module, Experts):
+                assert seen is None or isinstance(seen, ExpertStatistics)
+                packed[name], costs = _round_experts(module, scheme, method, seen)
+                routed, starved = (tuple(seen.routed), seen.starved()) if seen else ((), ())
+                reports.append(costs.report(full, scheme, method, exponent, sum(routed), routed, starved))
+            else:
+                assert isinstance(module, Linear)
+                assert seen is None or isinstance(seen, InputStatistics)
+                packed[name], costs = _round_matrix(module.weight, scheme, method, seen)
+                reports.append(costs.report(full, scheme, method, exponent, seen.tokens if seen else 0))
     return _filled(block, named, packed), reports
+
+
+def _stages(names: Collection[str]) -> list[list[str]]:
+    """Modules that see their inputs at the same time, in the order of the pass."""
+    order = (("attn.qkv",), ("attn.out",), ("ffn.gate_up", "ffn.shared.gate_up", "ffn.experts"), ("ffn.down", "ffn.shared.down"))
+    assert not set(names) - {name for stage in order for name in stage}, "a block with matrices this file does not know"
+    return [found for stage in order if (found := [name for name in stage if name in names])]
 
 
 @dataclass(frozen=True)
@@ -132,20 +160,26 @@ class _Costs:
         return MatrixReport(name, str(scheme), self.lost / energy, nearest, exponent, tokens, routed, starved)
 
 
-def _round_matrix(weight_OI: Tensor, scheme: Scheme, method: Method, seen: InputStatistics | None) -> tuple[PackedWeight, _Costs]:
-    weight_OI = weight_OI.detach().float()
-    gram_II = seen.gram_II if seen is not None and seen.tokens else torch.eye(weight_OI.shape[1])
+def _round_matrix(parameter_OI: Tensor, scheme: Scheme, method: Method, seen: InputStatistics | None) -> tuple[PackedWeight, _Costs]:
+    """Round one matrix, and leave in `parameter` what the whole numbers stand for, so that later inputs carry the error."""
+    weight_OI = parameter_OI.detach().float()
+    usable = seen is not None and seen.tokens > 0
+    gram_II = seen.gram_II if usable else torch.eye(weight_OI.shape[1])
     bits, group = scheme.weight_bits, scheme.group
     nearest = round_to_nearest(weight_OI, gram_II, bits, group)
-    rounded = gptq(weight_OI, gram_II, bits, group, method.gptq) if method.spread else nearest
+    rounded = nearest
+    if method.spread:
+        if usable:
+            weight_OI = corrected(weight_OI, gram_II, seen.cross_II, method.gptq)
+        rounded = gptq(weight_OI, gram_II, bits, group, method.gptq)
     costs = _Costs(rounded.error, nearest.error, float(output_errors(weight_OI, gram_II).sum()))
+    parameter_OI.copy_(restored(rounded, group))
     return pack(rounded.whole_OI, rounded.scales_OG, bits, group), costs
 
 
 def _round_experts(
-    experts: Experts, scheme: Scheme, method: Method, seen: object
+    experts: Experts, scheme: Scheme, method: Method, seen: ExpertStatistics | None
 ) -> tuple[list[tuple[PackedWeight, PackedWeight]], _Costs]:
-    assert seen is None or isinstance(seen, ExpertStatistics)
     result, total = [], _Costs(0.0, 0.0, 0.0)
     for e in range(len(experts.down)):
         gate_up, first = _round_matrix(experts.gate_up[e], scheme, method, seen.gate_up[e] if seen else None)
@@ -233,7 +267,7 @@ def _search(
     if not readers or all(reader.bits == 8 for reader in readers):
         return None  # at 8 bits there is nothing to win
     first = statistics[names[0]]
-    magnitude_I = (first.everything if isinstance(first, ExpertStatistics) else first).mean_magnitude_I
+    magnitude_I = (first.everything if isinstance(first, ExpertStatistics) else first).mean_magnitude()
     if heads is not None:
         magnitude_I = awq.shared_by_head(magnitude_I, heads.num_heads, heads.num_kv_heads)
     found = awq.search(magnitude_I, readers)
@@ -260,7 +294,7 @@ def _widen_inside_experts(experts: Experts, scheme: Scheme, seen: object) -> Non
         return
     for e in range(len(experts.down)):
         down = seen.down[e]
-        found = awq.search(down.mean_magnitude_I, [awq.Reader(experts.down[e], down.gram_II, scheme.weight_bits, scheme.group)], steps=10)
+        found = awq.search(down.mean_magnitude(), [awq.Reader(experts.down[e], down.gram_II, scheme.weight_bits, scheme.group)], steps=10)
         if found.exponent:
             experts.down[e].mul_(found.factors_I)
             awq.fold_into_up(experts.gate_up[e], None, found.factors_I)

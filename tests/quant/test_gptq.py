@@ -65,9 +65,10 @@ def test_outputs_lose_far_less_than_by_rounding_to_nearest() -> None:
     spread_out = gptq(weight, gram, 4, 64, GptqSettings())
     assert spread_out.error < 0.5 * nearest.error
     # and on inputs it has not seen
-    _, fresh = made(48, 192, 2000, 2)[0], torch.randn(500, 192, generator=torch.Generator().manual_seed(9)) @ torch.linalg.cholesky(
-        gram / 2000 + 1e-6 * torch.eye(192)
-    ).t()
+    _, fresh = (
+        made(48, 192, 2000, 2)[0],
+        torch.randn(500, 192, generator=torch.Generator().manual_seed(9)) @ torch.linalg.cholesky(gram / 2000 + 1e-6 * torch.eye(192)).t(),
+    )
     lost = [((weight - restored(found, 64)) @ fresh.t()).square().sum() for found in (spread_out, nearest)]
     assert lost[0] < 0.6 * lost[1]
 
