@@ -78,7 +78,8 @@ def quantise_activations(x_TI: Tensor, group: int) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(x_TI.float(), (0, -x_TI.shape[1] % group)).unflatten(1, (-1, group))
     largest = padded.abs().amax(-1, keepdim=True)
     sound = largest.isfinite() & (largest >= 1e-30)
-    inverse = torch.where(sound, 127.0 / largest, 0.0)
+    # a true division: torch turns "number / tensor" into a product with the reciprocal, which rounds twice and moves ties
+    inverse = torch.where(sound, torch.full_like(largest, 127.0) / largest, 0.0)
     whole = torch.where(sound, (padded * inverse).round(), 0.0).to(torch.int8)
     scales = torch.where(sound, largest / 127.0, torch.where(largest.isfinite(), 0.0, float("nan")))
     return whole, scales.squeeze(-1)

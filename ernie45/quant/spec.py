@@ -42,10 +42,14 @@ class Scheme:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Modules whose name fits `pattern` (`*` any text) get `scheme`, or stay whole when it is None."""
+    """Modules whose name fits `pattern` (`*` any text, `|` between alternatives) get `scheme`, or stay whole when it is None."""
 
     pattern: str
     scheme: str | None
+
+    def fits(self, name: str) -> bool:
+        """Whether the rule speaks of module `name`."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.pattern.split("|"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +66,8 @@ class QuantSpec:
     @classmethod
     def uniform(cls, scheme: str, *, head: str | None = None) -> "QuantSpec":
         """`scheme` for every matrix; the output head (and an embedding tied to it) gets `head`, or None: as everything else."""
-        rules = (Rule(pattern="*", scheme=scheme),)
-        for name in ("head", "embed") if head else ():
-            rules = (Rule(pattern=name, scheme=head), *rules)
-        return cls(rules=rules)
+        first = (Rule(pattern="head|embed", scheme=head),) if head else ()
+        return cls(rules=(*first, Rule(pattern="*", scheme=scheme)))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> "QuantSpec":
@@ -79,7 +81,7 @@ class QuantSpec:
     def scheme_for(self, name: str) -> Scheme | None:
         """What module `name` gets. Raises `ConfigError` when no rule speaks of it."""
         for rule in self.rules:
-            if fnmatch.fnmatchcase(name, rule.pattern):
+            if rule.fits(name):
                 return None if rule.scheme is None else Scheme.parse(rule.scheme)
         raise ConfigError(f"no quantisation rule speaks of '{name}'; add one, or a last rule for '*'")
 
@@ -87,5 +89,5 @@ class QuantSpec:
         """Raise `ConfigError` for a rule that fits none of `names`: a misspelt pattern must not pass as nothing to do."""
         names = list(names)
         for rule in self.rules:
-            if not any(fnmatch.fnmatchcase(n, rule.pattern) for n in names):
+            if not any(map(rule.fits, names)):
                 raise ConfigError(f"the quantisation rule for '{rule.pattern}' fits no module; names look like {', '.join(names[:3])}")
