@@ -59,9 +59,7 @@ class Native:
             self.isa,
         )  # fmt: skip
 
-    def paged_attention(
-        self, q_BNH: Tensor, keys: Tensor, values: Tensor, pages_BP: Tensor, lengths_B: Tensor, page_size: int
-    ) -> Tensor:
+    def paged_attention(self, q_BNH: Tensor, keys: Tensor, values: Tensor, pages_BP: Tensor, lengths_B: Tensor, page_size: int) -> Tensor:
         """See `quantised.paged_attention`; head sizes must be a multiple of 16."""
         return torch.ops.ernie45.paged_attention(q_BNH, keys, values, pages_BP, lengths_B, page_size, self.isa)
 
@@ -124,9 +122,7 @@ def _register_shapes() -> None:
     def bf16_linear(x: Tensor, weight: Tensor, isa: str) -> Tensor:
         return x.new_empty(x.shape[0], weight.shape[0])
 
-    def paged_attention(
-        q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, page_size: int, isa: str
-    ) -> Tensor:
+    def paged_attention(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, page_size: int, isa: str) -> Tensor:
         return torch.empty_like(q)
 
     for shape_of in (linear, qkv, feed_forward, bf16_linear, paged_attention):

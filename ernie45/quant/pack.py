@@ -32,7 +32,9 @@ def pack(whole_OI: Tensor, scales_OG: Tensor, bits: int, group: int) -> PackedWe
     """
     O, I = whole_OI.shape  # noqa: E741
     if not bool((scales_OG.abs() <= _LARGEST_SCALE).all()):  # NaN compares false
-        raise CheckpointError(f"a weight scale is not a number up to {_LARGEST_SCALE:.0f}: the weights hold NaN, infinities or absurd values")
+        raise CheckpointError(
+            f"a weight scale is not a number up to {_LARGEST_SCALE:.0f}: the weights hold NaN, infinities or absurd values"
+        )
     (blocks, quads, _), (_, groups, _) = packed_shapes(O, I, bits, group)
     width = group_width(I, group)
     rows = torch.nn.functional.pad(whole_OI.to(torch.int16), (0, groups * width - I, 0, blocks * 16 - O))

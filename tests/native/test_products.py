@@ -113,7 +113,9 @@ def test_feed_forward_and_experts_equal_their_twins(each, rows, dtype):
     torch.testing.assert_close(each.packed_swiglu(x, gate_up, down), quantised.packed_swiglu(x, gate_up, down), **bound)
     square = packed(70, 70, 4, 32)
     torch.testing.assert_close(
-        each.packed_linear_add(x, square, addend), quantised.packed_linear_add(x, square, addend), **(EXACT if dtype == torch.float32 else BF16)
+        each.packed_linear_add(x, square, addend),
+        quantised.packed_linear_add(x, square, addend),
+        **(EXACT if dtype == torch.float32 else BF16),
     )
 
 

@@ -50,7 +50,9 @@ def test_pages_outside_the_cache(kernels, page, length):
 @pytest.mark.native
 def test_unknown_kernels(kernels):
     with pytest.raises(RuntimeError, match="it can run"):
-        native.Native("sse9", kernels.available).packed_linear(torch.ones(1, 64), pack(torch.ones(16, 64, dtype=torch.int8), torch.ones(16, 1), 4, 64))
+        native.Native("sse9", kernels.available).packed_linear(
+            torch.ones(1, 64), pack(torch.ones(16, 64, dtype=torch.int8), torch.ones(16, 1), 4, 64)
+        )
     with pytest.raises(ConfigError, match="cannot run"):
         native.load("neon" if "neon" not in kernels.available else "amx", native.find_library())
 

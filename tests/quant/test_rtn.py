@@ -10,7 +10,9 @@ from ernie45.quant.spec import Scheme
 
 
 def _error(weight, scheme):
-    return (dequantise(round_to_nearest(weight, scheme))[:, : weight.shape[1]] - weight.float()).square().mean().sqrt() / weight.float().std()
+    return (
+        dequantise(round_to_nearest(weight, scheme))[:, : weight.shape[1]] - weight.float()
+    ).square().mean().sqrt() / weight.float().std()
 
 
 @pytest.mark.parametrize("group", [0, 32, 64, 128])
