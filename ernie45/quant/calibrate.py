@@ -145,10 +145,9 @@ class Pair:
     def _inputs(self, names: Collection[str]) -> Iterator[tuple[dict[str, Seen], dict[str, Seen]]]:
         for begin in range(0, len(self.now_SLD), SEQUENCES_AT_ONCE):
             part = slice(begin, begin + SEQUENCES_AT_ONCE)
-            yield (
-                inputs_of(self.now, names, self.now_SLD[part], self.turns_LP),
-                inputs_of(self.original, names, self.original_SLD[part], self.turns_LP),
-            )
+            now = inputs_of(self.now, names, self.now_SLD[part], self.turns_LP)
+            same = self.original is self.now and self.original_SLD is self.now_SLD
+            yield now, now if same else inputs_of(self.original, names, self.original_SLD[part], self.turns_LP)
 
 
 class _Enough(Exception):

@@ -204,7 +204,8 @@ class _Walk:
             state = json.loads((self.work / _STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        if state["fingerprint"] != self.plan.fingerprint:
+        shards = [self.work / _shard_name(number, self.source.num_layers) for number in range(state["done"] + 1)]
+        if state["fingerprint"] != self.plan.fingerprint or not all(shard.is_file() for shard in shards):
             return False
         self.done = state["done"]
         self.reports = [_report(data) for data in state["reports"]]

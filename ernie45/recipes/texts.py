@@ -1,7 +1,7 @@
 """Text to calibrate with and text to measure on, from the person's files or from what every Python carries.
 
 The built-in text is Python's own language reference as `help()` shows it (465,000 characters of English in the standard library): every
-fourth topic is held out, the others calibrate. It is one kind of text: for a model with a trade, give text of that trade.
+fourth topic is held out, the others calibrate, without the paragraphs that topics share. It is one kind of text: for a model with a trade, give text of that trade.
 """
 
 from collections.abc import Sequence
@@ -29,9 +29,16 @@ def built_in_text(*, held_out: bool) -> Reading:
         from pydoc_data.topics import topics
     except ImportError:
         raise ConfigError("this Python has no help topics to read; give --calibration FILE and --held-out FILE") from None
-    chosen = [topics[name] for i, name in enumerate(sorted(topics)) if (i % 4 == 0) == held_out]
-    kind = "every fourth topic" if held_out else "the other topics"
-    return Reading("\n\n".join(chosen), f"Python's help topics ({kind})")
+    parts = {kept: [topics[name] for i, name in enumerate(sorted(topics)) if (i % 4 == 0) == kept] for kept in (True, False)}
+    if held_out:
+        return Reading("\n\n".join(parts[True]), "Python's help topics (every fourth)")
+    known = {_words(paragraph) for topic in parts[True] for paragraph in topic.split("\n\n")}
+    fresh = [paragraph for topic in parts[False] for paragraph in topic.split("\n\n") if _words(paragraph) not in known]
+    return Reading("\n\n".join(fresh), "Python's help topics (the others)")
+
+
+def _words(paragraph: str) -> str:
+    return " ".join(paragraph.split())
 
 
 def read_text(path: Path) -> Reading:
