@@ -111,11 +111,12 @@ def _register_shapes() -> None:
         x: Tensor, norm: Tensor | None, eps: float, packed: Tensor, scale: Tensor, bits: int, turns: Tensor, heads: int, kv_heads: int,
         head_size: int, isa: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return tuple(x.new_empty(x.shape[0], n, head_size) for n in (heads, kv_heads, kv_heads))  # pyrefly: ignore[bad-return]
+        T = x.shape[0]
+        return x.new_empty(T, heads, head_size), x.new_empty(T, kv_heads, head_size), x.new_empty(T, kv_heads, head_size)
 
     def feed_forward(
-        x: Tensor, norm: Tensor | None, eps: float, gate_up: Tensor, gate_up_scale: Tensor, gate_up_bits: int, down: Tensor, down_scale: Tensor,
-        down_bits: int, inner: int, isa: str,
+        x: Tensor, norm: Tensor | None, eps: float, gate_up: Tensor, gate_up_scale: Tensor, gate_up_bits: int, down: Tensor,
+        down_scale: Tensor, down_bits: int, inner: int, isa: str,
     ) -> Tensor:  # fmt: skip
         return torch.empty_like(x)
 

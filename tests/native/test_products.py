@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ernie45.ops import native, quantised, reference
+from ernie45.ops import native, quantised
 from ernie45.ops.quantised import PackedWeight
 from ernie45.quant.pack import group_width, pack
 
