@@ -13,7 +13,7 @@ from torch import Tensor
 from ernie45.errors import ConfigError, did_you_mean
 from ernie45.ops.quantised import PackedWeight
 
-NAMES = ("amx", "avx512", "avx2", "neon", "plain")  # what ERNIE45_ISA may say, with "python" for no compiled kernels at all
+NAMES = ("amx", "avx512", "avx2", "plain")  # what ERNIE45_ISA may say, with "python" for no compiled kernels at all
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#if defined(__linux__) && defined(__aarch64__)
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
-#endif
 
 namespace ernie {
 namespace {
@@ -40,8 +36,6 @@ std::vector<const Kernels*> runnable() {
   if (has_amx()) found.push_back(&amx_kernels());
   if (has_avx512()) found.push_back(&avx512_kernels());
   if (has_avx2()) found.push_back(&avx2_kernels());
-#elif defined(__linux__) && defined(__aarch64__)
-  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(&neon_kernels());
 #endif
   found.push_back(&plain_kernels());
   return found;

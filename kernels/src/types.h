@@ -103,8 +103,5 @@ const Kernels& amx_kernels();
 const FloatKernels& avx2_floats();
 const FloatKernels& avx512_floats();
 #endif
-#if defined(__aarch64__)
-const Kernels& neon_kernels();
-#endif
 
 }  // namespace ernie
