@@ -53,10 +53,24 @@ class LayeredModel:
 
     def ends(self) -> Decoder:
         """A decoder without its layers: embedding, final norm, head, and the multi-token predictor where there is one."""
-        ends = copy.deepcopy(self._empty)
-        ends.layers = nn.ModuleList()
+        ends = self.skeleton_ends()
         ends.load_state_dict(self.tensors(""), assign=True)
         return ends.eval().requires_grad_(False)
+
+    def skeleton_ends(self) -> Decoder:
+        """`ends` without weights."""
+        ends = copy.deepcopy(self._empty)
+        ends.layers = nn.ModuleList()
+        return ends
+
+    def matrix_sizes(self) -> dict[str, tuple[int, int]]:
+        """Elements and inputs of every parameter, by the name of its module (of an expert stack: both matrices together)."""
+        sizes: dict[str, tuple[int, int]] = {}
+        for name, value in self._empty.state_dict().items():
+            module = name.rpartition(".")[0]
+            count, width = sizes.get(module, (0, value.shape[-1]))
+            sizes[module] = (count + value.numel(), width)
+        return sizes
 
     def part(self, name: str, module: M) -> M:
         """Fill `module`, the empty module called `name` in the decoder, from the files."""

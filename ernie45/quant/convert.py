@@ -158,12 +158,12 @@ class _Walk:
         work.mkdir(parents=True)
         text = {"calibration": plan.calibration_SL, "held_out": plan.held_out_SL}
         walk.streams = {
-            "reference": _embedded(original, text["held_out"]),
-            "quantised": _embedded(packed, text["held_out"]),
+            "reference": embedded(original, text["held_out"]),
+            "quantised": embedded(packed, text["held_out"]),
         }
         if plan.method.needs_text:
-            walk.streams["calibration"] = _embedded(packed, text["calibration"])
-            walk.streams["calibration_reference"] = _embedded(original, text["calibration"])
+            walk.streams["calibration"] = embedded(packed, text["calibration"])
+            walk.streams["calibration_reference"] = embedded(original, text["calibration"])
         return walk
 
     @torch.inference_mode()
@@ -219,7 +219,8 @@ def _report(data: Mapping[str, Any]) -> LayerReport:
     return LayerReport(data["layer"], data["drift"], matrices)
 
 
-def _embedded(ends: nn.Module, tokens_SL: Tensor) -> Tensor:
+def embedded(ends: nn.Module, tokens_SL: Tensor) -> Tensor:
+    """Hidden states that enter the first layer, float32 [S, L, D]."""
     return torch.stack([ends.embed(tokens_L).float() for tokens_L in tokens_SL])
 
 

@@ -5,9 +5,11 @@ ernie quantize MODEL --method awq+gptq --group 32 --out DIR
 ernie quantize MODEL --rule 'layers.0.*=w8a8' --out DIR   the first layer keeps 8 bits
 """
 
+import fnmatch
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -58,6 +60,10 @@ class QuantizeConfig:
     """An expert that sees fewer of the calibration tokens is calibrated on all of them."""
     all_experts: bool = False
     """Calibrate every expert on all tokens, whatever the router says."""
+    target_bits: Annotated[float | None, _NONE] = None
+    """Bits a weight in the layers, such as 5.5: 8 bits go where the scheme's 4 were measured to hurt most."""
+    target_size: Annotated[str | None, _NONE] = None
+    """The same as bytes of all weights, such as 11GiB or 90MB."""
     limit: float = 1.1
     """Stop, and write nothing, when perplexity grows by more than this factor."""
     report: Annotated[Path | None, _NONE] = None
@@ -69,6 +75,12 @@ class QuantizeConfig:
         for name in ("calibration_tokens", "held_out_tokens", "window", "least_expert_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.target_bits is not None and self.target_size is not None:
+            raise ConfigError("--target-bits and --target-size ask for the same thing; give one of them")
+        if (self.target_bits or self.target_size) and self.method == "rtn":
+            raise ConfigError("--target-bits and --target-size measure on the calibration text; take another --method than rtn")
+        if self.target_size is not None:
+            bytes_of(self.target_size)
         if self.window < 2:
             raise ConfigError("--window must be at least 2: a token is judged by the one after it")
 
@@ -83,6 +95,40 @@ def spec_of(config: QuantizeConfig, tied: bool) -> QuantSpec:
     rules.append(Rule(pattern=head, scheme=None if config.head == "whole" else config.head))
     rules.append(Rule(pattern="*", scheme=str(Scheme.parse(word))))
     return QuantSpec(rules=tuple(rules))
+
+
+def bytes_of(text: str) -> int:
+    """`11GiB`, `90MB`, `5000000` as a number. Raises `ConfigError` for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?", text.strip())
+    if not found:
+        raise ConfigError(f"--target-size is '{text}'; write a size such as 11GiB or 90MB")
+    base = 1024 if (found[2] or "").endswith("i") else 1000
+    return int(float(found[1]) * base ** (" KMGT".index(found[2][0].upper()) if found[2] else 0))
+
+
+def _allocated(config: QuantizeConfig, spec: QuantSpec, source: Any, plan: Any, told: Any) -> QuantSpec:
+    """`spec` with the matrices of its last rule at 4 or 8 bits, as the budget allows and their measured needs ask."""
+    from ernie45.quant.allocate import allocate, spec_from
+    from ernie45.quant.convert import decided
+    from ernie45.quant.survey import survey
+
+    ends = source.skeleton_ends()
+    schemes = decided(source, ends, spec)
+    fixed = spec.rules[:-1]
+    words = tuple(f"w{bits}a8" + str(spec.rules[-1].scheme)[4:] for bits in (4, 8))
+    needs = survey(source, plan.calibration_SL, words, plan.least_expert_tokens, told)
+    free = [need for need in needs if not any(fnmatch.fnmatchcase(need.name, rule.pattern) for rule in fixed)]
+    elements = sum(need.elements for need in free)
+    if config.target_size is None:
+        return spec_from(allocate(free, (config.target_bits or 0) * elements), spec)
+    sizes = source.matrix_sizes()
+    names = {need.name for need in free}
+    others = sum(
+        count * (scheme.bits_per_weight(width) if (scheme := schemes.get(name)) else 32)
+        for name, (count, width) in sizes.items()
+        if name not in names
+    )
+    return spec_from(allocate(free, bytes_of(config.target_size) * 8 - others), spec)
 
 
 def _rule(text: str) -> Rule:
@@ -132,6 +178,9 @@ def quantize(config: QuantizeConfig, environment: Environment) -> dict[str, Any]
             spec = spec_of(config, opened.config.tie_embeddings)
             texts = _texts(config, opened)
             plan = _plan(config, spec, texts, path)
+            if config.target_bits is not None or config.target_size is not None:
+                spec = _allocated(config, spec, source, plan, progress)
+                plan = _plan(config, spec, texts, path)
             work = config.out.parent / f".{config.out.name}.quantising"
             converted = convert(source, plan, work, progress)
             report = _report(config, spec, texts, converted, path)

@@ -1,7 +1,8 @@
 """Text to calibrate with and text to measure on, from the person's files or from what every Python carries.
 
 The built-in text is Python's own language reference as `help()` shows it (465,000 characters of English in the standard library): every
-fourth topic is held out, the others calibrate, without the paragraphs that topics share. It is one kind of text: for a model with a trade, give text of that trade.
+fourth topic is held out, the others calibrate, without the paragraphs that topics share. It is one kind of text: for a model with a
+trade, give text of that trade.
 """
 
 from collections.abc import Sequence

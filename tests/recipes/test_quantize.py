@@ -73,6 +73,21 @@ def test_past_the_limit_nothing_is_written(folder, tmp_path, environment, capsys
     assert {path.name for path in tmp_path.iterdir()} == {"report.json"}
 
 
+@pytest.mark.parametrize(("target", "bits"), [({"target_bits": 6.0}, 6.0), ({"target_size": "68kB"}, None)])
+def test_a_budget_is_kept_and_used(folder, tmp_path, environment, target, bits) -> None:
+    out = tmp_path / "small"
+    report = quantize(QuantizeConfig(model=str(folder), out=out, limit=2.0, **target, **SMALL), environment)
+    chosen = {matrix["name"]: matrix["scheme"] for layer in report["layers"] for matrix in layer["matrices"]}
+    assert set(chosen.values()) == {"w4a8-g32", "w8a8-g32"}
+    if bits is None:
+        assert 60_000 < report["bytes"] <= 68_000
+    else:
+        sizes = {"attn.qkv": 128 * 64, "attn.out": 64 * 64, "ffn.gate_up": 192 * 64, "ffn.down": 64 * 96}
+        used = [(sizes[name.split(".", 2)[2]], int(scheme[1]) + 0.5) for name, scheme in chosen.items()]
+        assert 5.0 < sum(a * b for a, b in used) / sum(a for a, _ in used) <= bits
+    assert load_model(out).prompt_logits([5, 6, 7]).isfinite().all()
+
+
 @pytest.mark.slow
 def test_kill_9_and_on(folder, tmp_path, environment) -> None:
     """The process is killed while it works; the same command ends with the bytes of a run that was left alone."""
@@ -101,6 +116,7 @@ def test_kill_9_and_on(folder, tmp_path, environment) -> None:
     ("changes", "text"),
     [
         ({"scheme": "w3a8"}, "no quantisation scheme|not a quantisation scheme"),
+        ({"target_bits": 3.0}, r"3\.000 bits.*need 4\.5"),
         ({"group": 48}, "not a quantisation scheme"),
         ({"rule": ("layers.0.*",)}, "PATTERN=SCHEME"),
         ({"rule": ("layers.9.*=w8a8",)}, "fits no module"),
@@ -114,7 +130,17 @@ def test_mistakes_are_told_before_anything_is_made(folder, tmp_path, environment
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("changes", [{"limit": 0.0}, {"limit": float("nan")}, {"window": 1}, {"calibration_tokens": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"limit": 0.0},
+        {"target_size": "11 elephants"},
+        {"target_bits": 5.0, "method": "rtn"},
+        {"limit": float("nan")},
+        {"window": 1},
+        {"calibration_tokens": 0},
+    ],
+)
 def test_settings_that_mean_nothing(changes) -> None:
     with pytest.raises(ConfigError):
         QuantizeConfig(model="starter", out="x", **changes)
