@@ -10,6 +10,7 @@ from ernie45 import ops
 from ernie45.nn.attention import Attend, Attention
 from ernie45.nn.block import Block
 from ernie45.nn.layers import SwiGLU
+from ernie45.ops import PackedWeight
 from ernie45.quant.linear import QuantLinear
 
 
@@ -19,8 +20,14 @@ def can_fuse(block: Block) -> bool:
     if not isinstance(attn, Attention) or not isinstance(ffn, SwiGLU):
         return False
     parts = (attn.qkv, attn.out, ffn.gate_up, ffn.down)
-    whole = all(isinstance(part, QuantLinear) and part.bias is None for part in parts)
-    return whole and attn.head_size % 16 == 0 and ffn.down.in_size % 16 == 0
+    if not all(isinstance(part, QuantLinear) and part.bias is None for part in parts):
+        return False
+    return attn.head_size % 16 == 0 and _packed(ffn.gate_up).out_size % 32 == 0
+
+
+def _packed(module: nn.Module) -> PackedWeight:
+    assert isinstance(module, QuantLinear), "a fused block holds packed parts only"
+    return module.weight
 
 
 class QuantBlock(nn.Module):
@@ -36,8 +43,8 @@ class QuantBlock(nn.Module):
         """[T, D] -> [T, D]."""
         attn, ffn = self.attn, self.ffn
         q_TNH, k_TKH, v_TKH = ops.packed_qkv(
-            x_TD, self.attn_norm.weight, self.attn_norm.eps, attn.qkv.weight, turns_TP, attn.num_heads, attn.num_kv_heads
+            x_TD, self.attn_norm.weight, self.attn_norm.eps, _packed(attn.qkv), turns_TP, attn.num_heads, attn.num_kv_heads
         )
         seen_TNH = attend(attn.layer, q_TNH, k_TKH, v_TKH)
-        h_TD = ops.packed_linear_add(seen_TNH.reshape(x_TD.shape[0], -1), attn.out.weight, x_TD)
-        return ops.packed_feed_forward(h_TD, self.ffn_norm.weight, self.ffn_norm.eps, ffn.gate_up.weight, ffn.down.weight)
+        h_TD = ops.packed_linear_add(seen_TNH.reshape(x_TD.shape[0], -1), _packed(attn.out), x_TD)
+        return ops.packed_feed_forward(h_TD, self.ffn_norm.weight, self.ffn_norm.eps, _packed(ffn.gate_up), _packed(ffn.down))
