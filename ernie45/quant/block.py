@@ -25,7 +25,7 @@ def can_fuse(block: Block) -> bool:
     return attn.head_size % 16 == 0 and _packed(ffn.gate_up).out_size % 32 == 0
 
 
-def _packed(module: nn.Module) -> PackedWeight:
+def _packed(module: object) -> PackedWeight:
     assert isinstance(module, QuantLinear), "a fused block holds packed parts only"
     return module.weight
 

@@ -63,6 +63,11 @@ class QuantEmbedding(QuantLinear):
 class QuantExperts(nn.Module):
     """E SwiGLUs with packed weights: `gate_up_packed` [E, ...] and `down_packed` [E, ...] with their scales."""
 
+    gate_up_packed: Tensor
+    gate_up_scale: Tensor
+    down_packed: Tensor
+    down_scale: Tensor
+
     def __init__(self, num_experts: int, size: int, expert_size: int, scheme: Scheme) -> None:
         super().__init__()
         self.size, self.expert_size, self.scheme = size, expert_size, scheme
