@@ -28,6 +28,7 @@ from ernie45.models.starter import STARTER_NAME, starter_folder
 from ernie45.models.text import Decoder
 from ernie45.quant.model import prepare_model
 from ernie45.quant.spec import QuantSpec
+from ernie45.weights.foreign import DecodedFiles
 from ernie45.weights.gguf import GgufFile, open_gguf
 from ernie45.weights.hub import resolve
 from ernie45.weights.rename import Ignored, LoadPlan, Shape
@@ -57,7 +58,7 @@ class OpenModel:
     path: Path
     config: TextConfig
     layout: str
-    files: TensorFiles | GgufFile
+    files: TensorFiles | DecodedFiles | GgufFile
     plan: LoadPlan
     stored: torch.dtype
     """The type that most elements are stored in; bfloat16 for a quantised GGUF, whose blocks are coarser than that."""
@@ -105,7 +106,7 @@ def load(
     with opened.files as files:
         if opened.plan.ignored.get(head_name(opened.layout)):
             _check_tied_head(opened)
-        source = files if isinstance(files, TensorFiles) else _Decoded(files, {p.file: dtype_of(p.ours) for p in opened.plan.pieces})
+        source = files if not isinstance(files, GgufFile) else _Decoded(files, {p.file: dtype_of(p.ours) for p in opened.plan.pieces})
         state = load_pieces(opened.plan, source, _shapes(decoder), dtype_of, check=check, progress=progress)
     decoder.load_state_dict(state, assign=True)
     return LoadedModel(decoder.eval(), compute, opened)
@@ -177,8 +178,11 @@ def open_model(path: Path, *, mtp: bool = True) -> OpenModel:
     spec = packed_spec(data, str(path / "config.json"))
     if spec is not None:
         return _open_packed(path, data, spec, mtp=mtp)
-    config = TextConfig.from_hf(data, str(path / "config.json"))
+    foreign = data.get("quantization_config")
+    config = TextConfig.from_hf(_without_quantisation(data), str(path / "config.json"))
     files = open_safetensors(path)
+    if foreign:
+        files = DecodedFiles(files, foreign, str(path))
     layout, prefix = detect_layout(files.names(), str(path))
     infos = {name: files.info(name) for name in files.names()}
     shapes = {name: info.shape for name, info in infos.items()}
@@ -187,11 +191,17 @@ def open_model(path: Path, *, mtp: bool = True) -> OpenModel:
     sizes: Counter[torch.dtype] = Counter()
     for info in infos.values():
         sizes[torch.bfloat16 if info.dtype == torch.uint16 else info.dtype] += math.prod(info.shape)
+    if foreign:
+        notes.append(f"quantised by {foreign['quant_method']}; read as floats")
     return OpenModel(path, config, layout, files, plan, sizes.most_common(1)[0][0], tuple(notes))
 
 
+def _without_quantisation(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != "quantization_config"}
+
+
 def _open_packed(path: Path, data: Mapping[str, Any], spec: QuantSpec, *, mtp: bool) -> OpenModel:
-    config = TextConfig.from_hf({key: value for key, value in data.items() if key != "quantization_config"}, str(path / "config.json"))
+    config = TextConfig.from_hf(_without_quantisation(data), str(path / "config.json"))
     if not mtp:
         config, spec = replace(config, num_mtp=0), without_rules_for_mtp(spec)
     files = open_safetensors(path)
