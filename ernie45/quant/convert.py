@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from ernie45.config import from_mapping
 from ernie45.nn.block import Block
 from ernie45.nn.rope import turns
 from ernie45.quant.calibrate import advance
@@ -215,13 +216,13 @@ class _Walk:
 
 
 def _report(data: Mapping[str, Any]) -> LayerReport:
-    matrices = tuple(MatrixReport(**{**m, "routed": tuple(m["routed"]), "starved": tuple(m["starved"])}) for m in data["matrices"])
+    matrices = tuple(from_mapping(MatrixReport, matrix, "report") for matrix in data["matrices"])
     return LayerReport(data["layer"], data["drift"], matrices)
 
 
 def embedded(ends: nn.Module, tokens_SL: Tensor) -> Tensor:
     """Hidden states that enter the first layer, float32 [S, L, D]."""
-    return torch.stack([ends.embed(tokens_L).float() for tokens_L in tokens_SL])
+    return torch.stack([cast(Ends, ends).embed(tokens_L).float() for tokens_L in tokens_SL])
 
 
 def _drift(streams: Mapping[str, Tensor]) -> float:
@@ -240,7 +241,7 @@ def _measure(original: nn.Module, packed: nn.Module, walk: _Walk, held_out_SL: T
         for begin in range(0, len(tokens_L) - 1, 128):  # logits of a large vocabulary are made a few rows at a time
             rows = slice(begin, min(begin + 128, len(tokens_L) - 1))
             following_R = tokens_L[rows.start + 1 : rows.stop + 1]
-            counter.add(original.logits(reference_LD[rows]), packed.logits(quantised_LD[rows]), following_R)
+            counter.add(cast(Ends, original).logits(reference_LD[rows]), cast(Ends, packed).logits(quantised_LD[rows]), following_R)
     return counter.quality()
 
 

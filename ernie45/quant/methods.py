@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ernie45.errors import ConfigError, did_you_mean
 from ernie45.nn.attention import Attention
 from ernie45.nn.block import Block
-from ernie45.nn.layers import Linear, SwiGLU
+from ernie45.nn.layers import Linear, RMSNorm, SwiGLU
 from ernie45.nn.moe import Experts, MixtureOfExperts
 from ernie45.ops import PackedWeight
 from ernie45.quant import awq
@@ -219,7 +219,9 @@ def _widen(block: Block, schemes: Mapping[str, Scheme | None], statistics: Stati
     for source, names in (("attn_norm", ["attn.qkv"]), ("ffn_norm", _readers_of_ffn_norm(ffn))):
         found = _search(block, names, schemes, statistics)
         if found is not None:
-            block.get_submodule(source).weight.div_(found.factors_I)
+            norm = block.get_submodule(source)
+            assert isinstance(norm, RMSNorm)
+            norm.weight.div_(found.factors_I)
             if isinstance(ffn, MixtureOfExperts) and source == "ffn_norm":
                 ffn.router.weight.mul_(found.factors_I)
             exponents |= dict.fromkeys(names, found.exponent)
@@ -263,6 +265,7 @@ def _search(
                 awq.Reader(module.gate_up[e], shared, scheme.weight_bits, scheme.group) for e in range(0, len(module.gate_up), step)
             ]
         else:
+            assert isinstance(module, Linear)
             readers.append(awq.Reader(module.weight, seen.gram_II, scheme.weight_bits, scheme.group))
     if not readers or all(reader.bits == 8 for reader in readers):
         return None  # at 8 bits there is nothing to win
@@ -282,6 +285,7 @@ def _search(
             seen.gate_up = [narrowed if s is seen.everything else s.narrowed(found.factors_I) for s in seen.gate_up]
             seen.everything = narrowed
         else:
+            assert isinstance(module, Linear)
             module.weight.mul_(found.factors_I)
             statistics[name] = seen.narrowed(found.factors_I)
     return found

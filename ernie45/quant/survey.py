@@ -46,7 +46,8 @@ def _needs(block: Block, prefix: str, seen: Statistics, words: Sequence[str], en
     for name, found in errors.items():
         share = branches[name.partition(".")[0]]
         module = block.get_submodule(name)
-        weights = [module.weight] if isinstance(module, Linear) else [module.gate_up, module.down]
+        assert isinstance(module, Linear | Experts)
+        weights: list[Tensor] = [module.weight] if isinstance(module, Linear) else [module.gate_up, module.down]
         elements, in_size = sum(weight.numel() for weight in weights), weights[0].shape[-1]
         result.append(Need(f"{prefix}.{name}", elements, in_size, {word: found[word] * share for word in words}))
     return result
