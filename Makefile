@@ -26,17 +26,21 @@ define install
     grep -v '^WARNING: Location' $(VENV)/install.log | tail -n 12 >&2; echo "the whole of it: $(VENV)/install.log" >&2; exit 1; }
 endef
 
-.PHONY: help chat test lint kernels docs bench clean always
+# Where there is a C++ compiler, what runs a model builds the native kernels first.
+NATIVE := $(if $(shell command -v $(CXX)),$(VENV)/.kernels)
+KERNEL_FILES := $(shell find kernels -name build -prune -o -type f -print)
+
+.PHONY: help chat test lint kernels sanitise docs bench clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
-chat: $(VENV)/.run  ## set everything up, then talk to the starter model (other models: ARGS='MODEL --prompt ...')
+chat: $(VENV)/.run $(NATIVE)  ## set everything up, then talk to the starter model (other models: ARGS='MODEL --prompt ...')
 	@$(BIN)/ernie chat $(ARGS)
 
-test: $(VENV)/.test  ## set up what the tests need, then run all of them
+test: $(VENV)/.test $(NATIVE)  ## set up what the tests need, then run all of them
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.lint  ## style, types, import contracts and the house rules
@@ -49,11 +53,15 @@ lint: $(VENV)/.lint  ## style, types, import contracts and the house rules
 docs: $(VENV)/.docs  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
-bench: $(VENV)/.bench  ## measure speed and memory beside transformers, in one run
+bench: $(VENV)/.bench $(NATIVE)  ## measure speed and memory beside transformers, in one run
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-kernels:  ## the native kernels: not there yet, and not needed (#4)
-	@echo "there are no native kernels yet (#4): ernie45 runs on plain PyTorch, nothing needs building" >&2; exit 1
+kernels: $(VENV)/.kernels  ## build and install the native kernels (needs a C++20 compiler; without them everything runs, slower)
+
+sanitise:  ## run the kernels' own check under the address and undefined-behaviour sanitisers
+	cmake -S kernels -B build/sanitise -DERNIE45_SANITISE=ON
+	cmake --build build/sanitise --parallel 2
+	build/sanitise/check
 
 clean:  ## remove the environment and everything that was built; models in the cache stay
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -77,6 +85,11 @@ $(VENV)/.extras: always | $(BIN)/python
 
 $(VENV)/.run: pyproject.toml $(VENV)/.pip $(VENV)/.extras
 	$(call install,ernie45 and PyTorch (the first time this takes minutes),--editable '.[$(EXTRAS)]')
+	@touch $@
+
+$(VENV)/.kernels: $(KERNEL_FILES) $(VENV)/.run
+	$(call install,tools to build the native kernels,--group kernels)
+	$(call install,native kernels (compiling takes a minute or two),--no-build-isolation --no-deps --force-reinstall ./kernels)
 	@touch $@
 
 $(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.run

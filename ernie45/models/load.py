@@ -22,10 +22,14 @@ from ernie45.machine import available_memory
 from ernie45.models.compute import ComputeType, choose_compute, cpu_has_bfloat16
 from ernie45.models.config import TextConfig
 from ernie45.models.gguf_config import config_from_gguf
-from ernie45.models.names import FLOAT32_ENDINGS, detect_layout, has_mtp, head_name, name_table, without_head, without_mtp
+from ernie45.models.names import detect_layout, has_mtp, head_name, name_table, without_head, without_mtp
+from ernie45.models.packed import packed_dtype, packed_spec, packed_table, without_rules_for_mtp
 from ernie45.models.released import CHECKPOINTS, Release
 from ernie45.models.starter import STARTER_NAME, starter_folder
 from ernie45.models.text import Decoder
+from ernie45.quant.model import prepare_model
+from ernie45.quant.spec import QuantSpec
+from ernie45.weights.foreign import DecodedFiles
 from ernie45.weights.gguf import GgufFile, open_gguf
 from ernie45.weights.hub import resolve
 from ernie45.weights.rename import Ignored, LoadPlan, Shape
@@ -56,12 +60,14 @@ class OpenModel:
     path: Path
     config: TextConfig
     layout: str
-    files: TensorFiles | GgufFile
+    files: TensorFiles | DecodedFiles | GgufFile
     plan: LoadPlan
     stored: torch.dtype
     """The type that most elements are stored in; bfloat16 for a quantised GGUF, whose blocks are coarser than that."""
     notes: tuple[str, ...] = ()
     """What was decided beyond the config, in plain sentences."""
+    spec: QuantSpec | None = None
+    """Which modules are packed and how; None for a float model."""
 
     def complaint(self) -> str:
         """Why the files do not make the model, with what to do; empty when they do."""
@@ -95,16 +101,15 @@ def load(
     if not opened.plan.complete:
         raise CheckpointError(opened.complaint())
     compute = choose_compute(dtype, opened.stored, fast_bfloat16=cpu_has_bfloat16())
-    with torch.device("meta"):
-        decoder = Decoder(opened.config)
+    decoder = _empty_decoder(opened.config, opened.spec, compute.dtype)
 
     def dtype_of(name: str) -> torch.dtype:
-        return torch.float32 if name.endswith(FLOAT32_ENDINGS) else compute.dtype
+        return packed_dtype(name, compute.dtype)
 
     with opened.files as files:
         if opened.plan.ignored.get(head_name(opened.layout)):
             _check_tied_head(opened)
-        source = files if isinstance(files, TensorFiles) else _Decoded(files, {p.file: dtype_of(p.ours) for p in opened.plan.pieces})
+        source = files if not isinstance(files, GgufFile) else _Decoded(files, {p.file: dtype_of(p.ours) for p in opened.plan.pieces})
         shapes = _shapes(decoder)
         if mapped is None:  # memory of its own is read faster, so the weights stay in the file only where they would crowd out the rest
             needed = sum(math.prod(shape) * dtype_of(name).itemsize for name, shape in shapes.items())
@@ -180,8 +185,14 @@ def open_model(path: Path, *, mtp: bool = True) -> OpenModel:
     if path.suffix == ".gguf":
         return _open_gguf(path)
     data = read_config(path)
-    config = TextConfig.from_hf(data, str(path / "config.json"))
+    spec = packed_spec(data, str(path / "config.json"))
+    if spec is not None:
+        return _open_packed(path, data, spec, mtp=mtp)
+    foreign = data.get("quantization_config")
+    config = TextConfig.from_hf(_without_quantisation(data), str(path / "config.json"))
     files = open_safetensors(path)
+    if foreign:
+        files = DecodedFiles(files, foreign, str(path))
     layout, prefix = detect_layout(files.names(), str(path))
     infos = {name: files.info(name) for name in files.names()}
     shapes = {name: info.shape for name, info in infos.items()}
@@ -190,7 +201,27 @@ def open_model(path: Path, *, mtp: bool = True) -> OpenModel:
     sizes: Counter[torch.dtype] = Counter()
     for info in infos.values():
         sizes[torch.bfloat16 if info.dtype == torch.uint16 else info.dtype] += math.prod(info.shape)
+    if foreign:
+        notes.append(f"quantised by {foreign['quant_method']}; read as floats")
     return OpenModel(path, config, layout, files, plan, sizes.most_common(1)[0][0], tuple(notes))
+
+
+def _without_quantisation(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != "quantization_config"}
+
+
+def _open_packed(path: Path, data: Mapping[str, Any], spec: QuantSpec, *, mtp: bool) -> OpenModel:
+    config = TextConfig.from_hf(_without_quantisation(data), str(path / "config.json"))
+    if not mtp:
+        config, spec = replace(config, num_mtp=0), without_rules_for_mtp(spec)
+    files = open_safetensors(path)
+    infos = {name: files.info(name) for name in files.names()}
+    shapes = {name: info.shape for name, info in infos.items()}
+    wanted = _wanted(config, len(shapes), path, spec)
+    plan = packed_table(wanted, mtp=mtp).load_plan(shapes, wanted)
+    stored = infos["norm.weight"].dtype if "norm.weight" in infos else torch.float32
+    schemes = ", ".join(dict.fromkeys(rule.scheme or "whole" for rule in spec.rules))
+    return OpenModel(path, config, "packed", files, plan, stored, (f"packed by {schemes}",), spec)
 
 
 def _open_gguf(path: Path) -> OpenModel:
@@ -236,7 +267,7 @@ def _settle(
     return config, ignored, notes
 
 
-def _wanted(config: TextConfig, num_tensors: int, where: Path) -> dict[str, Shape]:
+def _wanted(config: TextConfig, num_tensors: int, where: Path, spec: QuantSpec | None = None) -> dict[str, Shape]:
     """Name and shape of every parameter of the model, without memory for them.
 
     A hostile config must cost no time either: a layer needs tensors of its own, and no width is near `MAX_WIDTH`.
@@ -250,8 +281,16 @@ def _wanted(config: TextConfig, num_tensors: int, where: Path) -> dict[str, Shap
             raise CheckpointError(f"{where}: the config's {name} is too large to be a model's; take the config published with the weights")
     if config.num_layers > num_tensors:
         raise CheckpointError(f"{where}: the config has {config.num_layers:,} layers and the files have {num_tensors:,} tensors")
+    return _shapes(_empty_decoder(config, spec, torch.float32))
+
+
+def _empty_decoder(config: TextConfig, spec: QuantSpec | None, dtype: torch.dtype) -> Decoder:
+    """The network without memory for its weights, packed where `spec` says; packed embeddings answer in `dtype`."""
     with torch.device("meta"):
-        return _shapes(Decoder(config))
+        decoder = Decoder(config)
+        if spec is not None:
+            prepare_model(decoder.to(dtype), spec)
+    return decoder
 
 
 def _shapes(decoder: Decoder) -> dict[str, Shape]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ernie45 import ops
 from ernie45.errors import RequestError
 from ernie45.models.config import TextConfig
 from ernie45.models.mtp import MultiTokenPredictor
@@ -41,7 +40,7 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The compute type; the router stays in float32 beside it."""
-        return self.embed.weight.dtype
+        return self.norm.weight.dtype
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """[T, D] -> the last layer's output [T, D], before the final norm."""
@@ -53,8 +52,8 @@ class Decoder(nn.Module):
     def logits(self, h_RD: Tensor) -> Tensor:
         """Final norm and output head, [R, D] -> [R, V] in the compute type."""
         h_RD = self.norm(h_RD)
-        weight_VD = self.embed.weight if self.head is None else self.head.weight
-        return ops.linear(h_RD, weight_VD, self.head_bias)
+        logits_RV = self.embed.scores(h_RD) if self.head is None else self.head(h_RD)
+        return logits_RV if self.head_bias is None else logits_RV + self.head_bias
 
     def predict_after_next(self, next_tokens_T: Tensor, h_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """State of the multi-token predictor, [T, D], for `logits`: row i guesses the token after `next_tokens[i]`.
@@ -71,7 +70,7 @@ class Decoder(nn.Module):
         Raises `RequestError` for an empty prompt, one longer than the model's positions, or an id outside the vocabulary.
         """
         check_tokens(tokens, self.config)
-        ids_T = torch.tensor(tokens, device=self.embed.weight.device)
+        ids_T = torch.tensor(tokens, device=self.norm.weight.device)
         h_TD = self(self.embed(ids_T), torch.arange(len(tokens), device=ids_T.device), PackedCausal([len(tokens)]))
         return self.logits(h_TD).float()
 

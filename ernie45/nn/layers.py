@@ -37,6 +37,10 @@ class Embedding(nn.Module):
         """[T] int64 -> [T, D]; not scaled."""
         return nn.functional.embedding(tokens_T, self.weight)
 
+    def scores(self, h_RD: Tensor) -> Tensor:
+        """The embedding as output head, [R, D] -> [R, V]."""
+        return ops.linear(h_RD, self.weight)
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a weight per dimension and no bias."""

@@ -23,7 +23,7 @@ from ernie45.recipes.terminal import Progress, Style, clean, progress_bar, size_
 LARGEST = 5
 # Sizes of the compute types that a model can be loaded in, in bytes a number.
 COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}
-_LAYOUTS = {"pt": "PT (PyTorch)", "fused": "PT with fused experts", "paddle": "Paddle", "gguf": "GGUF (llama.cpp)"}
+_LAYOUTS = {"pt": "PT (PyTorch)", "fused": "PT with fused experts", "paddle": "Paddle", "gguf": "GGUF (llama.cpp)", "packed": "packed"}
 
 
 @dataclass(frozen=True, kw_only=True)

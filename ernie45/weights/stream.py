@@ -57,10 +57,14 @@ def load_pieces(
     result: dict[str, Tensor] = {}
     done, total = 0, sum(_elements(shape) for shape in wanted.values())
     for piece in plan.pieces:
-        tensor = _as_float(piece.file, source.read(piece.file))
-        if check:
-            check_finite(piece.file, tensor)
         dtype = dtype_of(piece.ours)
+        tensor = source.read(piece.file)
+        if dtype.is_floating_point:
+            tensor = _as_float(piece.file, tensor)
+            if check:
+                check_finite(piece.file, tensor)
+        elif tensor.dtype != dtype:  # packed bytes mean nothing in another type
+            raise CheckpointError(f"tensor {piece.file!r} is {_kind(tensor)}; packed weights are {str(dtype).removeprefix('torch.')}")
         if (mapped or source.owned) and piece.whole and not piece.turned and tensor.dtype == dtype:
             result[piece.ours] = tensor.view(wanted[piece.ours])
         else:
@@ -107,10 +111,13 @@ def _as_float(name: str, tensor: Tensor) -> Tensor:
         return tensor.view(torch.bfloat16)
     if tensor.dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64):
         return tensor
-    kind = str(tensor.dtype).removeprefix("torch.")
     raise CheckpointError(
-        f"tensor {name!r} is {kind}; weights are read from bfloat16, float32, float16 or float64; take the float original"
+        f"tensor {name!r} is {_kind(tensor)}; weights are read from bfloat16, float32, float16 or float64; take the float original"
     )
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _elements(shape: Shape) -> int:

@@ -1,0 +1,130 @@
+"""The compiled kernels of the distribution `ernie45-kernels`, when they are installed: found, loaded and described once.
+
+Each function has the contract of its twin in `quantised` (or, for `bf16_linear`, of `reference.linear`).
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ernie45.errors import ConfigError, did_you_mean
+from ernie45.ops.quantised import PackedWeight
+
+NAMES = ("amx", "avx512", "avx2", "plain")  # what ERNIE45_ISA may say, with "python" for no compiled kernels at all
+
+
+@dataclass(frozen=True)
+class Native:
+    """The compiled kernels for one instruction set; `isa` is one of `available`, best first."""
+
+    isa: str
+    available: tuple[str, ...]
+
+    def packed_linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
+        """See `quantised.packed_linear`."""
+        return torch.ops.ernie45.linear(x_TI, None, 0.0, weight.values, weight.scales, weight.bits, weight.out_size, None, self.isa)
+
+    def norm_packed_linear(self, x_TD: Tensor, norm_D: Tensor, eps: float, weight: PackedWeight) -> Tensor:
+        """See `quantised.norm_packed_linear`."""
+        return torch.ops.ernie45.linear(x_TD, norm_D, eps, weight.values, weight.scales, weight.bits, weight.out_size, None, self.isa)
+
+    def packed_linear_add(self, x_TI: Tensor, weight: PackedWeight, addend_TO: Tensor) -> Tensor:
+        """See `quantised.packed_linear_add`."""
+        return torch.ops.ernie45.linear(x_TI, None, 0.0, weight.values, weight.scales, weight.bits, weight.out_size, addend_TO, self.isa)
+
+    def packed_qkv(
+        self, x_TD: Tensor, norm_D: Tensor, eps: float, weight: PackedWeight, turns_TP: Tensor, num_heads: int, num_kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `quantised.packed_qkv`; head sizes must be a multiple of 16."""
+        size = weight.out_size // (num_heads + 2 * num_kv_heads)
+        turns = torch.view_as_real(turns_TP)
+        return torch.ops.ernie45.qkv(
+            x_TD, norm_D, eps, weight.values, weight.scales, weight.bits, turns, num_heads, num_kv_heads, size, self.isa
+        )
+
+    def packed_feed_forward(self, x_TD: Tensor, norm_D: Tensor, eps: float, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+        """See `quantised.packed_feed_forward`; the inner width must be a multiple of 16."""
+        return torch.ops.ernie45.feed_forward(
+            x_TD, norm_D, eps, gate_up.values, gate_up.scales, gate_up.bits, down.values, down.scales, down.bits, gate_up.out_size // 2,
+            self.isa,
+        )  # fmt: skip
+
+    def packed_swiglu(self, x_TD: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+        """See `quantised.packed_swiglu`; the inner width must be a multiple of 16."""
+        return torch.ops.ernie45.feed_forward(
+            x_TD, None, 0.0, gate_up.values, gate_up.scales, gate_up.bits, down.values, down.scales, down.bits, gate_up.out_size // 2,
+            self.isa,
+        )  # fmt: skip
+
+    def paged_attention(self, q_BNH: Tensor, keys: Tensor, values: Tensor, pages_BP: Tensor, lengths_B: Tensor, page_size: int) -> Tensor:
+        """See `quantised.paged_attention`; head sizes must be a multiple of 16."""
+        return torch.ops.ernie45.paged_attention(q_BNH, keys, values, pages_BP, lengths_B, page_size, self.isa)
+
+    def bf16_linear(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+        """`x @ weight.T` for a bfloat16 weight and few rows: the weight is read once for eight rows."""
+        return torch.ops.ernie45.bf16_linear(x_TI, weight_OI, self.isa)
+
+
+def find_library() -> Path | None:
+    """The shared library, when the distribution is installed and holds one."""
+    spec = importlib.util.find_spec("ernie45_kernels")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        library = Path(place) / "kernels.so"
+        if library.is_file():
+            return library
+    return None
+
+
+def load(isa: str | None, library: Path | None) -> Native | None:
+    """The kernels for `isa` (None: the best this machine runs), or None where there are none.
+
+    Raises `ConfigError` when `isa` names kernels that do not exist, are not installed, or do not run on this machine.
+    """
+    if isa not in (None, "python", *NAMES):
+        raise ConfigError(f"ERNIE45_ISA is '{isa}'{did_you_mean(str(isa), ('python', *NAMES))}")
+    if isa == "python":
+        return None
+    if library is None:
+        if isa is not None:
+            raise ConfigError(f"ERNIE45_ISA asks for '{isa}', but the native kernels are not installed; run: make kernels")
+        return None
+    torch.ops.load_library(library)
+    _register_shapes()
+    available = tuple(torch.ops.ernie45.available().split(","))
+    if isa is not None and isa not in available:
+        raise ConfigError(f"ERNIE45_ISA asks for '{isa}', which this machine cannot run; it can run {', '.join(available)}")
+    return Native(isa or available[0], available)
+
+
+def _register_shapes() -> None:
+    """Tell torch what each operator returns, for `torch.compile` and for tracing without data."""
+
+    def linear(
+        x: Tensor, norm: Tensor | None, eps: float, packed: Tensor, scale: Tensor, bits: int, out_size: int, addend: Tensor | None, isa: str
+    ) -> Tensor:
+        return x.new_empty(x.shape[0], out_size)
+
+    def qkv(
+        x: Tensor, norm: Tensor | None, eps: float, packed: Tensor, scale: Tensor, bits: int, turns: Tensor, heads: int, kv_heads: int,
+        head_size: int, isa: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        T = x.shape[0]
+        return x.new_empty(T, heads, head_size), x.new_empty(T, kv_heads, head_size), x.new_empty(T, kv_heads, head_size)
+
+    def feed_forward(
+        x: Tensor, norm: Tensor | None, eps: float, gate_up: Tensor, gate_up_scale: Tensor, gate_up_bits: int, down: Tensor,
+        down_scale: Tensor, down_bits: int, inner: int, isa: str,
+    ) -> Tensor:  # fmt: skip
+        return torch.empty_like(x)
+
+    def bf16_linear(x: Tensor, weight: Tensor, isa: str) -> Tensor:
+        return x.new_empty(x.shape[0], weight.shape[0])
+
+    def paged_attention(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, page_size: int, isa: str) -> Tensor:
+        return torch.empty_like(q)
+
+    for shape_of in (linear, qkv, feed_forward, bf16_linear, paged_attention):
+        torch.library.register_fake(f"ernie45::{shape_of.__name__}", shape_of, allow_override=True)

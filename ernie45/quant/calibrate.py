@@ -1,0 +1,197 @@
+"""Calibration: what the inputs of one block's matrices look like, gathered while sequences pass through it.
+
+Two copies of a block are watched together: the one being quantised, whose inputs carry the errors made so far, and the original with its
+own inputs. A matrix can then be fitted to give, from the inputs it will really see, the outputs it should have given (GPTAQ, Li et al.
+2025, arXiv 2504.02692). Any module tree made of `Linear` and `Experts` can be watched. Nothing of the inputs is kept but Gram matrices,
+mean magnitudes and counts. Routed experts are counted one by one: an expert that saw too few tokens is calibrated on all of them.
+
+Letters: S sequences, L their length, T tokens, D width, I in-width, F width of one expert, P rotary pairs.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ernie45 import ops
+from ernie45.errors import CheckpointError
+from ernie45.nn.attention import PackedCausal
+from ernie45.nn.layers import Linear
+from ernie45.nn.moe import Experts
+
+SEQUENCES_AT_ONCE = 2  # bounds the memory of a pass: a few hundred megabytes for the widest published layer
+
+
+class InputStatistics:
+    """Of the inputs x one matrix saw, and x' of the original: sum x x^T, sum x' x^T (float32 [I, I]), sum |x| [I], and how many."""
+
+    def __init__(self, size: int) -> None:
+        self.gram_II = torch.zeros(size, size)
+        self.cross_II = torch.zeros(size, size)
+        self.magnitude_I = torch.zeros(size)
+        self.tokens = 0
+
+    def add(self, x_TI: Tensor, original_TI: Tensor, where: str) -> None:
+        """Take in T inputs. Raises `CheckpointError` for one that is no finite number: a model that overflows cannot be calibrated."""
+        x_TI, original_TI = x_TI.float(), original_TI.float()
+        if not bool(x_TI.isfinite().all()):
+            raise CheckpointError(f"the inputs of '{where}' hold NaN or infinities on the calibration text; the checkpoint is damaged")
+        self.gram_II.addmm_(x_TI.t(), x_TI)
+        self.cross_II.addmm_(original_TI.t(), x_TI)
+        self.magnitude_I += x_TI.abs().sum(0)
+        self.tokens += len(x_TI)
+
+    def mean_magnitude(self) -> Tensor:
+        """Mean |x| per input, [I]."""
+        return self.magnitude_I / max(1, self.tokens)
+
+    def narrowed(self, factors_I: Tensor) -> "InputStatistics":
+        """The statistics of x / s and x' / s."""
+        result = InputStatistics(0)
+        both_II = torch.outer(factors_I, factors_I)
+        result.gram_II, result.cross_II = self.gram_II / both_II, self.cross_II / both_II
+        result.magnitude_I, result.tokens = self.magnitude_I / factors_I, self.tokens
+        return result
+
+
+class ExpertStatistics:
+    """What each expert of a layer saw: inputs of its gate|up and of its down, and how many tokens were routed to it."""
+
+    def __init__(self, experts: Experts, least: int) -> None:
+        """`least`: an expert with fewer routed tokens is calibrated on all tokens."""
+        count, size, inner = experts.down.shape
+        self.routed = [0] * count
+        self.least = least
+        self.everything = InputStatistics(size)
+        self.gate_up = [InputStatistics(size) for _ in range(count)]
+        self.down = [InputStatistics(inner) for _ in range(count)]
+
+    def starved(self) -> tuple[int, ...]:
+        """Experts that saw fewer than `least` tokens of their own."""
+        return tuple(e for e, tokens in enumerate(self.routed) if tokens < self.least)
+
+    def add(self, now: "Seen", before: "Seen", where: str) -> None:
+        """Give every token to the experts it is routed to now."""
+        assert now.chosen is not None
+        self.everything.add(now.x_TI, before.x_TI, where)
+        for e in now.chosen.unique().tolist():
+            rows = (now.chosen == e).any(1)
+            self.routed[e] += int(rows.sum())
+            self.gate_up[e].add(now.x_TI[rows], before.x_TI[rows], f"{where}.gate_up.{e}")
+            self.down[e].add(_inner(now, e, rows), _inner(before, e, rows), f"{where}.down.{e}")
+
+    def begin_again_for_starved(self) -> None:
+        """Starved experts share the Gram matrix of all tokens; their inner inputs are gathered anew by `add_to_starved`."""
+        for e in self.starved():
+            self.gate_up[e] = self.everything
+            self.down[e] = InputStatistics(len(self.down[e].magnitude_I))
+
+    def add_to_starved(self, now: "Seen", before: "Seen", where: str) -> None:
+        """Give every token to the starved experts' inner inputs."""
+        rows = torch.ones(len(now.x_TI), dtype=torch.bool)
+        for e in self.starved():
+            self.down[e].add(_inner(now, e, rows), _inner(before, e, rows), f"{where}.down.{e}")
+
+
+Statistics = dict[str, InputStatistics | ExpertStatistics]
+"""Module name within the block -> what it saw."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One input of a watched module: [T, I], and for experts the module and the chosen ones [T, C]."""
+
+    x_TI: Tensor
+    module: nn.Module
+    chosen: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A block with the hidden states [S, L, D] that enter it, now and in the original model."""
+
+    now: nn.Module
+    now_SLD: Tensor
+    original: nn.Module
+    original_SLD: Tensor
+    turns_LP: Tensor
+
+    @torch.inference_mode()
+    def observe(self, names: Collection[str], least_tokens: int) -> Statistics:
+        """What the modules `names` see, from one pass of all sequences; experts that saw fewer than `least_tokens` from a second one."""
+        statistics: Statistics = {}
+        for name in names:
+            module = self.now.get_submodule(name)
+            if isinstance(module, Experts):
+                statistics[name] = ExpertStatistics(module, least_tokens)
+            else:
+                assert isinstance(module, Linear)
+                statistics[name] = InputStatistics(module.weight.shape[1])
+        for now, before in self._inputs(names):
+            for name, found in statistics.items():
+                if isinstance(found, ExpertStatistics):
+                    found.add(now[name], before[name], name)
+                else:
+                    found.add(now[name].x_TI, before[name].x_TI, name)
+        starving = {name: found for name, found in statistics.items() if isinstance(found, ExpertStatistics) and found.starved()}
+        for found in starving.values():
+            found.begin_again_for_starved()
+        for now, before in self._inputs(starving) if starving else ():
+            for name, found in starving.items():
+                found.add_to_starved(now[name], before[name], name)
+        return statistics
+
+    def _inputs(self, names: Collection[str]) -> Iterator[tuple[dict[str, Seen], dict[str, Seen]]]:
+        for begin in range(0, len(self.now_SLD), SEQUENCES_AT_ONCE):
+            part = slice(begin, begin + SEQUENCES_AT_ONCE)
+            now = inputs_of(self.now, names, self.now_SLD[part], self.turns_LP)
+            same = self.original is self.now and self.original_SLD is self.now_SLD
+            yield now, now if same else inputs_of(self.original, names, self.original_SLD[part], self.turns_LP)
+
+
+class _Enough(Exception):
+    """No error: it ends a pass whose rest nobody needs."""
+
+
+def inputs_of(block: nn.Module, names: Collection[str], x_SLD: Tensor, turns_LP: Tensor) -> dict[str, Seen]:
+    """What the modules `names` of the block receive when the sequences pass; the pass ends where the last of them is reached."""
+    seen: dict[str, Seen] = {}
+
+    def watching(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            chosen = inputs[1].experts if isinstance(module, Experts) else None  # pyrefly: ignore[missing-attribute]
+            seen[name] = Seen(inputs[0], module, chosen)
+            if len(seen) == len(names):
+                raise _Enough
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(watching(name)) for name in names]
+    try:
+        _through(block, x_SLD, turns_LP)
+    except _Enough:
+        return seen
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise AssertionError(f"of {sorted(names)} only {sorted(seen)} were reached")
+
+
+def _inner(seen: Seen, expert: int, rows: Tensor) -> Tensor:
+    assert isinstance(seen.module, Experts)
+    return ops.swiglu(ops.linear(seen.x_TI[rows], seen.module.gate_up[expert]))
+
+
+def _through(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor) -> Tensor:
+    count, length, _ = x_SLD.shape
+    attend = PackedCausal([length * (i + 1) for i in range(count)])
+    return block(x_SLD.flatten(0, 1), turns_LP.repeat(count, 1), attend).view_as(x_SLD)
+
+
+@torch.inference_mode()
+def advance(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor) -> None:
+    """Replace every sequence by the block's output for it, in place, a few at a time."""
+    for begin in range(0, len(x_SLD), SEQUENCES_AT_ONCE):
+        part = slice(begin, begin + SEQUENCES_AT_ONCE)
+        x_SLD[part] = _through(block, x_SLD[part], turns_LP)

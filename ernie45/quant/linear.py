@@ -1,0 +1,96 @@
+"""Modules that keep their weights packed. Each stands where a float module of `nn` stood and answers to the same calls.
+
+Letters: T tokens, R rows of interest, D width, V vocabulary, E experts, F width of one expert, I and O in- and output widths.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ernie45 import ops
+from ernie45.ops import PackedWeight, Routing
+from ernie45.quant.pack import packed_shapes
+from ernie45.quant.spec import Scheme
+
+
+class QuantLinear(nn.Module):
+    """`x @ weight.T + bias` with a packed weight; buffers `weight_packed` and `weight_scale`, empty until they are filled."""
+
+    def __init__(self, in_size: int, out_size: int, scheme: Scheme, *, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.in_size, self.out_size, self.scheme = in_size, out_size, scheme
+        values, scales = packed_shapes(out_size, in_size, scheme.weight_bits, scheme.group)
+        self.register_buffer("weight_packed", torch.empty(values, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float16))
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    @property
+    def weight(self) -> PackedWeight:
+        """The packed matrix, as `ops` takes it."""
+        return PackedWeight(self.weight_packed, self.weight_scale, self.scheme.weight_bits, self.out_size)
+
+    def fill(self, weight: PackedWeight) -> None:
+        """Take the tensors of `weight`, without a copy."""
+        assert weight.values.shape == self.weight_packed.shape, "the packed weight belongs to another matrix"
+        assert weight.scales.shape == self.weight_scale.shape, "the packed weight has other groups"
+        self.weight_packed, self.weight_scale = weight.values, weight.scales
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, I] -> [T, O]."""
+        out_TO = ops.packed_linear(x_TI, self.weight)
+        return out_TO if self.bias is None else out_TO + self.bias
+
+    def extra_repr(self) -> str:
+        """Sizes for printing."""
+        return f"{self.in_size} -> {self.out_size}, {self.scheme}"
+
+
+class QuantEmbedding(QuantLinear):
+    """An embedding that is the output head as well: rows are unpacked as tokens name them. `dtype` is the model's compute type."""
+
+    def __init__(self, vocab_size: int, size: int, scheme: Scheme, dtype: torch.dtype) -> None:
+        super().__init__(size, vocab_size, scheme)
+        self.dtype = dtype
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        """[T] int64 -> [T, D]."""
+        return ops.dequantise_rows(self.weight, tokens_T)[:, : self.in_size].to(self.dtype)
+
+    def scores(self, h_RD: Tensor) -> Tensor:
+        """The embedding as output head, [R, D] -> [R, V]."""
+        return ops.packed_linear(h_RD, self.weight)
+
+
+class QuantExperts(nn.Module):
+    """E SwiGLUs with packed weights: `gate_up_packed` [E, ...] and `down_packed` [E, ...] with their scales."""
+
+    gate_up_packed: Tensor
+    gate_up_scale: Tensor
+    down_packed: Tensor
+    down_scale: Tensor
+
+    def __init__(self, num_experts: int, size: int, expert_size: int, scheme: Scheme) -> None:
+        super().__init__()
+        self.size, self.expert_size, self.scheme = size, expert_size, scheme
+        for name, out_size, in_size in (("gate_up", 2 * expert_size, size), ("down", size, expert_size)):
+            values, scales = packed_shapes(out_size, in_size, scheme.weight_bits, scheme.group)
+            self.register_buffer(f"{name}_packed", torch.empty((num_experts, *values), dtype=torch.uint8))
+            self.register_buffer(f"{name}_scale", torch.empty((num_experts, *scales), dtype=torch.float16))
+
+    def expert(self, number: int) -> tuple[PackedWeight, PackedWeight]:
+        """The two packed matrices of one expert."""
+        bits = self.scheme.weight_bits
+        return (
+            PackedWeight(self.gate_up_packed[number], self.gate_up_scale[number], bits, 2 * self.expert_size),
+            PackedWeight(self.down_packed[number], self.down_scale[number], bits, self.size),
+        )
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """[T, D] -> [T, D]: pairs of token and expert sorted by expert, each expert run once over its own rows."""
+        chosen = routing.experts.flatten()
+        order = chosen.argsort(stable=True)
+        rows = order // routing.experts.shape[1]
+        counts = torch.bincount(chosen, minlength=self.gate_up_packed.shape[0]).tolist()
+        parts = x_TD[rows].split(counts)
+        done = [ops.packed_swiglu(part, *self.expert(e)) for e, part in enumerate(parts) if counts[e]]
+        weights = routing.weights.flatten()[order].to(x_TD.dtype)
+        return torch.zeros_like(x_TD).index_add(0, rows, torch.cat(done) * weights[:, None])

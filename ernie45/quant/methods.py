@@ -1,0 +1,305 @@
+"""One block quantised: matrices widened (AWQ) and rounded (to nearest, or GPTQ) by what they saw, and packed modules put in their place.
+
+Works on any `nn.Block`: dense, or a mixture of experts whose routed experts share one set of factors, since one norm feeds them all. The
+function of the float block does not change when it is widened; routers stay in float32 and take their share of the factors.
+
+Letters: D width, F feed-forward width, I in-width.
+"""
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ernie45.errors import ConfigError, did_you_mean
+from ernie45.nn.attention import Attention
+from ernie45.nn.block import Block
+from ernie45.nn.layers import Linear, RMSNorm, SwiGLU
+from ernie45.nn.moe import Experts, MixtureOfExperts
+from ernie45.ops import PackedWeight
+from ernie45.quant import awq
+from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Statistics
+from ernie45.quant.gptq import GptqSettings, corrected, gptq, output_errors, restored, round_to_nearest
+from ernie45.quant.linear import QuantExperts, QuantLinear
+from ernie45.quant.model import prepare_model, quantisable
+from ernie45.quant.pack import pack
+from ernie45.quant.spec import QuantSpec, Rule, Scheme
+
+_EXPERTS_SEARCHED = 8  # so many experts, evenly spread, decide on the factors that all of them share
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a block is quantised: `widen` by AWQ first or not, then `spread` rounding errors by GPTQ or round to nearest."""
+
+    name: str
+    widen: bool
+    spread: bool
+    gptq: GptqSettings = field(default_factory=GptqSettings)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether inputs are looked at."""
+        return self.widen or self.spread
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Hidden states [S, L, D] that enter the block on the calibration text: in the model quantised so far, and in the original."""
+
+    now_SLD: Tensor
+    original_SLD: Tensor
+    turns_LP: Tensor
+    least_tokens: int
+
+    def pair(self, now: nn.Module, original: nn.Module) -> Pair:
+        """Both streams with the blocks they enter."""
+        return Pair(now, self.now_SLD, original, self.original_SLD, self.turns_LP)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("rtn", widen=False, spread=False),
+        Method("gptq", widen=False, spread=True),
+        Method("awq", widen=True, spread=False),
+        Method("awq+gptq", widen=True, spread=True),
+    )
+}
+
+
+def method_named(name: str) -> Method:
+    """Raises `ConfigError` for a name that is none."""
+    if name not in METHODS:
+        raise ConfigError(f"'{name}' is no quantisation method{did_you_mean(name, METHODS)}")
+    return METHODS[name]
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What rounding one matrix cost: `error` is the energy its outputs lost over the energy they have, on the calibration inputs.
+
+    Without calibration (rtn) inputs count as equal and independent. `nearest_error` is what rounding to nearest would have cost, None where
+    nothing else was done. For experts all are taken together; `routed` then says how many tokens each saw, `starved` which were calibrated
+    on all tokens because they saw too few. `exponent` is AWQ's.
+    """
+
+    name: str
+    scheme: str
+    error: float
+    nearest_error: float | None = None
+    exponent: float | None = None
+    tokens: int = 0
+    routed: tuple[int, ...] = ()
+    starved: tuple[int, ...] = ()
+
+
+@torch.inference_mode()
+def quantise_block(
+    block: Block, prefix: str, schemes: Mapping[str, Scheme | None], method: Method, streams: Streams | None
+) -> tuple[nn.Module, list[MatrixReport]]:
+    """Quantise the matrices of `block` that `schemes` (by full name, `prefix` included) gives one; returns the packed block and its costs.
+
+    `block` is used up. `streams` may be None when the method needs no text. Matrices are done in the order in which inputs pass them, so
+    that a later one sees, and makes up for, what the earlier ones lost.
+    """
+    named = {name: schemes[f"{prefix}.{name}"] for name, _ in quantisable(block)}
+    todo = {name: scheme for name, scheme in named.items() if scheme is not None}
+    exponents: dict[str, float] = {}
+    if method.widen and streams is not None and todo:
+        exponents = _widen(block, named, streams.pair(block, block).observe(list(named), streams.least_tokens))
+    original = copy.deepcopy(block) if method.spread else block
+    reports: list[MatrixReport] = []
+    packed: dict[str, PackedWeight | list[tuple[PackedWeight, PackedWeight]]] = {}
+    for stage in _stages(todo):
+        statistics: Statistics = {}
+        if streams is not None:
+            statistics = streams.pair(block, original).observe(stage, streams.least_tokens)
+        for name in stage:
+            module, scheme, seen = block.get_submodule(name), todo[name], statistics.get(name)
+            full, exponent = f"{prefix}.{name}", exponents.get(name)
+            if isinstance(module, Experts):
+                assert seen is None or isinstance(seen, ExpertStatistics)
+                packed[name], costs = _round_experts(module, scheme, method, seen)
+                routed, starved = (tuple(seen.routed), seen.starved()) if seen else ((), ())
+                reports.append(costs.report(full, scheme, method, exponent, sum(routed), routed, starved))
+            else:
+                assert isinstance(module, Linear)
+                assert seen is None or isinstance(seen, InputStatistics)
+                packed[name], costs = _round_matrix(module.weight, scheme, method, seen)
+                reports.append(costs.report(full, scheme, method, exponent, seen.tokens if seen else 0))
+    return _filled(block, named, packed), reports
+
+
+def _stages(names: Collection[str]) -> list[list[str]]:
+    """Modules that see their inputs at the same time, in the order of the pass."""
+    order = (("attn.qkv",), ("attn.out",), ("ffn.gate_up", "ffn.shared.gate_up", "ffn.experts"), ("ffn.down", "ffn.shared.down"))
+    assert not set(names) - {name for stage in order for name in stage}, "a block with matrices this file does not know"
+    return [found for stage in order if (found := [name for name in stage if name in names])]
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Energies of outputs: lost, lost by rounding to nearest, and all of it."""
+
+    lost: float
+    nearest: float
+    energy: float
+
+    def __add__(self, other: "_Costs") -> "_Costs":
+        return _Costs(self.lost + other.lost, self.nearest + other.nearest, self.energy + other.energy)
+
+    def report(
+        self, name: str, scheme: Scheme, method: Method, exponent: float | None, tokens: int,
+        routed: tuple[int, ...] = (), starved: tuple[int, ...] = (),
+    ) -> MatrixReport:  # fmt: skip
+        energy = self.energy or 1.0
+        nearest = self.nearest / energy if method.needs_text else None
+        return MatrixReport(name, str(scheme), self.lost / energy, nearest, exponent, tokens, routed, starved)
+
+
+def _round_matrix(parameter_OI: Tensor, scheme: Scheme, method: Method, seen: InputStatistics | None) -> tuple[PackedWeight, _Costs]:
+    """Round one matrix, and leave in `parameter` what the whole numbers stand for, so that later inputs carry the error."""
+    weight_OI = parameter_OI.detach().float()
+    usable = seen is not None and seen.tokens > 0
+    gram_II = seen.gram_II if usable else torch.eye(weight_OI.shape[1])
+    bits, group = scheme.weight_bits, scheme.group
+    nearest = round_to_nearest(weight_OI, gram_II, bits, group)
+    rounded = nearest
+    if method.spread:
+        if usable:
+            weight_OI = corrected(weight_OI, gram_II, seen.cross_II, method.gptq)
+        rounded = gptq(weight_OI, gram_II, bits, group, method.gptq)
+    costs = _Costs(rounded.error, nearest.error, float(output_errors(weight_OI, gram_II).sum()))
+    parameter_OI.copy_(restored(rounded, group))
+    return pack(rounded.whole_OI, rounded.scales_OG, bits, group), costs
+
+
+def _round_experts(
+    experts: Experts, scheme: Scheme, method: Method, seen: ExpertStatistics | None
+) -> tuple[list[tuple[PackedWeight, PackedWeight]], _Costs]:
+    result, total = [], _Costs(0.0, 0.0, 0.0)
+    for e in range(len(experts.down)):
+        gate_up, first = _round_matrix(experts.gate_up[e], scheme, method, seen.gate_up[e] if seen else None)
+        down, second = _round_matrix(experts.down[e], scheme, method, seen.down[e] if seen else None)
+        result.append((gate_up, down))
+        total = total + first + second
+    return result, total
+
+
+def _filled(block: Block, schemes: Mapping[str, Scheme | None], packed: Mapping[str, object]) -> nn.Module:
+    """The block with packed modules where `schemes` has one."""
+    if not packed:
+        return block
+    rules = tuple(Rule(pattern=f"0.{name}", scheme=None if scheme is None else str(scheme)) for name, scheme in schemes.items())
+    holder = nn.ModuleList([block])  # a block that is packed throughout is replaced as a whole
+    prepare_model(holder, QuantSpec(rules=rules))
+    for name, weights in packed.items():
+        module = holder[0].get_submodule(name)
+        if isinstance(module, QuantExperts):
+            assert isinstance(weights, list)
+            for e, pair in enumerate(weights):
+                for part, weight in zip(("gate_up", "down"), pair, strict=True):
+                    getattr(module, f"{part}_packed")[e] = weight.values
+                    getattr(module, f"{part}_scale")[e] = weight.scales
+        else:
+            assert isinstance(module, QuantLinear)
+            assert isinstance(weights, PackedWeight)
+            module.fill(weights)
+    return holder[0]
+
+
+def _widen(block: Block, schemes: Mapping[str, Scheme | None], statistics: Statistics) -> dict[str, float]:
+    """Widen all inputs of the block whose source allows it, in place, statistics with them; returns AWQ's exponent by module."""
+    exponents: dict[str, float] = {}
+    attn, ffn = block.attn, block.ffn
+    assert isinstance(attn, Attention)
+    for source, names in (("attn_norm", ["attn.qkv"]), ("ffn_norm", _readers_of_ffn_norm(ffn))):
+        found = _search(block, names, schemes, statistics)
+        if found is not None:
+            norm = block.get_submodule(source)
+            assert isinstance(norm, RMSNorm)
+            norm.weight.div_(found.factors_I)
+            if isinstance(ffn, MixtureOfExperts) and source == "ffn_norm":
+                ffn.router.weight.mul_(found.factors_I)
+            exponents |= dict.fromkeys(names, found.exponent)
+    found = _search(block, ["attn.out"], schemes, statistics, attn)
+    if found is not None:
+        awq.fold_into_values(attn.qkv.weight, attn.qkv.bias, found.factors_I, attn.num_heads, attn.num_kv_heads)
+        exponents["attn.out"] = found.exponent
+    for name in ("ffn", "ffn.shared"):
+        inner = block.get_submodule(name) if name == "ffn" or getattr(ffn, "shared", None) is not None else None
+        if isinstance(inner, SwiGLU) and (found := _search(block, [f"{name}.down"], schemes, statistics)) is not None:
+            awq.fold_into_up(inner.gate_up.weight, inner.gate_up.bias, found.factors_I)
+            exponents[f"{name}.down"] = found.exponent
+    if isinstance(ffn, MixtureOfExperts) and (scheme := schemes["ffn.experts"]) is not None:
+        _widen_inside_experts(ffn.experts, scheme, statistics["ffn.experts"])
+    return exponents
+
+
+def _readers_of_ffn_norm(ffn: nn.Module) -> list[str]:
+    if isinstance(ffn, MixtureOfExperts):
+        return ["ffn.experts", *(["ffn.shared.gate_up"] if ffn.shared is not None else [])]
+    return ["ffn.gate_up"]
+
+
+def _search(
+    block: Block, names: Sequence[str], schemes: Mapping[str, Scheme | None], statistics: Statistics, heads: Attention | None = None
+) -> awq.Widening | None:
+    """AWQ's factors for the modules that share an input, applied to their weights and statistics; None when no factors help.
+
+    A module that stays whole has no say, but takes its share of the factors. `heads`: the input is this attention's output.
+    """
+    readers: list[awq.Reader] = []
+    for name in names:
+        scheme, seen, module = schemes[name], statistics[name], block.get_submodule(name)
+        if scheme is None:
+            continue
+        if isinstance(seen, ExpertStatistics):
+            assert isinstance(module, Experts)
+            step = max(1, len(module.gate_up) // _EXPERTS_SEARCHED)
+            shared = seen.everything.gram_II
+            readers += [
+                awq.Reader(module.gate_up[e], shared, scheme.weight_bits, scheme.group) for e in range(0, len(module.gate_up), step)
+            ]
+        else:
+            assert isinstance(module, Linear)
+            readers.append(awq.Reader(module.weight, seen.gram_II, scheme.weight_bits, scheme.group))
+    if not readers or all(reader.bits == 8 for reader in readers):
+        return None  # at 8 bits there is nothing to win
+    first = statistics[names[0]]
+    magnitude_I = (first.everything if isinstance(first, ExpertStatistics) else first).mean_magnitude()
+    if heads is not None:
+        magnitude_I = awq.shared_by_head(magnitude_I, heads.num_heads, heads.num_kv_heads)
+    found = awq.search(magnitude_I, readers)
+    if not found.exponent:
+        return None
+    for name in names:
+        module, seen = block.get_submodule(name), statistics[name]
+        if isinstance(seen, ExpertStatistics):
+            assert isinstance(module, Experts)
+            module.gate_up.mul_(found.factors_I)
+            narrowed = seen.everything.narrowed(found.factors_I)
+            seen.gate_up = [narrowed if s is seen.everything else s.narrowed(found.factors_I) for s in seen.gate_up]
+            seen.everything = narrowed
+        else:
+            assert isinstance(module, Linear)
+            module.weight.mul_(found.factors_I)
+            statistics[name] = seen.narrowed(found.factors_I)
+    return found
+
+
+def _widen_inside_experts(experts: Experts, scheme: Scheme, seen: object) -> None:
+    """Each expert's inner values have factors of their own, folded into its up rows."""
+    assert isinstance(seen, ExpertStatistics)
+    if scheme.weight_bits == 8:
+        return
+    for e in range(len(experts.down)):
+        down = seen.down[e]
+        found = awq.search(down.mean_magnitude(), [awq.Reader(experts.down[e], down.gram_II, scheme.weight_bits, scheme.group)], steps=10)
+        if found.exponent:
+            experts.down[e].mul_(found.factors_I)
+            awq.fold_into_up(experts.gate_up[e], None, found.factors_I)
+            seen.down[e] = down.narrowed(found.factors_I)

@@ -1,0 +1,102 @@
+"""A whole network: which of its modules a spec names, and their replacement one at a time, in place.
+
+Only one float matrix is alive beside what is packed already: a network read from mapped files is never in memory twice.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ernie45.nn.block import Block
+from ernie45.nn.layers import Embedding, Linear
+from ernie45.nn.moe import Experts
+from ernie45.ops import PackedWeight
+from ernie45.quant.block import QuantBlock, can_fuse
+from ernie45.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
+from ernie45.quant.rtn import round_to_nearest
+from ernie45.quant.spec import QuantSpec, Scheme
+
+Algorithm = Callable[[Tensor, Scheme], PackedWeight]
+
+
+def quantisable(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules that hold matrices a spec decides about.
+
+    An embedding counts only where it is the output head too: rows that are merely looked up cost no time. Routers and norms stay whole.
+    """
+    tied = getattr(network, "head", None) is None
+    for name, module in network.named_modules():
+        if isinstance(module, Linear | Experts) or (isinstance(module, Embedding) and tied):
+            yield name, module
+
+
+@torch.no_grad()
+def quantise_model(
+    network: nn.Module, spec: QuantSpec, *, algorithm: Algorithm = round_to_nearest, each: Callable[[str], None] = lambda name: None
+) -> None:
+    """Replace, in place, every module the spec names by a packed one; `each` hears the name of a module before it is done.
+
+    Raises `ConfigError` when a rule fits no module or a module no rule, before anything is changed, and `CheckpointError` for weights
+    that are no numbers.
+    """
+    for name, scheme in _decided(network, spec):
+        each(name)
+        _replace(network, name, _quantised(network.get_submodule(name), scheme, algorithm))
+    fuse(network)
+
+
+@torch.no_grad()
+def prepare_model(network: nn.Module, spec: QuantSpec) -> None:
+    """Replace every module the spec names by an empty packed one, to be filled from a packed checkpoint."""
+    for name, scheme in _decided(network, spec):
+        _replace(network, name, _emptied(network.get_submodule(name), scheme))
+    fuse(network)
+
+
+def fuse(network: nn.Module) -> None:
+    """Give every block that is packed throughout its three-call form; names stay as they were."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, Block) and can_fuse(module):
+            _replace(network, name, QuantBlock(module))
+
+
+def _decided(network: nn.Module, spec: QuantSpec) -> list[tuple[str, Scheme]]:
+    names = [name for name, _ in quantisable(network)]
+    spec.check(names)
+    return [(name, scheme) for name in names if (scheme := spec.scheme_for(name)) is not None]
+
+
+def _replace(network: nn.Module, name: str, by: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    owner = network.get_submodule(parent)
+    if isinstance(owner, nn.ModuleList):
+        owner[int(child)] = by
+    else:
+        setattr(owner, child, by)
+
+
+def _emptied(module: nn.Module, scheme: Scheme) -> nn.Module:
+    if isinstance(module, Experts):
+        num_experts, size, expert_size = module.down.shape
+        return QuantExperts(num_experts, size, expert_size, scheme)
+    assert isinstance(module, Linear | Embedding)
+    out_size, in_size = module.weight.shape
+    if isinstance(module, Embedding):
+        return QuantEmbedding(out_size, in_size, scheme, module.weight.dtype)
+    return QuantLinear(in_size, out_size, scheme, bias=module.bias)
+
+
+def _quantised(module: nn.Module, scheme: Scheme, algorithm: Algorithm) -> nn.Module:
+    made = _emptied(module, scheme)
+    if isinstance(made, QuantLinear):
+        made.fill(algorithm(module.weight, scheme))
+        return made
+    assert isinstance(module, Experts)
+    assert isinstance(made, QuantExperts)
+    for expert in range(module.down.shape[0]):
+        for name in ("gate_up", "down"):
+            packed = algorithm(getattr(module, name)[expert], scheme)
+            getattr(made, f"{name}_packed")[expert] = packed.values
+            getattr(made, f"{name}_scale")[expert] = packed.scales
+    return made

@@ -1,0 +1,61 @@
+"""Round to nearest, with a search for the clip that loses least: quantisation without data.
+
+For every row and group the largest magnitude is shrunk step by step, and the scale whose rounding has the smallest squared error is kept.
+Letters: O and I out- and input widths, G groups of inputs.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ernie45.errors import CheckpointError
+from ernie45.ops.quantised import PackedWeight
+from ernie45.quant.pack import group_width, pack
+from ernie45.quant.spec import Scheme
+
+_CLIPS = {4: tuple(1 - 0.05 * step for step in range(9)), 8: (1.0,)}  # 1.0 .. 0.6; at 8 bits clipping gains nothing
+_ROWS_AT_ONCE = 4096  # bounds the memory of the search
+
+
+def round_to_nearest(weight_OI: Tensor, scheme: Scheme) -> PackedWeight:
+    """Quantise and pack a matrix [O, I]. Raises `CheckpointError` when it holds values that are no finite numbers."""
+    parts = [_quantise(rows, scheme) for rows in weight_OI.detach().split(_ROWS_AT_ONCE)]
+    whole_OI, scales_OG = (torch.cat(list(p)) for p in zip(*parts, strict=True))
+    return pack(whole_OI, scales_OG, scheme.weight_bits, scheme.group)
+
+
+def _quantise(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    if not bool(weight_OI.isfinite().all()):
+        raise CheckpointError("a weight holds NaN or infinities and cannot be quantised; the checkpoint is damaged")
+    width = weight_OI.shape[1]
+    group = group_width(width, scheme.group)
+    w = torch.nn.functional.pad(weight_OI.float(), (0, -width % group)).unflatten(1, (-1, group))
+    largest = w.abs().amax(-1)
+    best_error, best_scale = torch.full_like(largest, float("inf")), torch.zeros_like(largest)
+    for scale in _scales(w, largest, scheme.weight_bits):
+        whole = _round(w, scale, scheme.weight_bits)
+        error = (whole * scale[..., None] - w).square().sum(-1)
+        better = error < best_error
+        best_error, best_scale = torch.where(better, error, best_error), torch.where(better, scale, best_scale)
+    return _round(w, best_scale, scheme.weight_bits).to(torch.int8).flatten(1)[:, :width], best_scale
+
+
+def _scales(w: Tensor, largest: Tensor, bits: int) -> Iterator[Tensor]:
+    """Scales to try, rounded to float16 as they will be stored: that comes before the choice of whole numbers.
+
+    At 4 bits also those that map the largest value, sign and all, to -8: the lowest number has no positive twin and is lost otherwise.
+    """
+    top = 2 ** (bits - 1) - 1
+    for clip in _CLIPS[bits]:
+        yield (largest * (clip / top)).to(torch.float16).float()
+    if bits == 4:
+        signed = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        for clip in _CLIPS[bits]:
+            yield (signed * (clip / -(top + 1))).to(torch.float16).float()
+
+
+def _round(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    inverse = torch.where(scale != 0, 1 / scale, 0.0)
+    top = 2 ** (bits - 1) - 1
+    return (w * inverse[..., None]).round_().clamp_(-top - (bits == 4), top)

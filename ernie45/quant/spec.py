@@ -1,0 +1,93 @@
+"""What is quantised, and how: a table from module names to schemes, without torch.
+
+A scheme is a word: `w4a8` (weights of 4 bits, activations of 8) with a group such as `w4a8-g64`, or without, a scale per channel. Rules are
+tried in order, the first whose pattern fits a module's name decides, and every matrix that can be quantised must be decided by one.
+"""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ernie45.config import from_mapping
+from ernie45.errors import ConfigError
+
+GROUPS = (0, 32, 64, 128)  # 0: one scale per output channel
+_WORD = re.compile(r"w(\d+)a(\d+)(?:-g(\d+))?")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """`weight_bits` 4 or 8, `group` inputs per scale (0: all of a row); activations are quantised to 8 bits as they come."""
+
+    weight_bits: int
+    group: int
+
+    @classmethod
+    def parse(cls, word: str) -> "Scheme":
+        """Read `w4a8-g64` and its like. Raises `ConfigError` for anything else."""
+        found = _WORD.fullmatch(word)
+        if not found or found[1] not in ("4", "8") or found[2] != "8" or int(found[3] or 0) not in GROUPS or found[3] == "0":
+            raise ConfigError(f"'{word}' is not a quantisation scheme; write w4a8 or w8a8, if groups are wanted with -g32, -g64 or -g128")
+        return cls(int(found[1]), int(found[3] or 0))
+
+    def __str__(self) -> str:
+        return f"w{self.weight_bits}a8" + (f"-g{self.group}" if self.group else "")
+
+    def bits_per_weight(self, in_size: int) -> float:
+        """Bits of one weight, its share of the float16 scale included."""
+        return self.weight_bits + 16 / (self.group or in_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Modules whose name fits `pattern` (`*` any text, `|` between alternatives) get `scheme`, or stay whole when it is None."""
+
+    pattern: str
+    scheme: str | None
+
+    def fits(self, name: str) -> bool:
+        """Whether the rule speaks of module `name`."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.pattern.split("|"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """Rules in order. `rules[i].scheme` is a word for `Scheme.parse`; written to and read from `config.json` as it stands."""
+
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            if rule.scheme is not None:
+                Scheme.parse(rule.scheme)
+
+    @classmethod
+    def uniform(cls, scheme: str, *, head: str | None = None) -> "QuantSpec":
+        """`scheme` for every matrix; the output head (and an embedding tied to it) gets `head`, or None: as everything else."""
+        first = (Rule(pattern="head|embed", scheme=head),) if head else ()
+        return cls(rules=(*first, Rule(pattern="*", scheme=scheme)))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str) -> "QuantSpec":
+        """Raises `ConfigError` for unknown keys or schemes."""
+        return from_mapping(cls, data, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back."""
+        return {"rules": [{"pattern": r.pattern, "scheme": r.scheme} for r in self.rules]}
+
+    def scheme_for(self, name: str) -> Scheme | None:
+        """What module `name` gets. Raises `ConfigError` when no rule speaks of it."""
+        for rule in self.rules:
+            if rule.fits(name):
+                return None if rule.scheme is None else Scheme.parse(rule.scheme)
+        raise ConfigError(f"no quantisation rule speaks of '{name}'; add one, or a last rule for '*'")
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise `ConfigError` for a rule that fits none of `names`: a misspelt pattern must not pass as nothing to do."""
+        names = list(names)
+        for rule in self.rules:
+            if not any(map(rule.fits, names)):
+                raise ConfigError(f"the quantisation rule for '{rule.pattern}' fits no module; names look like {', '.join(names[:3])}")

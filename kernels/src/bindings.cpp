@@ -1,0 +1,204 @@
+// The operators as torch sees them: every size is checked here, since behind this file there are only pointers.
+// Built on the stable ABI: one library serves every Python and every torch from 2.10 on.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "cpu.h"
+#include "layers.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kWidestInput = 65536;
+
+const ernie::Kernels& kernels(const std::string& isa) {
+  const ernie::Kernels* found = ernie::choose(isa);
+  STD_TORCH_CHECK(found, "no kernels called '", isa, "' on this machine; it can run: ", ernie::available());
+  return *found;
+}
+
+void run_on_threads(int64_t count, void (*body)(void*), void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) { body(context); });
+}
+
+ernie::Threads threads() { return {int64_t(torch::stable::get_num_threads()), run_on_threads}; }
+
+ernie::Type type_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16, name, " must be float32 or bfloat16");
+  return t.scalar_type() == ScalarType::Float ? ernie::Type::f32 : ernie::Type::bf16;
+}
+
+// [T, I] with rows that lie in one piece each
+ernie::Rows rows_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1), name, " must be [T, I] on the CPU, each row in one piece");
+  STD_TORCH_CHECK(x.size(1) > 0 && x.size(1) <= kWidestInput, name, " must be 1 .. ", kWidestInput, " wide");
+  return {x.data_ptr(), type_of(x, name), x.stride(0)};
+}
+
+template <size_t n>
+Tensor empty(const Tensor& like, const std::array<int64_t, n>& sizes) {
+  std::array<int64_t, n> strides;
+  int64_t step = 1;
+  for (size_t i = n; i-- > 0;) strides[i] = step, step *= sizes[i];
+  AtenTensorHandle made;
+  const int32_t type = like.scalar_type() == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(n, sizes.data(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+ernie::Packed packed_of(const Tensor& value, const Tensor& scale, int64_t out_size, int64_t bits, int64_t in_size) {
+  STD_TORCH_CHECK(bits == 4 || bits == 8, "weights have 4 or 8 bits, not ", bits);
+  STD_TORCH_CHECK(value.is_cpu() && value.is_contiguous() && value.scalar_type() == ScalarType::Byte && value.dim() == 3 && value.size(2) == 64,
+                  "packed weights must be uint8 [O / 16, I * bits / 32, 64], contiguous, on the CPU");
+  STD_TORCH_CHECK(scale.is_cpu() && scale.is_contiguous() && scale.scalar_type() == ScalarType::Half && scale.dim() == 3 && scale.size(2) == 16 &&
+                      scale.size(0) == value.size(0) && scale.size(1) > 0,
+                  "weight scales must be float16 [O / 16, groups, 16], contiguous, on the CPU");
+  ernie::Packed w{static_cast<const uint8_t*>(value.data_ptr()), static_cast<const uint16_t*>(scale.data_ptr()), out_size,
+                  value.size(1) * 32 / bits, scale.size(1), int(bits)};
+  STD_TORCH_CHECK(out_size > 0 && w.blocks() == value.size(0), "packed weights of ", value.size(0), " blocks of 16 do not hold ", out_size, " rows");
+  STD_TORCH_CHECK(w.I % w.G == 0 && w.group() % 32 == 0, "packed weights of width ", w.I, " do not fall into ", w.G, " groups of a multiple of 32");
+  STD_TORCH_CHECK(w.I >= in_size && w.I <= kWidestInput, "packed weights of width ", w.I, " do not take activations of width ", in_size);
+  return w;
+}
+
+ernie::Norm norm_of(const std::optional<Tensor>& weight, double eps, int64_t width) {
+  if (!weight) return {nullptr, ernie::Type::f32, 0.0f};
+  STD_TORCH_CHECK(weight->is_cpu() && weight->is_contiguous() && weight->numel() == width, "the norm's weight must be [", width, "] on the CPU");
+  return {weight->data_ptr(), type_of(*weight, "the norm's weight"), float(eps)};
+}
+
+Tensor linear(const Tensor& x, const std::optional<Tensor>& norm, double eps, const Tensor& packed, const Tensor& scale, int64_t bits,
+              int64_t out_size, const std::optional<Tensor>& addend, const std::string& isa) {
+  const ernie::Rows rows = rows_of(x, "x");
+  const int64_t T = x.size(0), I = x.size(1);
+  const ernie::Packed w = packed_of(packed, scale, out_size, bits, I);
+  Tensor out = empty<2>(x, {T, out_size});
+  ernie::Output to{};
+  to.type = rows.type, to.out = out.data_ptr(), to.stride = to.width = out_size;
+  if (addend) {
+    STD_TORCH_CHECK(addend->is_cpu() && addend->is_contiguous() && addend->scalar_type() == x.scalar_type() && addend->dim() == 2 &&
+                        addend->size(0) == T && addend->size(1) == out_size,
+                    "the addend must have the type of x and be [", T, ", ", out_size, "], contiguous");
+    to.finish = ernie::Finish::add, to.addend = addend->data_ptr();
+  }
+  if (T) ernie::linear(kernels(isa), threads(), rows, T, I, norm_of(norm, eps, I), w, to);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> qkv(const Tensor& x, const std::optional<Tensor>& norm, double eps, const Tensor& packed, const Tensor& scale,
+                                       int64_t bits, const Tensor& turns, int64_t N, int64_t K, int64_t H, const std::string& isa) {
+  const ernie::Rows rows = rows_of(x, "x");
+  const int64_t T = x.size(0), I = x.size(1);
+  STD_TORCH_CHECK(N > 0 && K > 0 && N % K == 0 && H > 0 && H % 16 == 0, "heads must be a multiple of key heads, and the head size of 16");
+  const ernie::Packed w = packed_of(packed, scale, (N + 2 * K) * H, bits, I);
+  STD_TORCH_CHECK(turns.is_cpu() && turns.is_contiguous() && turns.scalar_type() == ScalarType::Float && turns.dim() == 3 && turns.size(0) == T &&
+                      turns.size(1) == H / 2 && turns.size(2) == 2,
+                  "turns must be float32 [T, H / 2, 2], contiguous");
+  Tensor q = empty<3>(x, {T, N, H}), k = empty<3>(x, {T, K, H}), v = empty<3>(x, {T, K, H});
+  ernie::Output to{};
+  to.finish = ernie::Finish::rotate, to.type = rows.type, to.width = w.O;
+  to.out = q.data_ptr(), to.k = k.data_ptr(), to.v = v.data_ptr();
+  to.turns = static_cast<const float*>(turns.data_ptr()), to.pairs = H / 2, to.rotated = (N + K) * H;
+  to.q_width = N * H, to.kv_width = K * H;
+  if (T) ernie::linear(kernels(isa), threads(), rows, T, I, norm_of(norm, eps, I), w, to);
+  return {q, k, v};
+}
+
+// x + swiglu(norm(x) @ gate_up) @ down; without a norm, the part behind the plus: one expert
+Tensor feed_forward(const Tensor& x, const std::optional<Tensor>& norm, double eps, const Tensor& gate_up, const Tensor& gate_up_scale, int64_t gate_up_bits,
+                    const Tensor& down, const Tensor& down_scale, int64_t down_bits, int64_t inner, const std::string& isa) {
+  const ernie::Rows rows = rows_of(x, "x");
+  STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
+  const int64_t T = x.size(0), D = x.size(1);
+  STD_TORCH_CHECK(inner > 0 && inner % 16 == 0, "the inner width must be a multiple of 16");
+  const ernie::Packed first = packed_of(gate_up, gate_up_scale, 2 * inner, gate_up_bits, D);
+  const ernie::Packed second = packed_of(down, down_scale, D, down_bits, inner);
+  Tensor out = empty<2>(x, {T, D});
+  if (T) ernie::feed_forward(kernels(isa), threads(), rows, T, D, norm_of(norm, eps, D), first, second, out.data_ptr());
+  return out;
+}
+
+Tensor bf16_linear(const Tensor& x, const Tensor& weight, const std::string& isa) {
+  const ernie::Rows rows = rows_of(x, "x");
+  const int64_t T = x.size(0), I = x.size(1);
+  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == ScalarType::BFloat16 && weight.dim() == 2 && weight.size(1) == I,
+                  "the weight must be bfloat16 [O, ", I, "], contiguous, on the CPU");
+  const int64_t O = weight.size(0), step = ernie::kFewRows;
+  Tensor out = empty<2>(x, {T, O});
+  const size_t element = rows.type == ernie::Type::f32 ? 4 : 2;
+  for (int64_t t = 0; t < T; t += step) {
+    const ernie::Rows part{static_cast<const char*>(rows.data) + size_t(t * rows.stride) * element, rows.type, rows.stride};
+    ernie::Output to{};
+    to.type = rows.type, to.out = static_cast<char*>(out.data_ptr()) + size_t(t * O) * element, to.stride = to.width = O;
+    ernie::bf16_linear(kernels(isa), threads(), part, T - t < step ? T - t : step, static_cast<const uint16_t*>(weight.data_ptr()), I, O, to);
+  }
+  return out;
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& pages, const Tensor& lengths, int64_t page_size,
+                       const std::string& isa) {
+  STD_TORCH_CHECK(q.is_cpu() && q.is_contiguous() && q.dim() == 3, "q must be [sequences, N, H], contiguous, on the CPU");
+  STD_TORCH_CHECK(keys.is_cpu() && keys.is_contiguous() && keys.dim() == 3 && values.is_contiguous() && values.dim() == 3 &&
+                      keys.size(0) == values.size(0) && keys.size(1) == values.size(1) && keys.size(2) == values.size(2) &&
+                      keys.scalar_type() == values.scalar_type(),
+                  "keys and values must both be [slots, K, H] of one type, contiguous, on the CPU");
+  const int64_t B = q.size(0), N = q.size(1), H = q.size(2), K = keys.size(1);
+  STD_TORCH_CHECK(keys.size(2) == H && K > 0 && N % K == 0 && H > 0 && H % 16 == 0,
+                  "query heads must be a multiple of key heads, head sizes equal and a multiple of 16");
+  STD_TORCH_CHECK(pages.is_cpu() && pages.is_contiguous() && pages.scalar_type() == ScalarType::Long && pages.dim() == 2 && pages.size(0) == B &&
+                      lengths.is_cpu() && lengths.is_contiguous() && lengths.scalar_type() == ScalarType::Long && lengths.dim() == 1 &&
+                      lengths.size(0) == B && page_size > 0,
+                  "pages must be int64 [sequences, P] and lengths int64 [sequences], contiguous");
+  ernie::PagedJob job{};
+  job.q = q.data_ptr(), job.keys = keys.data_ptr(), job.values = values.data_ptr();
+  job.type = type_of(q, "q"), job.cache_type = type_of(keys, "keys");
+  job.pages = static_cast<const int64_t*>(pages.data_ptr()), job.lengths = static_cast<const int64_t*>(lengths.data_ptr());
+  job.max_pages = pages.size(1), job.page_size = page_size, job.N = N, job.K = K, job.H = H;
+  for (int64_t b = 0; b < B; b++) {
+    const int64_t needed = (job.lengths[b] + page_size - 1) / page_size;
+    STD_TORCH_CHECK(job.lengths[b] > 0 && needed <= job.max_pages, "sequence ", b, " of length ", job.lengths[b], " does not fit its page table");
+    for (int64_t p = 0; p < needed; p++)
+      STD_TORCH_CHECK(job.pages[b * job.max_pages + p] >= 0 && (job.pages[b * job.max_pages + p] + 1) * page_size <= keys.size(0),
+                      "sequence ", b, " names page ", job.pages[b * job.max_pages + p], ", which the cache does not have");
+  }
+  Tensor out = empty<3>(q, {B, N, H});
+  job.out = out.data_ptr();
+  if (B) ernie::paged(kernels(isa), threads(), job, B);
+  return out;
+}
+
+std::string available() { return ernie::available(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(ernie45, m) {
+  m.def("linear(Tensor x, Tensor? norm, float eps, Tensor packed, Tensor scale, int bits, int out_size, Tensor? addend, str isa) -> Tensor");
+  m.def("qkv(Tensor x, Tensor? norm, float eps, Tensor packed, Tensor scale, int bits, Tensor turns, int heads, int kv_heads, int head_size, "
+        "str isa) -> (Tensor, Tensor, Tensor)");
+  m.def("feed_forward(Tensor x, Tensor? norm, float eps, Tensor gate_up, Tensor gate_up_scale, int gate_up_bits, Tensor down, "
+        "Tensor down_scale, int down_bits, int inner, str isa) -> Tensor");
+  m.def("bf16_linear(Tensor x, Tensor weight, str isa) -> Tensor");
+  m.def("paged_attention(Tensor q, Tensor keys, Tensor values, Tensor pages, Tensor lengths, int page_size, str isa) -> Tensor");
+  m.def("available() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ernie45, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("qkv", TORCH_BOX(&qkv));
+  m.impl("feed_forward", TORCH_BOX(&feed_forward));
+  m.impl("bf16_linear", TORCH_BOX(&bf16_linear));
+  m.impl("paged_attention", TORCH_BOX(&paged_attention));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ernie45, CompositeExplicitAutograd, m) { m.impl("available", TORCH_BOX(&available)); }

@@ -1,0 +1,63 @@
+#include "cpu.h"
+
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace ernie {
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+// Tiles must be asked for once per process: the kernel then keeps 8 KiB more of every thread's registers.
+bool has_amx() {
+#if defined(__linux__)
+  if (!has_avx512() || !__builtin_cpu_supports("amx-int8")) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  if (has_amx()) found.push_back(&amx_kernels());
+  if (has_avx512()) found.push_back(&avx512_kernels());
+  if (has_avx2()) found.push_back(&avx2_kernels());
+#endif
+  found.push_back(&plain_kernels());
+  return found;
+}
+
+const std::vector<const Kernels*>& kernels_here() {
+  static const std::vector<const Kernels*> found = runnable();
+  return found;
+}
+
+}  // namespace
+
+const Kernels* choose(const std::string& name) {
+  for (const Kernels* k : kernels_here())
+    if (name.empty() || name == k->name) return k;
+  return nullptr;
+}
+
+std::string available() {
+  std::string names;
+  for (const Kernels* k : kernels_here()) names += (names.empty() ? "" : ",") + std::string(k->name);
+  return names;
+}
+
+}  // namespace ernie

@@ -1,0 +1,194 @@
+// Products with bfloat16 weights, and attention over pages. Written with the compiler's vector types and compiled once per instruction set
+// (ERNIE_ISA), products contracted to fused ones; sums are float32.
+#include "rows.h"
+
+namespace ernie {
+namespace ERNIE_ISA {
+
+// The totals of four vectors: halves are folded pairwise, so that eight shuffles serve all four.
+static inline void totals(const V* v, float* out) {
+  const V ab = __builtin_shufflevector(v[0], v[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(v[0], v[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  const V cd = __builtin_shufflevector(v[2], v[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(v[2], v[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  V s = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+        __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  s += __builtin_shufflevector(s, s, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  s += __builtin_shufflevector(s, s, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  for (int j = 0; j < 4; j++) out[j] = s[4 * j];
+}
+
+static void widen(const Rows& x, int64_t T, int64_t width, float* out) {
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t i = 0; i < width; i++)
+      out[t * width + i] = x.type == Type::f32 ? static_cast<const float*>(x.data)[t * x.stride + i]
+                                               : f32_of_bf16(static_cast<const uint16_t*>(x.data)[t * x.stride + i]);
+}
+
+// R rows of the weight times T rows of x -> c[R][T]
+template <int R, int T>
+static inline void dots(const uint16_t* w, int64_t I, const float* x, float* c) {
+  V s[R][T] = {};
+  int64_t i = 0;
+  for (; i + 16 <= I; i += 16) {
+    V v[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      if ((i & 16) == 0) __builtin_prefetch(w + r * I + i + 1024);
+      v[r] = load(w + r * I + i);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+      const V a = load(x + t * I + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) s[r][t] += v[r] * a;
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) {
+      float sum = total(s[r][t]);
+      for (int64_t j = i; j < I; j++) sum += f32_of_bf16(w[r * I + j]) * x[t * I + j];
+      c[r * T + t] = sum;
+    }
+}
+
+template <int T>
+static void rows_of(const uint16_t* w, int64_t I, int64_t row, int64_t end, const float* x, const Output& out) {
+  constexpr int R = T <= 4 ? 4 : 2;
+  float c[R * T];
+  for (; row < end;) {
+    const int n = end - row >= R ? R : 1;
+    n == R ? dots<R, T>(w + row * I, I, x, c) : dots<1, T>(w + row * I, I, x, c);
+    for (int r = 0; r < n; r++)
+      for (int t = 0; t < T; t++) {
+        const int64_t at = t * out.stride + row + r;
+        if (out.type == Type::f32) static_cast<float*>(out.out)[at] = c[r * T + t];
+        else put(out.out, out.type, at, V{} + c[r * T + t], 1);
+      }
+    row += n;
+  }
+}
+
+static void bf16_few(const uint16_t* w, int64_t I, int64_t row, int64_t end, const float* x, int64_t T, const Output& out) {
+  switch (T) {
+    case 1: return rows_of<1>(w, I, row, end, x, out);
+    case 2: return rows_of<2>(w, I, row, end, x, out);
+    case 3: return rows_of<3>(w, I, row, end, x, out);
+    case 4: return rows_of<4>(w, I, row, end, x, out);
+    case 5: return rows_of<5>(w, I, row, end, x, out);
+    case 6: return rows_of<6>(w, I, row, end, x, out);
+    case 7: return rows_of<7>(w, I, row, end, x, out);
+    default: return rows_of<8>(w, I, row, end, x, out);
+  }
+}
+
+// scores[g][at .. at + count] = q[g] . keys * H^-0.5 for one run of keys that lie `stride` apart
+template <class E>
+static void scores_of(const float* q, int64_t G, int64_t H, const E* keys, int64_t stride, int64_t count, float* scores, int64_t S) {
+  const float by = 1.0f / std::sqrt(float(H));
+  for (int64_t s = 0; s < count; s++) {
+    const E* key = keys + s * stride;
+    int64_t g = 0;
+    for (; g + 4 <= G; g += 4) {
+      V sum[4] = {};
+      for (int64_t h = 0; h < H; h += 16) {
+        const V k = load(key + h);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sum[j] += k * load(q + (g + j) * H + h);
+      }
+      float four[4];
+      totals(sum, four);
+      for (int j = 0; j < 4; j++) scores[(g + j) * S + s] = four[j] * by;
+    }
+    for (; g < G; g++) {
+      V sum = {};
+      for (int64_t h = 0; h < H; h += 16) sum += load(key + h) * load(q + g * H + h);
+      scores[g * S + s] = total(sum) * by;
+    }
+  }
+}
+
+// out[g] += weights[g][s] * values[s]
+template <class E, int Q>
+static inline void gather_of(const float* weights, int64_t S, const E* values, int64_t stride, int64_t count, float* out, int64_t H) {
+  for (int64_t h = 0; h < H; h += 32) {
+    const bool two = h + 32 <= H;
+    V sum[Q][2];
+    for (int j = 0; j < Q; j++) {
+      sum[j][0] = load(out + j * H + h);
+      if (two) sum[j][1] = load(out + j * H + h + 16);
+    }
+    for (int64_t s = 0; s < count; s++) {
+      const V v0 = load(values + s * stride + h);
+      const V v1 = two ? load(values + s * stride + h + 16) : v0;
+#pragma GCC unroll 4
+      for (int j = 0; j < Q; j++) {
+        sum[j][0] += v0 * weights[j * S + s];
+        sum[j][1] += v1 * weights[j * S + s];
+      }
+    }
+    for (int j = 0; j < Q; j++) {
+      std::memcpy(out + j * H + h, &sum[j][0], 64);
+      if (two) std::memcpy(out + j * H + h + 16, &sum[j][1], 64);
+    }
+  }
+}
+
+// Weights that sum to one. The row is read in whole vectors: behind its n scores there is room for 15 more.
+static void softmax(float* row, int64_t n) {
+  for (int64_t i = n; i % 16; i++) row[i] = -INFINITY;
+  V most = load(row), sum = {};
+  for (int64_t i = 16; i < n; i += 16) most = load(row + i) > most ? load(row + i) : most;
+  float top = most[0];
+  for (int j = 1; j < 16; j++) top = most[j] > top ? most[j] : top;
+  for (int64_t i = 0; i < n; i += 16) {
+    const V e = load(row + i) == -INFINITY ? V{} : exp_approx(load(row + i) - top);
+    std::memcpy(row + i, &e, 64);
+    sum += e;
+  }
+  const float by = 1.0f / total(sum);
+  for (int64_t i = 0; i < n; i++) row[i] *= by;
+}
+
+template <class E>
+static void paged_as(const PagedJob& job, int64_t sequence, int64_t kv_head, float* scratch) {
+  const int64_t G = job.N / job.K, H = job.H, length = job.lengths[sequence], stride = job.K * H;
+  const int64_t S = (length + 15) / 16 * 16;  // scores of one query lie so far apart
+  float *q = scratch, *out = q + G * H, *scores = out + G * H;
+  for (int64_t i = 0; i < G * H; i += 16) {
+    const V v = get(job.q, job.type, (sequence * job.N + kv_head * G) * H + i, 16);
+    std::memcpy(q + i, &v, 64);
+  }
+  std::memset(out, 0, sizeof(float) * size_t(G * H));
+  const E* keys = static_cast<const E*>(job.keys) + kv_head * H;
+  const E* values = static_cast<const E*>(job.values) + kv_head * H;
+  const int64_t* pages = job.pages + sequence * job.max_pages;
+  for (int64_t at = 0, p = 0; at < length; at += job.page_size, p++) {
+    const int64_t count = length - at < job.page_size ? length - at : job.page_size;
+    scores_of<E>(q, G, H, keys + pages[p] * job.page_size * stride, stride, count, scores + at, S);
+  }
+  for (int64_t g = 0; g < G; g++) softmax(scores + g * S, length);
+  for (int64_t at = 0, p = 0; at < length; at += job.page_size, p++) {
+    const int64_t count = length - at < job.page_size ? length - at : job.page_size;
+    const E* from = values + pages[p] * job.page_size * stride;
+    int64_t g = 0;
+    for (; g + 4 <= G; g += 4) gather_of<E, 4>(scores + g * S + at, S, from, stride, count, out + g * H, H);
+    for (; g < G; g++) gather_of<E, 1>(scores + g * S + at, S, from, stride, count, out + g * H, H);
+  }
+  for (int64_t i = 0; i < G * H; i += 16) put(job.out, job.type, (sequence * job.N + kv_head * G) * H + i, load(out + i), 16);
+}
+
+static void paged(const PagedJob& job, int64_t sequence, int64_t kv_head, float* scratch) {
+  job.cache_type == Type::f32 ? paged_as<float>(job, sequence, kv_head, scratch) : paged_as<uint16_t>(job, sequence, kv_head, scratch);
+}
+
+}  // namespace ERNIE_ISA
+
+#define ERNIE_JOIN2(a, b) a##b
+#define ERNIE_JOIN(a, b) ERNIE_JOIN2(a, b)
+const FloatKernels& ERNIE_JOIN(ERNIE_ISA, _floats)() {
+  static const FloatKernels kernels{ERNIE_ISA::widen, ERNIE_ISA::bf16_few, ERNIE_ISA::paged};
+  return kernels;
+}
+
+}  // namespace ernie

@@ -1,0 +1,132 @@
+#include "layers.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+namespace ernie {
+namespace {
+
+// Memory of one thread that grows to what its largest pass needed and is then used again.
+class Scratch {
+ public:
+  ~Scratch() { std::free(base_); }
+  char* take(size_t bytes) {
+    bytes = (bytes + 4095) / 4096 * 4096;
+    if (bytes > size_) {
+      std::free(base_);
+      base_ = std::aligned_alloc(4096, bytes);
+      size_ = base_ ? bytes : 0;
+      if (!base_) throw std::bad_alloc();
+    }
+    return static_cast<char*>(base_);
+  }
+
+ private:
+  void* base_ = nullptr;
+  size_t size_ = 0;
+};
+
+enum Purpose { activations, panels, between, purposes };
+
+Scratch& scratch(Purpose purpose) {
+  static thread_local Scratch of_thread[purposes];
+  return of_thread[purpose];
+}
+
+// f(begin, end) over 0 .. items in pieces that threads take as they come: a thread that was held up leaves the rest to the others.
+template <class F>
+void share(const Threads& threads, int64_t items, int64_t piece, F&& f) {
+  if (threads.count <= 1 || items <= piece) return f(0, items);
+  struct Work {
+    std::atomic<int64_t> next{0};
+    int64_t items, piece;
+    F* f;
+  } work{{0}, items, piece, &f};
+  threads.run(
+      threads.count,
+      [](void* context) {
+        Work& w = *static_cast<Work*>(context);
+        for (int64_t at; (at = w.next.fetch_add(w.piece, std::memory_order_relaxed)) < w.items;)
+          (*w.f)(at, at + w.piece < w.items ? at + w.piece : w.items);
+      },
+      &work);
+}
+
+int64_t pieces(int64_t items, int64_t threads, int64_t multiple) {
+  const int64_t piece = items / (threads * 6) / multiple * multiple;
+  return piece < multiple ? multiple : piece;
+}
+
+Quantised space_for(int64_t T, const Packed& w, Scratch& memory) {
+  const int64_t padded = (T + kTokenPadding - 1) / kTokenPadding * kTokenPadding;
+  const size_t values = size_t(padded * w.I), groups = size_t(T * w.G);
+  char* at = memory.take(values + groups * 8 + 64);
+  return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + values), reinterpret_cast<int32_t*>(at + values + groups * 4), T, w.I, w.G};
+}
+
+void quantise(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, const Norm& norm, const Quantised& q) {
+  // a row costs about a microsecond; waking the others costs three
+  share(threads, T, T < 8 ? T : pieces(T, threads.count, 1), [&](int64_t first, int64_t end) {
+    if (norm.weight) {
+      k.norm_quantise(x, end - first, width, norm.weight, norm.type, norm.eps, q, first);
+    } else {
+      k.quantise(x, end - first, width, q, first);
+    }
+  });
+}
+
+void product(const Kernels& k, const Threads& threads, const Quantised& x, const Packed& w, const Output& out) {
+  const bool pairs = out.finish == Finish::swiglu;
+  const int64_t blocks = pairs ? w.blocks() / 2 : w.blocks();
+  if (x.T <= kFewRows) {
+    share(threads, blocks, pieces(blocks, threads.count, 1),
+          [&](int64_t first, int64_t end) { (pairs ? k.few_pairs : k.few)(w, x, first, end, out); });
+    return;
+  }
+  share(threads, blocks, pieces(blocks, threads.count, pairs ? kPanelBlocks / 2 : kPanelBlocks), [&](int64_t first, int64_t end) {
+    (pairs ? k.many_pairs : k.many)(w, x, first, end, out, scratch(panels).take(k.many_scratch(w)));
+  });
+}
+
+}  // namespace
+
+void linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, const Norm& norm, const Packed& w,
+            const Output& out) {
+  const Quantised q = space_for(T, w, scratch(activations));
+  quantise(k, threads, x, T, width, norm, q);
+  product(k, threads, q, w, out);
+}
+
+void feed_forward(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t D, const Norm& norm, const Packed& gate_up,
+                  const Packed& down, void* out) {
+  const int64_t F = gate_up.O / 2;
+  const size_t element = x.type == Type::f32 ? 4 : 2;
+  char* h = scratch(between).take(size_t(T * F) * element);
+  Output inner{};
+  inner.finish = Finish::swiglu;
+  inner.type = x.type, inner.out = h, inner.stride = inner.width = F;
+  linear(k, threads, x, T, D, norm, gate_up, inner);
+  Output outer{};
+  outer.finish = norm.weight ? Finish::add : Finish::store;
+  outer.type = x.type, outer.out = out, outer.stride = outer.width = D, outer.addend = x.data;
+  linear(k, threads, Rows{h, x.type, F}, T, F, Norm{nullptr, x.type, 0}, down, outer);
+}
+
+void bf16_linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, const uint16_t* w, int64_t I, int64_t O, const Output& out) {
+  float* wide = reinterpret_cast<float*>(scratch(activations).take(size_t(T * I) * 4));
+  k.floats->widen(x, T, I, wide);
+  share(threads, O, pieces(O, threads.count, 4), [&](int64_t first, int64_t end) { k.floats->bf16_few(w, I, first, end, wide, T, out); });
+}
+
+void paged(const Kernels& k, const Threads& threads, const PagedJob& job, int64_t sequences) {
+  int64_t longest = 0;
+  for (int64_t i = 0; i < sequences; i++) longest = job.lengths[i] > longest ? job.lengths[i] : longest;
+  const size_t bytes = size_t(job.N / job.K) * size_t(longest + 16 + 2 * job.H) * 4;
+  share(threads, sequences * job.K, 1, [&](int64_t first, int64_t end) {
+    float* memory = reinterpret_cast<float*>(scratch(panels).take(bytes));
+    for (; first < end; first++) k.floats->paged(job, first / job.K, first % job.K, memory);
+  });
+}
+
+}  // namespace ernie

@@ -1,0 +1,107 @@
+// What the kernels speak of. No standard containers here: these files are compiled once per instruction set, and a weak symbol that the
+// linker picks from the wrong one would run instructions the machine does not have.
+//
+// Letters: T tokens, O output width, I input width padded to whole groups, G groups along I.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace ernie {
+
+enum class Type : int { f32 = 0, bf16 = 1 };
+
+// A row-major matrix of activations in the caller's type; `stride` in elements.
+struct Rows {
+  const void* data;
+  Type type;
+  int64_t stride;
+};
+
+// Activations as the integer kernels read them: `value` [T, I] in -127 .. 127, `scale` [T, G], and `sum` [T, G], the sum of the group's
+// values, from which the unsigned offset of the weights (8 or 128) is taken back.
+struct Quantised {
+  int8_t* value;
+  float* scale;
+  int32_t* sum;
+  int64_t T, I, G;
+};
+
+// Packed weights, see ernie45/quant/pack.py: 16 output rows are interleaved.
+//   4 bits: [O/16][I/8][16][4] bytes, low nibble of byte c is input 8j + c, high nibble input 8j + 4 + c; stored + 8
+//   8 bits: [O/16][I/4][16][4] bytes, stored + 128
+//   scale : [O/16][G][16] float16
+struct Packed {
+  const uint8_t* value;
+  const uint16_t* scale;
+  int64_t O, I, G;  // O counts the real rows, the last block may be partly empty
+  int bits;
+  int64_t blocks() const { return (O + 15) / 16; }
+  int64_t group() const { return I / G; }
+  int64_t block_bytes() const { return I * 16 * bits / 8; }
+};
+
+// What happens to a tile of float32 results before it is stored.
+enum class Finish : int { store, add, swiglu, rotate };
+
+struct Output {
+  Finish finish;
+  Type type;
+  void* out;           // [T, stride]
+  int64_t stride;      // elements
+  int64_t width;       // columns that exist
+  const void* addend;  // Finish::add: [T, stride] of the same type as out
+  // Finish::rotate: columns below `rotated` turn by pairs; turn (cos, sin) of pair p of token t at turns[(t * pairs + p) * 2]
+  const float* turns;
+  int64_t pairs, rotated;
+  // Finish::rotate: out is q of width q_width; k and v follow, each of width kv_width
+  void *k, *v;
+  int64_t q_width, kv_width;
+};
+
+// Keys and values of one layer, [slots, K, H] each, and the requests of this pass.
+struct PagedJob {
+  const void *q, *keys, *values;
+  void* out;
+  Type type, cache_type;
+  const int64_t* pages;    // [sequences, max_pages]
+  const int64_t* lengths;  // [sequences] keys in sight of the sequence's query
+  int64_t max_pages, page_size, N, K, H;
+};
+
+// Products with float weights and attention: sums in float32, order and rounding may differ between instruction sets.
+struct FloatKernels {
+  void (*widen)(const Rows& x, int64_t T, int64_t width, float* out);
+  // rows `row` .. `end` of a bfloat16 weight [O, I] times x [T, I], T <= kFewRows
+  void (*bf16_few)(const uint16_t* weight, int64_t I, int64_t row, int64_t end, const float* x, int64_t T, const Output& out);
+  // one query per sequence against its pages; scratch holds (N / K) * (longest length + 16 + 2 * H) floats
+  void (*paged)(const PagedJob& job, int64_t sequence, int64_t kv_head, float* scratch);
+};
+
+// One instruction set's kernels. Block = 16 output rows, panel = up to four blocks.
+struct Kernels {
+  const char* name;
+  void (*quantise)(const Rows& x, int64_t T, int64_t width, const Quantised& q, int64_t first);
+  void (*norm_quantise)(const Rows& x, int64_t T, int64_t width, const void* weight, Type weight_type, float eps, const Quantised& q, int64_t first);
+  void (*few)(const Packed& w, const Quantised& x, int64_t block, int64_t end, const Output& out);
+  void (*few_pairs)(const Packed& w, const Quantised& x, int64_t block, int64_t end, const Output& out);
+  size_t (*many_scratch)(const Packed& w);
+  void (*many)(const Packed& w, const Quantised& x, int64_t block, int64_t end, const Output& out, void* scratch);
+  void (*many_pairs)(const Packed& w, const Quantised& x, int64_t block, int64_t end, const Output& out, void* scratch);
+  const FloatKernels* floats;
+};
+
+constexpr int64_t kFewRows = 8;     // up to here weights are streamed once and never unpacked
+constexpr int64_t kPanelBlocks = 4;
+constexpr int64_t kTokenPadding = 32;  // rows of `value` that must be readable: T rounded up to this
+
+const Kernels& plain_kernels();
+const FloatKernels& plain_floats();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& amx_kernels();
+const FloatKernels& avx2_floats();
+const FloatKernels& avx512_floats();
+#endif
+
+}  // namespace ernie

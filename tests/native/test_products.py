@@ -1,0 +1,166 @@
+"""Packed products, fused layers, attention and bfloat16 products against their plain twins, for every instruction set."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ernie45.ops import native, quantised
+from ernie45.ops.quantised import PackedWeight
+from ernie45.quant.pack import group_width, pack
+
+pytestmark = pytest.mark.native
+
+# Sums of integers are exact on both sides; the twin adds the groups in float64, the kernel in float32: a few roundings of 6e-8 each.
+EXACT = {"rtol": 2e-6, "atol": 2e-6}
+# Quantised activations fall on either side of a half when their float32 inputs differ in the last place: one step of 1/127 in one of a
+# few hundred terms. Norms, exponentials and later layers make such differences.
+STEP = {"rtol": 2e-2, "atol": 2e-2}
+# One bfloat16 step is 2 ** -8 and may pass through such a half as well.
+BF16 = {"rtol": 3e-2, "atol": 3e-2}
+
+odd = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(out_size, in_size, bits, group, seed=1) -> PackedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (-8, 8) if bits == 4 else (-127, 128)
+    whole = torch.randint(low, high, (out_size, in_size), generator=generator).to(torch.int8)
+    groups = -(-in_size // group_width(in_size, group))
+    # weights of about 1 / sqrt(I): outputs near one
+    scales = (torch.rand(out_size, groups, generator=generator) + 0.5) / (in_size**0.5 * high / 2)
+    return pack(whole, scales, bits, group)
+
+
+def turns(tokens, size):
+    return torch.polar(torch.ones(tokens, size // 2), random(tokens, size // 2, seed=9))
+
+
+shapes = {
+    "rows": st.integers(1, 40),
+    "out_size": st.integers(1, 150),
+    "in_size": st.integers(1, 300),
+    "bits": st.sampled_from([4, 8]),
+    "group": st.sampled_from([0, 32, 64, 128]),
+}
+
+
+@odd
+@given(**shapes, bf16=st.booleans())
+def test_a_product_equals_its_twin(each, rows, out_size, in_size, bits, group, bf16):
+    x, weight = random(rows, in_size), packed(out_size, in_size, bits, group)
+    if bf16:
+        x = x.bfloat16()
+    got, want = each.packed_linear(x, weight), quantised.packed_linear(x, weight)
+    assert got.dtype == x.dtype
+    torch.testing.assert_close(got, want, **({"rtol": 8e-3, "atol": 1e-3} if bf16 else EXACT))  # bfloat16: one step of the result
+
+
+@odd
+@given(**shapes)
+def test_all_instruction_sets_and_batch_sizes_give_the_same_bits(kernels, rows, out_size, in_size, bits, group):
+    x, weight = random(rows, in_size), packed(out_size, in_size, bits, group)
+    results = [native.Native(isa, kernels.available).packed_linear(x, weight) for isa in kernels.available]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    alone = torch.cat([kernels.packed_linear(row[None], weight) for row in x])
+    assert torch.equal(results[0], alone), "a row's result must not depend on the rows beside it"
+
+
+def test_rows_may_lie_apart(each):
+    x, weight = random(5, 128), packed(48, 64, 4, 64)
+    assert torch.equal(each.packed_linear(x[:, :64], weight), each.packed_linear(x[:, :64].contiguous(), weight))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [2, 20])
+def test_what_is_no_number_shows(each, bad, rows):
+    x, weight = random(rows, 96), packed(32, 96, 4, 32)
+    x[1, 40] = bad
+    got = each.packed_linear(x, weight)
+    assert got[1].isnan().all()
+    assert got[0].isfinite().all()
+    assert quantised.packed_linear(x, weight)[1].isnan().all()
+
+
+def test_zeros_stay_zero(each):
+    assert not each.packed_linear(torch.zeros(3, 70), packed(20, 70, 8, 32)).any()
+    assert each.packed_linear(torch.zeros(0, 70), packed(20, 70, 8, 32)).shape == (0, 20)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_qkv_equals_its_twin(each, rows, dtype, bits):
+    x, norm, weight = random(rows, 70).to(dtype), (random(70, seed=2) * 0.1 + 1).to(dtype), packed((4 + 2 * 2) * 32, 70, bits, 32)
+    got = each.packed_qkv(x, norm, 1e-5, weight, turns(rows, 32), 4, 2)
+    want = quantised.packed_qkv(x, norm, 1e-5, weight, turns(rows, 32), 4, 2)
+    for ours, plain in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, plain, **(STEP if dtype == torch.float32 else BF16))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_feed_forward_and_experts_equal_their_twins(each, rows, dtype):
+    x, norm = random(rows, 70).to(dtype), torch.ones(70, dtype=dtype)
+    gate_up, down, addend = packed(2 * 80, 70, 4, 32), packed(70, 80, 8, 64, seed=2), random(rows, 70, seed=3).to(dtype)
+    bound = STEP if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}  # three layers of roundings
+    got, want = each.packed_feed_forward(x, norm, 1e-5, gate_up, down), quantised.packed_feed_forward(x, norm, 1e-5, gate_up, down)
+    torch.testing.assert_close(got, want, **bound)
+    torch.testing.assert_close(each.packed_swiglu(x, gate_up, down), quantised.packed_swiglu(x, gate_up, down), **bound)
+    square = packed(70, 70, 4, 32)
+    torch.testing.assert_close(
+        each.packed_linear_add(x, square, addend),
+        quantised.packed_linear_add(x, square, addend),
+        **(EXACT if dtype == torch.float32 else BF16),
+    )
+
+
+@odd
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 9),
+    size=st.sampled_from([16, 48, 64]),
+    bf16=st.booleans(),
+    data=st.data(),
+)
+def test_attention_over_pages_equals_its_twin(each, lengths, kv_heads, group, size, bf16, data):
+    page_size = data.draw(st.sampled_from([1, 4, 16]))
+    pages = data.draw(st.permutations(range(4 * -(-60 // page_size))))
+    table = torch.tensor(pages[: len(lengths) * -(-60 // page_size)]).view(len(lengths), -1)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    keys, values = (random(len(pages) * page_size, kv_heads, size, seed=s).to(dtype) for s in (1, 2))
+    q = random(len(lengths), kv_heads * group, size).to(dtype)
+    arguments = (q, keys, values, table, torch.tensor(lengths), page_size)
+    got, want = each.paged_attention(*arguments), quantised.paged_attention(*arguments)
+    torch.testing.assert_close(got, want, **({"rtol": 1e-2, "atol": 1e-2} if bf16 else {"rtol": 1e-5, "atol": 1e-5}))
+
+
+@odd
+@given(rows=st.integers(1, 20), out_size=st.integers(1, 40), in_size=st.integers(1, 200), bf16=st.booleans())
+def test_a_bfloat16_product_equals_a_plain_one(each, rows, out_size, in_size, bf16):
+    x, weight = random(rows, in_size), random(out_size, in_size, seed=1).bfloat16()
+    if bf16:
+        x = x.bfloat16()
+    want = x.double() @ weight.double().T
+    got = each.bf16_linear(x, weight).double()
+    torch.testing.assert_close(got, want, atol=1e-5 * in_size + (4e-3 * in_size**0.5 if bf16 else 0), rtol=8e-3 if bf16 else 1e-5)
+
+
+def test_operators_keep_torchs_rules(kernels):
+    x, norm, weight, down = random(3, 64), torch.ones(64), packed(96, 64, 4, 32), packed(64, 48, 4, 0)
+    ops, isa = torch.ops.ernie45, kernels.isa
+    calls = [
+        (ops.linear, (x, norm, 1e-5, weight.values, weight.scales, 4, 96, None, isa)),
+        (ops.linear, (x, None, 0.0, weight.values, weight.scales, 4, 96, random(3, 96), isa)),
+        (ops.qkv, (x, norm, 1e-5, weight.values, weight.scales, 4, torch.view_as_real(turns(3, 16)), 2, 2, 16, isa)),
+        (ops.feed_forward, (x, norm, 1e-5, weight.values, weight.scales, 4, down.values, down.scales, 4, 48, isa)),
+        (ops.bf16_linear, (x, random(5, 64).bfloat16(), isa)),
+        (ops.paged_attention, (random(1, 2, 16), random(8, 1, 16), random(8, 1, 16), torch.tensor([[1]]), torch.tensor([3]), 4, isa)),
+    ]
+    for operator, arguments in calls:
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
