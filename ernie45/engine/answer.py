@@ -2,17 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from ernie45.engine.output import Output, TokenLogprobs
 from ernie45.engine.request import FinishReason, Request
 from ernie45.engine.stops import StopFinder
 from ernie45.tokens.messages import ToolCall
 from ernie45.tokens.parse import Delta, ReplyFormat, ReplyParser, collect
 from ernie45.tokens.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from ernie45.engine.core import Output
-    from ernie45.engine.sampler import TokenLogprobs
 
 _CLOSE = "</think>"
 
@@ -51,8 +47,8 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     cached_tokens: int
-    logprobs: "tuple[TokenLogprobs | None, ...] | None"
-    prompt_logprobs: "tuple[TokenLogprobs, ...] | None"
+    logprobs: tuple[TokenLogprobs | None, ...] | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None
     timing: Timing
 
 
@@ -102,7 +98,7 @@ class Answer:
         """True when the reasoning has used its budget and goes on: continue with `closing` in place of the request."""
         return self.finish is None and self._budget is not None and self._reasoning and self._reasoned >= self._budget
 
-    def take(self, output: "Output", now: float) -> None:
+    def take(self, output: Output, now: float) -> None:
         """One output of the engine, at the time `now`."""
         if self.finish is not None:
             return
