@@ -32,6 +32,9 @@ from ernie45.weights.safetensors import TensorFiles, open_safetensors
 from ernie45.weights.stream import Progress, load_pieces
 
 MAX_CONFIG = 10_000_000
+"""Bytes of a config.json."""
+MAX_WIDTH = 1 << 20
+"""Largest width that is believed; released models stay below 110,000. Products of three such stay far from overflow."""
 _QUANTISED_ENDINGS = (
     "quant_weight",
     "weight_scale",
@@ -173,7 +176,7 @@ def open_model(path: Path, *, mtp: bool = True) -> OpenModel:
     infos = {name: files.info(name) for name in files.names()}
     shapes = {name: info.shape for name, info in infos.items()}
     config, ignored, notes = _settle(config, data, shapes, layout, prefix, mtp=mtp)
-    plan = name_table(config, layout, prefix=prefix, ignored=ignored).load_plan(shapes, _wanted(config))
+    plan = name_table(config, layout, prefix=prefix, ignored=ignored).load_plan(shapes, _wanted(config, len(shapes), path))
     sizes: Counter[torch.dtype] = Counter()
     for info in infos.values():
         sizes[torch.bfloat16 if info.dtype == torch.uint16 else info.dtype] += math.prod(info.shape)
@@ -184,7 +187,7 @@ def _open_gguf(path: Path) -> OpenModel:
     files = open_gguf(path)
     shapes = {name: files.info(name).shape for name in files.names()}
     config = config_from_gguf(files.metadata, shapes, str(path))
-    plan = name_table(config, "gguf").load_plan(shapes, _wanted(config))
+    plan = name_table(config, "gguf").load_plan(shapes, _wanted(config, len(shapes), path))
     sizes: Counter[str] = Counter()
     for name, shape in shapes.items():
         sizes[files.type_of(name)] += math.prod(shape)
@@ -223,8 +226,20 @@ def _settle(
     return config, ignored, notes
 
 
-def _wanted(config: TextConfig) -> dict[str, Shape]:
-    """Name and shape of every parameter of the model, without memory for them."""
+def _wanted(config: TextConfig, num_tensors: int, where: Path) -> dict[str, Shape]:
+    """Name and shape of every parameter of the model, without memory for them.
+
+    A hostile config must cost no time either: a layer needs tensors of its own, and no width is near `MAX_WIDTH`.
+    """
+    e = config.experts
+    widths = {"hidden_size": config.hidden_size, "feed-forward width": config.ffn_size, "query width": config.query_size}
+    widths |= {"vocabulary": config.vocab_size}
+    widths |= {"expert width": e.expert_size, "shared width": e.shared_size, "number of experts": e.num_experts * 256} if e else {}
+    for name, width in widths.items():
+        if width > MAX_WIDTH:
+            raise CheckpointError(f"{where}: the config's {name} is too large to be a model's; take the config published with the weights")
+    if config.num_layers > num_tensors:
+        raise CheckpointError(f"{where}: the config has {config.num_layers:,} layers and the files have {num_tensors:,} tensors")
     with torch.device("meta"):
         return _shapes(Decoder(config))
 

@@ -54,11 +54,14 @@ def starter_folder(environment: Environment, progress: Progress | None = None) -
         return target
     try:
         environment.cache_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(environment.cache_dir / "starter.lock", tell):
+            if not _is_whole(target):
+                _build(environment, target, tell)
     except OSError as error:
-        raise CheckpointError(f"the cache {environment.cache_dir} cannot be made: {error.strerror or error}; set ERNIE45_CACHE") from error
-    with _lock(environment.cache_dir / "starter.lock", tell):
-        if not _is_whole(target):
-            _build(environment, target, tell)
+        raise CheckpointError(
+            f"the starter model cannot be written to the cache {environment.cache_dir}: {error.strerror or error}; "
+            "set ERNIE45_CACHE to a folder that can be written"
+        ) from error
     return target
 
 
@@ -80,8 +83,6 @@ def _build(environment: Environment, target: Path, tell: Progress) -> None:
         if target.exists():
             target.rename(work / "damaged")
         folder.rename(target)
-    except OSError as error:
-        raise CheckpointError(f"the starter model cannot be written to {environment.cache_dir}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -70,6 +70,13 @@ class Speaker(Protocol):
         """What was resolved: compute type, sampling, memory; for people to read."""
 
 
+def headline(speaker: Speaker) -> str:
+    """What was resolved when the model was opened, in one line."""
+    settings = speaker.settings()
+    parts = [settings[name] if name != "threads" else f"{settings[name]} threads" for name in ("compute", "threads") if name in settings]
+    return " · ".join([*parts, f"context {speaker.limit:,} tokens"])
+
+
 def summary(outcome: Outcome, limit: int, interrupted: bool) -> str:
     """The line under an answer: tokens, speed, delay, and how much of the context of `limit` tokens is used."""
     parts = [f"{outcome.answer_tokens:,} token{'s' * (outcome.answer_tokens != 1)}"]

@@ -15,7 +15,7 @@ import tyro
 
 from ernie45.config import Environment
 from ernie45.errors import ConfigError, RequestError
-from ernie45.recipes.answer import AnswerView, Piece, Reply, Speaker, summary
+from ernie45.recipes.answer import AnswerView, Piece, Reply, Speaker, headline, summary
 from ernie45.recipes.conversation import Turn, fit
 from ernie45.recipes.session import Session, terminal_size
 from ernie45.recipes.speaker import open_speaker
@@ -104,6 +104,8 @@ def run(config: ChatConfig, environment: Environment) -> int:
     if interactive:
         return Session(speaker, environment, max_tokens=config.max_tokens, turns=turns).run()
     turns.append(Turn(role="user", content=prompt))
+    if not config.json:  # there the settings are part of the object
+        print(Style.of(sys.stderr, environment).dim(clean(f"{speaker.name} · {headline(speaker)}")), file=sys.stderr)
     fitted = fit(turns, speaker.count, speaker.limit, config.max_tokens)
     reply = speaker.reply(fitted.turns)
     try:

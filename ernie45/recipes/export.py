@@ -15,14 +15,14 @@ from ernie45.models.load import find_model, open_model
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What to export and where to."""
+    """Write a model as one GGUF file, which llama.cpp and its kin run."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder, GGUF file, Hub name, or `starter`."""
     out: Path
     """The file to write; it must not exist yet."""
     format: Literal["gguf"] = "gguf"
-    """The file format: `gguf` is what llama.cpp and its kin read."""
+    """The file format."""
     type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16"
     """How the matrices are stored: 32, 16, 16, 8.5 or 4.5 bits a weight."""
 
@@ -39,7 +39,7 @@ def export(config: ExportConfig, environment: Environment) -> Exported:
     """Find the model, export it, and show progress on the error stream where that is a terminal."""
     if config.out.is_dir():
         raise CheckpointError(f"{config.out} is a folder; give the name of the file to write, such as {config.out / 'model.gguf'}")
-    opened = open_model(find_model(config.model, environment))
+    opened = open_model(find_model(config.model, environment, lambda line: print(line, file=sys.stderr)))
     with opened.files:
         return export_gguf(opened, config.type, config.out, progress=_show if sys.stderr.isatty() else None)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie45.config import Environment
-from ernie45.errors import CheckpointError, RequestError
+from ernie45.errors import CheckpointError, ConfigError, RequestError
 from ernie45.recipes.answer import Outcome, Piece
 from ernie45.recipes.conversation import Turn
 from ernie45.recipes.terminal import progress_bar
@@ -50,6 +50,8 @@ def open_speaker(
             progress=lambda tensor, done, total: progress("loading weights", done, total),
         )
     speaker = ModelSpeaker(llm, model_name(path), params, thinking)
+    if llm.template is None and thinking:
+        raise ConfigError(f"{speaker.name} is a base model and has no thinking; leave --thinking out")
     if chat:
         _check_chat(speaker, llm, model)
     return speaker

@@ -160,10 +160,11 @@ def progress_bar(
         last, before = now, stage
         live.show([bar_line(style, stage, done, total, shutil.get_terminal_size().columns)])
 
-    try:
-        yield progress
-    finally:
-        live.show([])
+    with quiet_keyboard():  # keys pressed while waiting would push the line about
+        try:
+            yield progress
+        finally:
+            live.show([])
 
 
 def bar_line(style: Style, stage: str, done: int, total: int, columns: int) -> str:

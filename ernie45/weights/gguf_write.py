@@ -84,7 +84,7 @@ def _write_tensor(file: BinaryIO, spec: GgufSpec, tensor: Tensor) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"the tensor '{spec.name}' {error}") from error
     assert data.numel() == spec.size
-    file.write(memoryview(data.numpy()))
+    file.write(data.numpy().data)
     file.write(bytes(_padded(spec.size) - spec.size))
 
 

@@ -24,6 +24,9 @@ CHATS = (
 # 2e-4 is what 30 layers of such roundings were seen to stay under, a tenth of it is typical. A wrong row order moves them by 20.
 TOLERANCE = 2e-4
 
+# transformers takes 30 s to read the file on an idle core, and three times that on a shared one
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module")
 def ours(starter):

@@ -82,6 +82,21 @@ def test_paddle_bits_in_uint16_are_bfloat16(tmp_path):
     assert torch.equal(loaded.decoder.prompt_logits(TOKENS), decoder.prompt_logits(TOKENS))
 
 
+@pytest.mark.parametrize("layout", ["pt", "paddle"])
+def test_routers_and_mtp_projections_uploaded_the_other_way_round(tmp_path, layout):
+    decoder = decoder_of(tiny(experts=True, num_mtp=1))
+    save_model(decoder, tmp_path / "m", layout=layout)
+
+    def turn(tensors):
+        for name in tensors:
+            if name.endswith((".mlp.gate.weight", ".mtp_linear_proj.0.weight")):
+                tensors[name] = tensors[name].T.contiguous()
+
+    edit_weights(tmp_path / "m", turn)
+    back = load(tmp_path / "m").decoder.state_dict()
+    assert all(torch.equal(back[name], tensor) for name, tensor in decoder.state_dict().items())
+
+
 def test_an_unfused_tensor_stays_in_the_file_and_learns_apart_from_it(folder):
     before = (folder / "model.safetensors").read_bytes()
     decoder = load_model(folder, dtype="float32")
@@ -197,6 +212,21 @@ def test_files_that_are_no_model_of_ours(folder, tmp_path):
     assert "no config.json" in refusal(folder)
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     assert "x.gguf" in refusal(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("num_hidden_layers", 10**12, "1,000,000,000,000 layers and the files have"),
+        ("vocab_size", 10**30, "vocabulary is too large"),
+        ("head_dim", 10**20, "query width is too large"),
+        ("moe_num_experts", 10**9, "number of experts is too large"),
+        ("moe_num_shared_experts", 10**9, "shared width is too large"),
+    ],
+)
+def test_a_hostile_config_costs_nothing(folder, key, value, word):
+    edit_config(folder, **{key: value})
+    assert word in refusal(folder)
 
 
 def test_opening_reads_no_data(folder):

@@ -3,6 +3,7 @@
 Here a tiny stand-in takes the package's place: the same code runs, with the digests of the stand-in.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -218,6 +219,22 @@ def test_a_cache_that_cannot_be_made_is_named(wheel, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="set ERNIE45_CACHE"):
         starter_folder(Environment(cache_dir=tmp_path / "file" / "cache", starter_wheel=wheel))
+
+
+def test_a_cache_that_cannot_be_written_is_named(environment):
+    (environment.cache_dir / "starter.lock").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"cannot be written to the cache .*set ERNIE45_CACHE"):
+        starter_folder(environment)
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(environment, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(starter_module, "_record", fail)
+    with pytest.raises(CheckpointError, match="No space left"):
+        starter_folder(environment)
+    assert left_overs(environment) == []
 
 
 def test_offline_says_what_to_do_by_hand(wheel, tmp_path):

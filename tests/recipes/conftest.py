@@ -25,6 +25,11 @@ def ScriptSpeaker():
     return _module("script_speaker").ScriptSpeaker
 
 
+@pytest.fixture(scope="session")
+def PseudoTerminal():
+    return _module("pseudo_terminal").PseudoTerminal
+
+
 @pytest.fixture
 def environment(tmp_path):
     return Environment(cache_dir=tmp_path / "cache", no_color=True)
