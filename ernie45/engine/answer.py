@@ -92,6 +92,37 @@ class Answer:
         self._reasoning = starts_in == "reasoning"
         self._reasoned = 0
         self._tail = ""
+        self._called = 0
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Every id so far, those a thinking budget put in included; not to be changed."""
+        return self._ids
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprobs | None]:
+        """One entry per id when they were asked for, else empty; not to be changed."""
+        return self._logprobs
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt as it was asked."""
+        return self._prompt_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many of them were found in shared pages."""
+        return self._cached
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Ids of the thinking so far."""
+        return self._reasoned
+
+    @property
+    def calls_done(self) -> int:
+        """Tool calls that are complete."""
+        return self._called
 
     @property
     def over_budget(self) -> bool:
@@ -142,6 +173,11 @@ class Answer:
         )
         return replace(self.request, prompt=self.request.prompt + tuple(self._ids), params=changed)
 
+    def stop_here(self) -> None:
+        """Ends it as if it had ended by itself, unless it is over."""
+        if self.finish is None:
+            self._end(FinishReason.stop)
+
     def cancel(self) -> None:
         """Ends it here, unless it is over."""
         if self.finish is None:
@@ -189,6 +225,7 @@ class Answer:
         """Stop strings are looked for in the content, not in reasoning and calls, once min_tokens are out."""
         for delta in deltas:
             self._reasoning = delta.kind == "reasoning"
+            self._called += delta.kind == "tool_call" and delta.valid is not None
             if self._stops.found is not None:
                 return
             if delta.kind != "content":

@@ -1,0 +1,77 @@
+"""The application: routes over a service, behind the door."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp
+
+from ernie45 import __version__
+from ernie45.server.access import Keys
+from ernie45.server.door import Door, failed
+from ernie45.server.failures import Failure, broken, reason_of
+from ernie45.server.health import add_health
+from ernie45.server.openai_routes import add_openai
+from ernie45.server.service import Service
+
+Adder = Callable[[FastAPI, Service], None]
+PARTS: tuple[Adder, ...] = (add_health, add_openai)
+"""Every group of routes there is."""
+
+
+def make_app(service: Service, keys: Keys) -> ASGIApp:
+    """The whole server as one ASGI application; it opens the first model when it starts and closes all of them when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await service.close()
+
+    app = FastAPI(
+        title="ernie45",
+        version=__version__,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    for add in PARTS:
+        add(app, service)
+
+    @app.exception_handler(Failure)
+    async def on_failure(request: Request, failure: Failure) -> Response:
+        return _Sent(failure)
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> Response:
+        text = {404: f"there is no route {request.url.path[:200]}", 405: f"this route does not take {request.method}"}
+        return _Sent(Failure(error.status_code, text.get(error.status_code, reason_of(error.status_code)), headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> Response:
+        return _Sent(broken(request.state.request_id))  # the door, to which the exception goes on, writes the log
+
+    return Door(app, service, keys)
+
+
+class _Sent(Response):
+    """A failure as a response."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(status_code=failure.status)
+        self._failure = failure
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await failed(self._failure, scope, receive, send)
+
+
+def routes_of(app: ASGIApp) -> list[BaseRoute]:
+    """Every route behind a door, for tests that walk them."""
+    assert isinstance(app, Door)
+    inner = app.inner
+    assert isinstance(inner, FastAPI)
+    return inner.routes
