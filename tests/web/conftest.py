@@ -133,6 +133,14 @@ def page(visit):
     return opened
 
 
+@pytest.fixture(scope="module")
+def shared_page(browser, running_server):
+    """One page for the tests of a module that only call functions of the page's own files."""
+    one = Visit(browser, running_server[1])
+    yield one.open()
+    one.finish()
+
+
 @pytest.fixture
 def say():
     """Sends a message and, unless told not to, waits for the end of the answer; returns that answer."""

@@ -42,7 +42,8 @@ def test_stop_keeps_what_was_written_and_closes_the_connection(page, server, rep
     assert [message["role"] for message in server.requests[1]["messages"]] == ["user", "assistant", "user"]
 
 
-def test_a_reload_finds_the_conversation_again(page, say):
+def test_a_reload_finds_the_conversation_again(page, server, reply, say):
+    server.replies["Remember me"] = reply("Answer 1 to: Remember me", pause=0.05)
     say(page, "Remember me")
     page.reload()
     expect(page.locator("article.user .bubble-text")).to_have_text("Remember me")

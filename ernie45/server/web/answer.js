@@ -5,6 +5,8 @@ import { toMessages } from "./tree.js";
 
 const SAMPLING = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_tokens", "seed"];
 
+const SHORTEST = 0.1; // seconds; a rate over less says nothing
+
 /** The body of the request for an answer to the message `id`. What the person did not set is not sent: the server's defaults hold. */
 export function requestBody(conversation, id) {
   const { settings } = conversation;
@@ -80,7 +82,8 @@ function fail(node, error) {
     console.error(error);
     return;
   }
-  node.error = error.retryAfter === null ? error.message : `${error.message} Try again in ${Math.ceil(error.retryAfter)} s.`;
+  const said = /[.!?。]$/.test(error.message) ? error.message : `${error.message}.`;
+  node.error = error.retryAfter === null ? said : `${said} Try again in ${Math.ceil(error.retryAfter)} s.`;
   if (error.status === 401 || error.status === 403) node.wantsKey = true;
 }
 
@@ -90,7 +93,7 @@ function timing(clock, usage) {
   const tokens = Number.isFinite(usage?.completion_tokens) ? usage.completion_tokens : clock.pieces;
   const span = (clock.last - clock.first) / 1000;
   const result = { first: (clock.first - clock.start) / 1000, total: (clock.last - clock.start) / 1000, tokens };
-  if (tokens > 1 && span > 0) result.rate = (tokens - 1) / span;
+  if (tokens > 1 && span >= SHORTEST) result.rate = (tokens - 1) / span;
   if (Number.isFinite(usage?.prompt_tokens)) result.promptTokens = usage.prompt_tokens;
   if (clock.spoke !== null && clock.spoke > clock.first) result.thinking = (clock.spoke - clock.first) / 1000;
   else if (clock.spoke === null) result.thinking = span;

@@ -57,7 +57,7 @@ class App {
     this.current.settings.model ||= choices.read("model") ?? "";
     this.show();
     history.replaceState(null, "", location.pathname);
-    $("message").focus();
+    this.focusMessage();
   }
 
   open(id) {
@@ -66,6 +66,11 @@ class App {
     this.current = found;
     this.show();
     history.replaceState(null, "", `#${id}`);
+    this.focusMessage();
+  }
+
+  /** Not on a phone: there the keyboard would jump up over what is to be read. */
+  focusMessage() {
     if (!matchMedia("(pointer: coarse)").matches) $("message").focus();
   }
 

@@ -36,6 +36,7 @@ class Walk {
     this.plain = "";
     this.frames = [{ nodes: [] }]; // the bottom, then one for each emphasis mark that is still open
     this.closers = null; // position of "[" -> position of its "]"
+    this.ends = null; // the same for "(" and ")"
     this.ticks = null; // length of a run of backticks -> where such runs begin
   }
 
@@ -133,7 +134,7 @@ class Walk {
     this.ticks ??= runsOfTicks(this.text);
     let length = 1;
     while (this.text[this.at + length] === "`") length += 1;
-    const starts = this.ticks.get(length);
+    const starts = this.ticks.get(length) ?? []; // none: an escape took the first tick of a run
     while (starts.length && starts[0] <= this.at) starts.shift();
     if (!starts.length) return this.take(length);
     const end = starts[0];
@@ -169,15 +170,17 @@ class Walk {
   /** `[label](address "title")`, and with `!` before it an image. What is not safe to lead to stays text. */
   link(image) {
     const open = this.at + (image ? 1 : 0);
-    this.closers ??= matchBrackets(this.text);
+    this.closers ??= matchPairs(this.text, "[", "]");
+    this.ends ??= matchPairs(this.text, "(", ")");
     const close = this.closers.get(open);
     if (close === undefined || this.text[close + 1] !== "(" || this.depth >= DEEPEST) return false;
-    const target = readTarget(this.text, close + 2);
-    if (!target) return false;
+    const end = this.ends.get(close + 1);
+    if (end === undefined) return false;
+    const address = readAddress(this.text.slice(close + 2, end));
     const label = this.text.slice(open + 1, close);
-    const length = target.end - this.at;
-    if (image) return this.add(drawImage(label, target.address), length);
-    const url = this.inLink ? null : safeUrl(target.address);
+    const length = end + 1 - this.at;
+    if (image) return this.add(drawImage(label, address), length);
+    const url = this.inLink ? null : safeUrl(address);
     if (!url) return this.add(refused(label, this.depth), length);
     return this.add(labelled(url, inline(label, this.depth + 1, true), label), length);
   }
@@ -247,30 +250,26 @@ function runsOfTicks(text) {
   return runs;
 }
 
-function matchBrackets(text) {
-  const [pairs, open] = [new Map(), []];
+/** Where each opening mark is closed, in one pass; a pair does not reach over a line's end. */
+function matchPairs(text, opening, closing) {
+  const pairs = new Map();
+  let open = [];
   for (let i = 0; i < text.length; i += 1) {
     if (text[i] === "\\") i += 1;
-    else if (text[i] === "[") open.push(i);
-    else if (text[i] === "]" && open.length) pairs.set(open.pop(), i);
+    else if (text[i] === opening) open.push(i);
+    else if (text[i] === closing && open.length) pairs.set(open.pop(), i);
+    else if (text[i] === "\n") open = [];
   }
   return pairs;
 }
 
-/** What stands in the parentheses of a link, from the character after "(": the address, and where the link ends. */
-function readTarget(text, from) {
-  const limit = Math.min(text.length, from + 200_000); // a picture as data is long
-  let nested = 0;
-  for (let i = from; i < limit; i += 1) {
-    if (text[i] === "\n") return null;
-    if (text[i] === "\\") i += 1;
-    else if (text[i] === "(") nested += 1;
-    else if (text[i] === ")" && nested-- === 0) {
-      const inside = text.slice(from, i).trim().replace(/\s+(?:"[^"]*"|'[^']*')$/, "");
-      return { address: inside.replace(/^<([^<>]*)>$/, "$1"), end: i + 1 };
-    }
-  }
-  return null;
+/** What stands in the parentheses of a link, without its title and without angle brackets. */
+function readAddress(inside) {
+  const trimmed = inside.trim();
+  const quote = trimmed.at(-1);
+  const start = quote === '"' || quote === "'" ? trimmed.lastIndexOf(quote, trimmed.length - 2) : -1;
+  const address = start > 0 && /\s/.test(trimmed[start - 1]) ? trimmed.slice(0, start).trim() : trimmed;
+  return address.startsWith("<") && address.endsWith(">") ? address.slice(1, -1) : address;
 }
 
 function anchor(url, text) {

@@ -135,7 +135,7 @@ class Reader {
   atom() {
     const token = this.next();
     if (token === "{") return { node: this.group() };
-    if (token.startsWith("\\")) return this.command(token.slice(1));
+    if (token.startsWith("\\")) return this.command(token.slice(1), this.tokenBefore());
     if (/^\d/.test(token)) return { node: leaf("mn", this.styled(token)) };
     if (/^\p{L}/u.test(token)) return { node: this.letter(token) };
     if (token === "^" || token === "_" || token === "#" || token === "%" || token === "$") throw new Unknown(token);
@@ -164,11 +164,18 @@ class Reader {
     }).join("");
   }
 
-  command(name) {
+  /** The token before the one that was just read, spaces left out. */
+  tokenBefore() {
+    let at = this.at - 2;
+    while (/^\s/.test(this.tokens[at] ?? "")) at -= 1;
+    return this.tokens[at] ?? "";
+  }
+
+  command(name, before) {
     if (LETTERS.has(name)) return { node: leaf("mi", LETTERS.get(name), /[Α-Ω]/.test(LETTERS.get(name)) ? { mathvariant: "normal" } : {}) };
     if (OPERATORS.has(name)) return { node: operator(OPERATORS.get(name), /[⟨⟩⌊⌋⌈⌉|‖{}]/.test(OPERATORS.get(name)) ? { stretchy: "false" } : {}) };
     if (BIG.has(name)) return { node: operator(BIG.get(name)[0], { largeop: String(this.display) }), limits: BIG.get(name)[1] && this.display };
-    if (FUNCTIONS.has(name)) return this.named(name.replace(/^arg(?=m)/, "arg "), FUNCTIONS.get(name));
+    if (FUNCTIONS.has(name)) return this.named(name.replace(/^arg(?=m)/, "arg "), FUNCTIONS.get(name), before);
     if (SPACES.has(name)) return { node: m("mspace", { width: `${SPACES.get(name)}em` }) };
     if (ACCENTS.has(name)) return { node: this.accent(ACCENTS.get(name), name) };
     if (ALPHABETS.has(name)) return { node: this.inAlphabet(name) };
@@ -207,8 +214,10 @@ class Reader {
     return this.named(this.rawArgument(), limits);
   }
 
-  named(text, limits) {
+  named(text, limits, before = "") {
     const node = m("mrow", {}, leaf("mi", text, { mathvariant: "normal" }));
+    // A thin space on either side, but not against a bracket, an operator or the edge (TeX's rules for "log-like" names).
+    if (/[\p{L}\d)\]}]$/u.test(before)) node.prepend(m("mspace", { width: "0.167em" }));
     if (!["(", "[", "{", "^", "_", "\\left", undefined].includes(this.peek())) node.append(m("mspace", { width: "0.167em" }));
     return { node, limits: limits && this.display };
   }
