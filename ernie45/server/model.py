@@ -154,6 +154,10 @@ class ServedModel:
         return self._opening
 
     async def _open(self) -> None:
+        dead, self._engine = self._engine, None
+        if dead is not None:
+            await dead.stop()
+        self._tidy()
         self._folder = tempfile.TemporaryDirectory(prefix="ernie45-")
         engine = self._opener(
             self.source, self._folder.name, on_message=self._on_message, on_death=self._on_death, on_loading=self._on_loading
@@ -183,15 +187,19 @@ class ServedModel:
         self.state = "cold"
         if engine is not None:
             await engine.stop()
+        self._tidy()
+
+    def _tidy(self) -> None:
         if self._folder is not None:
             self._folder.cleanup()
+            self._folder = None
 
     def _on_loading(self, stage: str, done: int, total: int) -> None:
         self.progress = (stage, done, total)
 
     def _on_death(self, why: str) -> None:
         """What ran is lost; what waits stays in line for the next process."""
-        self.state, self.trouble, self._engine = "failed", why, None
+        self.state, self.trouble = "failed", why
         self._deaths += 1
         for ticket in list(self._running.values()):
             self._end(ticket, engine_lost(ticket.id))
@@ -239,7 +247,7 @@ class ServedModel:
         """A text as a vector. Raises `Failure`."""
         if self.busy >= self._limits.queue:
             raise overloaded("too many requests wait for the model", self._pace, "queue_full")
-        if self._engine is None:
+        if self.state != "ready" or self._engine is None:
             raise overloaded(f"the model {self.name} is not ready", 5, "model_loading")
         id = self.number()
         future: asyncio.Future[tuple[float, ...]] = asyncio.get_running_loop().create_future()
@@ -255,7 +263,7 @@ class ServedModel:
 
     def _fill(self) -> None:
         """Hands waiting requests to the engine, as many as it computes at a time."""
-        while self._engine is not None and self.info is not None and len(self._running) < self.info.limits.max_running:
+        while self.state == "ready" and self._engine is not None and self.info is not None and len(self._running) < self.info.limits.max_running:
             ticket = self._line.take()
             if ticket is None:
                 return

@@ -142,9 +142,9 @@ def serve():
                 engines[model].listen(on_message, on_death)
                 return engines[model]
 
-            made = ServerSettings(port=0, limits=Limits(**(limits or {})), **settings)
             environment = replace(Environment.read({"HOME": "."}), api_keys=tuple(keys))
             try:
+                made = ServerSettings(port=0, limits=Limits(**(limits or {})), **settings)
                 service, app = build(models, made, environment, chat_format=chat_format, opener=opener, write=lines.append)
             except ErnieError as error:
                 state["error"] = error

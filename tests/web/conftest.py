@@ -75,7 +75,7 @@ class Visit:
 
     def __init__(self, browser, address, **options):
         self.address = address
-        self.context = browser.new_context(viewport={"width": 1180, "height": 820}, **options)
+        self.context = browser.new_context(**{"viewport": {"width": 1180, "height": 820}, **options})
         self.context.set_default_timeout(8000)
         self.context.add_init_script(WATCH)
         self.problems = []
