@@ -18,8 +18,37 @@ from ernie45.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 _TRUE = {"1", "true", "yes", "on"}
-_CHILDREN_NAMES = {"PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "SYSTEMROOT"}
-_CHILDREN_PREFIXES = ("ERNIE45_", "HF_", "LC_", "XDG_", "OMP_", "MKL_", "KMP_", "GOMP_", "TORCH_", "MALLOC_", "SSL_", "PYTHON", "http", "HTTP", "no_", "NO_")
+_CHILDREN_NAMES = {
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "TMPDIR",
+    "TZ",
+    "PYTHONPATH",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "VIRTUAL_ENV",
+    "SYSTEMROOT",
+}
+_CHILDREN_PREFIXES = (
+    "ERNIE45_",
+    "HF_",
+    "LC_",
+    "XDG_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "GOMP_",
+    "TORCH_",
+    "MALLOC_",
+    "SSL_",
+    "PYTHON",
+    "http",
+    "HTTP",
+    "no_",
+    "NO_",
+)
 _FALSE = {"", "0", "false", "no", "off"}
 
 

@@ -120,6 +120,11 @@ class Answer:
         return self._reasoned
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return self._stops.found
+
+    @property
     def calls_done(self) -> int:
         """Tool calls that are complete."""
         return self._called

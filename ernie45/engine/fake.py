@@ -25,6 +25,8 @@ _NAMED = ("<unk>", "<s>", "</s>")
 _TAGS = (
     "<|im_start|>",
     "<|im_end|>",
+    "<|begin_of_sentence|>",
+    "<|end_of_sentence|>",
     "<think>",
     "</think>",
     "<response>",

@@ -95,9 +95,7 @@ class _Face:
         self.eos_token_id = end_ids[0]
         self.bos_token_id = None
         self.special_token_ids = sorted(special)
-        self.tokens = [
-            tokenizer.token_of(id).encode() if id in special else tokenizer.bytes_of(id) for id in range(tokenizer.vocab_size)
-        ]
+        self.tokens = [tokenizer.token_of(id).encode() if id in special else tokenizer.bytes_of(id) for id in range(tokenizer.vocab_size)]
 
     def __call__(self, text: bytes | str) -> list[int]:
         return self._tokenizer.encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text, start=False)

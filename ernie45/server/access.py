@@ -33,7 +33,9 @@ class Keys:
         pairs = list(keys)
         for name, key in pairs:
             if len(key) < _SHORTEST:
-                raise ConfigError(f"the API key '{name}' has {len(key)} characters; take at least {_SHORTEST}, such as from: openssl rand -hex 24")
+                raise ConfigError(
+                    f"the API key '{name}' has {len(key)} characters; take at least {_SHORTEST}, such as from: openssl rand -hex 24"
+                )
             digest = _digest(key)
             if any(known == digest or caller.name == name for known, caller in self._digests):
                 raise ConfigError(f"the API key '{name}' is there twice")

@@ -12,14 +12,16 @@ from starlette.types import ASGIApp
 
 from ernie45 import __version__
 from ernie45.server.access import Keys
+from ernie45.server.anthropic_routes import add_anthropic
 from ernie45.server.door import Door, failed
 from ernie45.server.failures import Failure, broken, reason_of
 from ernie45.server.health import add_health
 from ernie45.server.openai_routes import add_openai
 from ernie45.server.service import Service
+from ernie45.server.text_routes import add_text
 
 Adder = Callable[[FastAPI, Service], None]
-PARTS: tuple[Adder, ...] = (add_health, add_openai)
+PARTS: tuple[Adder, ...] = (add_health, add_openai, add_text, add_anthropic)
 """Every group of routes there is."""
 
 

@@ -31,7 +31,9 @@ async def read_bytes(request: Request, most: int, seconds: float) -> bytes:
                 if len(body) > most:
                     raise _too_large(most)
     except TimeoutError:
-        raise Failure(408, f"the body did not arrive within {seconds:g} s", code="request_timeout", headers={"Connection": "close"}) from None
+        raise Failure(
+            408, f"the body did not arrive within {seconds:g} s", code="request_timeout", headers={"Connection": "close"}
+        ) from None
     except ClientDisconnect:
         raise Failure(499, "the client went away", code="client_gone") from None
     return bytes(body)

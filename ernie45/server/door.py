@@ -77,7 +77,9 @@ class Door:
             self._service.metrics.answered(route, status)
             told |= {"caller": scope["state"]["caller"].name}
             milliseconds = round((time.perf_counter() - began) * 1000, 1)
-            self._service.journal.note("request", id=request_id, method=scope["method"], route=route, status=status, ms=milliseconds, **told)
+            self._service.journal.note(
+                "request", id=request_id, method=scope["method"], route=route, status=status, ms=milliseconds, **told
+            )
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Raises `Failure`: 400 or 403 for a host or origin that may not, 401 without a key."""
@@ -87,7 +89,9 @@ class Door:
             raise Failure(403, "this host name is not one of the server's; --allowed-hosts names more", code="host_not_allowed")
         origin = headers.get("origin")
         if origin is not None and origin not in self._origins and origin.partition("://")[2] != host:
-            raise Failure(403, "pages of this origin may not use the server; --cors-origins names those that may", code="origin_not_allowed")
+            raise Failure(
+                403, "pages of this origin may not use the server; --cors-origins names those that may", code="origin_not_allowed"
+            )
         if self._keys and scope["path"] not in self._open and scope["method"] != "OPTIONS":
             scope["state"]["caller"] = self._keys.caller(headers)
 

@@ -38,7 +38,9 @@ class Metrics:
         self._step_time = Counter("ernie_engine_step_seconds", "Seconds the engine spent in steps.", label, **made)
         self._broken = Counter("ernie_engine_broken_steps", "Steps that broke and took their requests with them.", label, **made)
         self._queue = Histogram("vllm:request_queue_time_seconds", "Seconds in line.", label, buckets=_FIRST, **made)
-        self._first = Histogram("vllm:time_to_first_token_seconds", "Seconds from asking to the first token.", label, buckets=_FIRST, **made)
+        self._first = Histogram(
+            "vllm:time_to_first_token_seconds", "Seconds from asking to the first token.", label, buckets=_FIRST, **made
+        )
         self._each = Histogram(
             "vllm:request_time_per_output_token_seconds", "Seconds per token after the first, by answer.", label, buckets=_EACH, **made
         )

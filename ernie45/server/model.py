@@ -1,7 +1,7 @@
 """One served model: its text side here, its engine in a process of its own, and the line between them.
 
-    cold -> loading -> ready -> (idle for long) cold
-                 \\-> failed: the text says why, and a later request tries again
+cold -> loading -> ready -> (idle for long) cold
+             \\-> failed: the text says why, and a later request tries again
 """
 
 import asyncio
@@ -263,7 +263,12 @@ class ServedModel:
 
     def _fill(self) -> None:
         """Hands waiting requests to the engine, as many as it computes at a time."""
-        while self.state == "ready" and self._engine is not None and self.info is not None and len(self._running) < self.info.limits.max_running:
+        while (
+            self.state == "ready"
+            and self._engine is not None
+            and self.info is not None
+            and len(self._running) < self.info.limits.max_running
+        ):
             ticket = self._line.take()
             if ticket is None:
                 return

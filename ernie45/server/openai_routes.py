@@ -81,7 +81,12 @@ def _writer(service: Service, tokenizer: Any, model: str, id: str) -> Writer:
 
 
 async def _whole(
-    service: Service, request: Request, model: ServedModel, jobs: Sequence[Job], writer: Writer, write: Callable[[list[Ticket]], dict[str, Any]]
+    service: Service,
+    request: Request,
+    model: ServedModel,
+    jobs: Sequence[Job],
+    writer: Writer,
+    write: Callable[[list[Ticket]], dict[str, Any]],
 ) -> Response:
     tickets = service.admit(model, jobs, writer.id)
     try:

@@ -171,7 +171,9 @@ def _continued(
         raise bad("continue_final_message needs a message before the one to go on with", "messages")
     prompt = template.render(messages[:-1], tools=tools or None, thinking=thinking)
     if prompt.starts_in != "content":
-        raise bad("continue_final_message cannot go on with an answer while the model thinks; switch thinking off", "continue_final_message")
+        raise bad(
+            "continue_final_message cannot go on with an answer while the model thinks; switch thinking off", "continue_final_message"
+        )
     return prompt.ids + tuple(context.text.tokenizer.encode(content, start=False))
 
 
@@ -247,7 +249,9 @@ def completion_jobs(request: CompletionRequest, context: Context, number: Any, n
     if request.echo and request.logprobs is not None and params.prompt_logprobs is None:
         params = replace(params, prompt_logprobs=request.logprobs)
     if len(prompts) * request.n > context.limits.prompts:
-        raise bad(f"{len(prompts)} prompts with n {request.n} make {len(prompts) * request.n} answers; at most {context.limits.prompts}", "n")
+        raise bad(
+            f"{len(prompts)} prompts with n {request.n} make {len(prompts) * request.n} answers; at most {context.limits.prompts}", "n"
+        )
     shape = shape_of(request, context.limits)
     grammar = framed(shape, Tags(context.text.tokenizer), thinking=False, response=False) if shape is not None else ""
     made: list[Job] = []
@@ -302,5 +306,3 @@ def prompts_of(given: str | list[Any], context: Context, field: str) -> list[tup
     if not all(found):
         raise bad(f"{field} holds an empty prompt", field)
     return found
-
-

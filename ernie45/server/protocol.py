@@ -263,9 +263,7 @@ def _explained(error: ValidationError, kind: type[BaseModel]) -> Failure:
     top = str(item["loc"][0]) if item["loc"] else None
     if item["type"] == "extra_forbidden":
         names = [field.alias or name for name, field in kind.model_fields.items()] if len(item["loc"]) == 1 else []
-        return Failure(
-            400, f"{path} is not a field of this request{did_you_mean(path, names)}", field=path, code="unknown_parameter"
-        )
+        return Failure(400, f"{path} is not a field of this request{did_you_mean(path, names)}", field=path, code="unknown_parameter")
     if item["type"] == "missing":
         return Failure(400, f"{path} is missing", field=path, code="missing_required_parameter")
     shown = json.dumps(item.get("input"), default=str, ensure_ascii=True)[:80]
@@ -293,7 +291,10 @@ def check_counts(request: Sampling, limits: Limits) -> None:
         ("bad_words", words, limits.bad_words),
     ):
         if count > most:
-            raise bad(f"{name} is {count}; this server takes at most {most}" if name == "n" else f"{name} has {count} entries; at most {most}", name)
+            raise bad(
+                f"{name} is {count}; this server takes at most {most}" if name == "n" else f"{name} has {count} entries; at most {most}",
+                name,
+            )
     if request.n < 1:
         raise bad(f"n must be at least 1, not {request.n}", "n")
     for text in stops:

@@ -124,7 +124,9 @@ class Writer:
             choice: dict[str, Any] = {"index": index, "text": text, "finish_reason": finish_word(ticket), "logprobs": None}
             if request.logprobs is not None:
                 entries = list(ticket.answer.logprobs)
-                choice["logprobs"] = self._plain_logprobs([None, *(done.prompt_logprobs or ()), *entries] if request.echo else entries, ticket, 0)
+                choice["logprobs"] = self._plain_logprobs(
+                    [None, *(done.prompt_logprobs or ()), *entries] if request.echo else entries, ticket, 0
+                )
             if request.return_token_ids:
                 choice |= {"token_ids": list(ticket.answer.ids), "prompt_token_ids": list(ticket.job.request.prompt)}
             if request.prompt_logprobs is not None:
@@ -193,7 +195,9 @@ class Writer:
         found: list[dict[str, Any] | None] = [None]
         for entry in ticket.answer.completion().prompt_logprobs or ():
             pairs = {entry.token: entry.logprob, **dict(entry.top)}
-            found.append({str(token): {"logprob": value, "decoded_token": self._token(token, 0.0)["token"]} for token, value in pairs.items()})
+            found.append(
+                {str(token): {"logprob": value, "decoded_token": self._token(token, 0.0)["token"]} for token, value in pairs.items()}
+            )
         return found
 
 

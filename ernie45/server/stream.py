@@ -43,7 +43,12 @@ class EventStream(Response):
         self._events = events
         self._on_failure = on_failure
         self._on_end = on_end
-        self._sent_headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no", **headers}
+        self._sent_headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-store",
+            "x-accel-buffering": "no",
+            **headers,
+        }
         self._keep_alive = keep_alive
         self._write_seconds = write_seconds
 

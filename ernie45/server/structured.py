@@ -146,7 +146,9 @@ def _structural(structures: Any, triggers: Any, field: str) -> Shape:
         schema = item.get("schema", {})
         if not isinstance(schema, dict):
             raise bad(f"{field}: structures[{n}].schema must be an object", field)
-        lines += _after_text(f"tag{n}", trigger, item["begin"][len(trigger) :], f"%json {json.dumps({**schema, 'x-guidance': _STYLE})}", item["end"])
+        lines += _after_text(
+            f"tag{n}", trigger, item["begin"][len(trigger) :], f"%json {json.dumps({**schema, 'x-guidance': _STYLE})}", item["end"]
+        )
     tags = " | ".join(f"tag{n}" for n in range(len(structures)))
     return Shape(field, lark="\n".join([f"start: ({tags})* TEXT", "TEXT: /(.|\\n)*/", *lines]))
 
@@ -238,7 +240,7 @@ def framed(shape: Shape, tags: Tags, *, thinking: bool, response: bool) -> str:
         return json.dumps({"grammars": [shape.part("answer")]})
     lines = [f"start: {answer}"]
     if thinking and tags.single("</think>"):
-        lines = [f"start: THOUGHT {tags.word('</think>')} /\\n*/ {answer}", "THOUGHT: /(.|\\n)*/"]
+        lines = [f"start: THOUGHT {tags.word('</think>')} /\\n{{0,2}}/ {answer}", "THOUGHT: /(.|\\n)*/"]
     elif thinking:
-        lines = [f"start: thought /\\n*/ {answer}", 'thought[suffix="</think>"]: /(.|\\n)*/']
+        lines = [f"start: thought /\\n{{0,2}}/ {answer}", 'thought[suffix="</think>"]: /(.|\\n)*/']
     return json.dumps({"grammars": [{"name": "frame", "lark_grammar": "\n".join(lines)}, shape.part("answer")]})

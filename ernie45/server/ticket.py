@@ -132,8 +132,6 @@ class Ticket:
 
     def _piece(self) -> Piece:
         ids, logprobs = self.answer.ids, self.answer.logprobs
-        piece = Piece(
-            tuple(self.answer.deltas()), tuple(ids[self._told_ids :]), tuple(logprobs[self._told_logprobs :]), len(ids)
-        )
+        piece = Piece(tuple(self.answer.deltas()), tuple(ids[self._told_ids :]), tuple(logprobs[self._told_logprobs :]), len(ids))
         self._told_ids, self._told_logprobs = len(ids), len(logprobs)
         return piece

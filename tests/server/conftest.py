@@ -128,7 +128,9 @@ def serve():
     """Starts servers: serve(settings..., models=, chat_format=, engine_limits=, fails=, loads=, keys=)."""
     stops = []
 
-    def start(models=("fake",), chat_format=None, engine_limits=LIMITS, fails=lambda request: False, loads=None, keys=(), limits=None, **settings):
+    def start(
+        models=("fake",), chat_format=None, engine_limits=LIMITS, fails=lambda request: False, loads=None, keys=(), limits=None, **settings
+    ):
         started, state = threading.Event(), {}
 
         async def nothing():

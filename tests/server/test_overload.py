@@ -91,7 +91,9 @@ def test_who_waits_in_line_and_goes_away_is_never_computed(serve, until):
 def test_a_quiet_stream_gets_comments(serve, until):
     running = serve(keep_alive_seconds=0.05)
     running.engine.held.set()
-    with running.client().stream("POST", "/v1/chat/completions", json={"messages": [{"role": "user", "content": "«x»"}], "stream": True}) as response:
+    with running.client().stream(
+        "POST", "/v1/chat/completions", json={"messages": [{"role": "user", "content": "«x»"}], "stream": True}
+    ) as response:
         lines = response.iter_lines()
         seen = []
         for line in lines:
@@ -214,11 +216,19 @@ def test_mixed_load_with_clients_that_leave_loses_nothing(running, until):
         stream = n % 2 == 0
         seconds = random.choice([0.01, 5, 5])
         try:
-            return running.client().post(
-                "/v1/chat/completions",
-                json={"messages": [{"role": "user", "content": "x" * random.randint(1, 60)}], "max_tokens": random.randint(1, 60), "stream": stream},
-                timeout=seconds,
-            ).status_code
+            return (
+                running.client()
+                .post(
+                    "/v1/chat/completions",
+                    json={
+                        "messages": [{"role": "user", "content": "x" * random.randint(1, 60)}],
+                        "max_tokens": random.randint(1, 60),
+                        "stream": stream,
+                    },
+                    timeout=seconds,
+                )
+                .status_code
+            )
         except Exception as error:  # noqa: BLE001
             return type(error).__name__
 
@@ -231,5 +241,3 @@ def test_mixed_load_with_clients_that_leave_loses_nothing(running, until):
     assert running.service.models[0].busy == 0
     until(lambda: running.service.live == {})
     assert running.log("error") == []
-
-

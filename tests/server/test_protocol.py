@@ -180,7 +180,15 @@ def test_messages_that_clients_send_back_are_taken(running):
     messages = [
         {"role": "developer", "content": "be kind"},
         {"role": "user", "content": [{"type": "text", "text": "hello"}]},
-        {"role": "assistant", "content": "yes", "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None},
+        {
+            "role": "assistant",
+            "content": "yes",
+            "refusal": None,
+            "annotations": [],
+            "audio": None,
+            "function_call": None,
+            "tool_calls": None,
+        },
         {"role": "user", "content": "«ok»", "name": "Ada"},
     ]
     body = running.post("/v1/chat/completions", {"messages": messages}).json()

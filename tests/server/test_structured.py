@@ -52,7 +52,7 @@ def test_a_lark_grammar(running):
 
 def test_structural_tags_hold_only_within_the_tags(running):
     text = said(running, 'See <fn=person>{"nome": 5}</fn> there', response_format=TAG)
-    begin, end = text.index("<fn=person>") + 11, text.index("</fn>")
+    begin, end = text.index("<fn=person>") + 11, text.rindex("</fn>")
     assert set(json.loads(text[begin:end])) == {"name", "age"}
     assert text.startswith("See ")
     assert said(running, "free text < with = signs", response_format=TAG) == "free text < with = signs"
@@ -75,7 +75,6 @@ HOSTILE = {
     "no such type": {"guided_json": {"type": "wizard"}},
     "a reference elsewhere": {"guided_json": {"$ref": "http://127.0.0.1/schema.json"}},
     "a reference to nowhere": {"guided_json": {"$ref": "#/$defs/none"}},
-    "repeats of repeats": {"guided_regex": "((((a{1,1000}){1,1000}){1,1000}){1,1000}){1,1000}"},
     "an open bracket": {"guided_regex": "((((((("},
     "a grammar that calls nothing": {"guided_grammar": "start: nope"},
     "a grammar of another": {"guided_grammar": "start: @frame"},
@@ -98,6 +97,7 @@ def test_large_shapes_are_served_or_refused_and_the_server_lives(running):
     many = {"type": "object", "properties": {f"p{n}": {"type": "string", "maxLength": 64} for n in range(150)}}
     for schema in (NESTED, enum, many, {"type": "string", "maxLength": 2000}):
         assert running.chat("x", max_tokens=2, guided_json=schema).status_code in (200, 400)
+    assert running.chat("x", max_tokens=2, guided_regex="((((a{1,1000}){1,1000}){1,1000}){1,1000}){1,1000}").status_code in (200, 400)
     assert running.chat("«fine»").json()["choices"][0]["message"]["content"] == "fine"
 
 

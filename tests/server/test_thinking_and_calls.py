@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from ernie45.engine.scheduler import SchedulerConfig
+
+ROOMY = SchedulerConfig(token_budget=256, max_running=4, page_size=16, num_pages=512, max_length=4096)
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
 TOOLS = [
     {
@@ -11,7 +14,12 @@ TOOLS = [
         "function": {
             "name": "weather",
             "description": "the weather",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False},
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
         },
     },
     {"type": "function", "function": {"name": "clock"}},
@@ -20,12 +28,12 @@ TOOLS = [
 
 @pytest.fixture
 def thinker(serve):
-    return serve(chat_format="ernie-thinking")
+    return serve(chat_format="ernie-thinking", engine_limits=ROOMY)
 
 
 @pytest.fixture
 def switch(serve):
-    return serve(chat_format="ernie-vl-thinking")
+    return serve(chat_format="ernie-vl-thinking", engine_limits=ROOMY)
 
 
 def joined(chunks):
@@ -103,7 +111,11 @@ def test_one_call_at_a_time_when_asked(thinker, until):
 def test_a_call_and_its_result_go_back_in(thinker):
     messages = [
         {"role": "user", "content": "weather?"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}],
+        },
         {"role": "tool", "tool_call_id": "call_1", "content": "rain «</think>wet»"},
     ]
     assert thinker.post("/v1/chat/completions", {"messages": messages, "tools": TOOLS}).json()["choices"][0]["message"]["content"] == "wet"

@@ -195,9 +195,10 @@ def test_an_answer_without_words_says_so(page, server, reply, say):
     server.failure = (500, {}, {})
     expect(say(page, "A").locator(".notice")).to_contain_text("The server answered with the status 500.")
     server.failure = None
-    server.replies["B"] = reply("")
+    server.replies["A\n\nB"] = reply("")
     expect(say(page, "B").locator(".notice")).to_have_text("The model said nothing.")
-    assert [message["role"] for message in server.requests[1]["messages"]] == ["user"], "a failed answer leaves one turn of the person"
+    # The failed answer is no turn: both questions are sent as one.
+    assert server.requests[1]["messages"] == [{"role": "user", "content": "A\n\nB"}]
 
 
 def test_a_server_that_is_away_is_named_and_asked_again(visit, server):
