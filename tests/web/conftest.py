@@ -12,13 +12,21 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-FLAGS.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # nothing a page asks for outside is ever sent
+FLAGS = [
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # whatever a page might ask for outside, nothing is sent
+]
 
 # Asks the page to remember what its policy refused, and every dialog that a script opened.
 WATCH = """
 window.refusals = [];
-document.addEventListener("securitypolicyviolation", (event) => window.refusals.push(`${event.violatedDirective} ${event.blockedURI} ${event.sample}`));
+const refused = ({ violatedDirective, blockedURI, sample }) => window.refusals.push(`${violatedDirective} ${blockedURI} ${sample}`);
+document.addEventListener("securitypolicyviolation", refused);
 window.alert = window.confirm = window.prompt = (text) => { window.refusals.push(`dialog ${text}`); };
 """
 

@@ -1,4 +1,4 @@
-"""A small server that the page is tested against: it answers by rule, as fast or slowly as a test wants, and remembers what it was asked."""
+"""A small server that the page is tested against: it answers by rule, as fast as a test wants, and remembers what it was asked."""
 
 import asyncio
 import json

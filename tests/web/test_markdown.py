@@ -12,16 +12,20 @@ DRAW = """async (text) => {
     const show = (node) => {
         if (node.nodeType === 3) return node.data;
         if (node.localName === "button") return "";
-        const kept = ["href", "start", "checked", "alt"].filter((name) => node.hasAttribute(name)).map((name) => ` ${name}=${node.getAttribute(name)}`);
-        const inside = [...node.childNodes].map(show).join("");
-        return ["br", "hr", "input", "img"].includes(node.localName) ? `<${node.localName}${kept.join("")}>` : `<${node.localName}${kept.join("")}>${inside}</${node.localName}>`;
+        const name = node.localName;
+        const kept = ["href", "start", "checked", "alt"].filter((key) => node.hasAttribute(key));
+        const head = `<${name}${kept.map((key) => ` ${key}=${node.getAttribute(key)}`).join("")}>`;
+        return ["br", "hr", "input", "img"].includes(name) ? head : `${head}${[...node.childNodes].map(show).join("")}</${name}>`;
     };
     return [...root.childNodes].map(show).join("");
 }"""
 
 CASES = {
     "paragraphs": ("one\ntwo\n\nthree", "<p>one<br>two</p><p>three</p>"),
-    "emphasis": ("*a* **b** ***c*** _d_ __e__ ~~f~~", "<p><em>a</em> <strong>b</strong> <em><strong>c</strong></em> <em>d</em> <strong>e</strong> <del>f</del></p>"),
+    "emphasis": (
+        "*a* **b** ***c*** _d_ __e__ ~~f~~",
+        "<p><em>a</em> <strong>b</strong> <em><strong>c</strong></em> <em>d</em> <strong>e</strong> <del>f</del></p>",
+    ),
     "not emphasis": ("2 * 3 * 4, snake_case_name, a ~ b, **", "<p>2 * 3 * 4, snake_case_name, a ~ b, **</p>"),
     "inside a word": ("un*frigging*believable", "<p>un<em>frigging</em>believable</p>"),
     "nested emphasis": ("**bold with *italic* inside**", "<p><strong>bold with <em>italic</em> inside</strong></p>"),
@@ -52,7 +56,10 @@ CASES = {
     "open fence": ("~~~\n# a", "<div><div><span></span></div><pre><code># a</code></pre></div>"),
     "long fence": ("````\n```\n````", "<div><div><span></span></div><pre><code>```</code></pre></div>"),
     "link": ("[a *b*](https://x.org/c_(d) 'title')", "<p><a href=https://x.org/c_(d)>a <em>b</em></a></p>"),
-    "bare link": ("See https://x.org/a_b?c=1, or (https://y.org/).", "<p>See <a href=https://x.org/a_b?c=1>https://x.org/a_b?c=1</a>, or (<a href=https://y.org/>https://y.org/</a>).</p>"),
+    "bare link": (
+        "See https://x.org/a_b?c=1, or (https://y.org/).",
+        "<p>See <a href=https://x.org/a_b?c=1>https://x.org/a_b?c=1</a>, or (<a href=https://y.org/>https://y.org/</a>).</p>",
+    ),
     "angle link": ("<mailto:a@b.org>", "<p><a href=mailto:a@b.org>a@b.org</a></p>"),
     "another host": ("[a.org](https://b.org/)", "<p><a href=https://b.org/>a.org<span> (b.org)</span></a></p>"),
     "picture elsewhere": ("![a cat](https://x.org/cat.png)", "<p><a href=https://x.org/cat.png>a cat</a></p>"),
@@ -102,14 +109,38 @@ def test_a_formula_becomes(shared_page, name):
 
 
 def test_a_displayed_formula_has_its_limits_above_and_below(shared_page):
-    expected = "<div><math><mrow><munderover><mo>∑</mo><mrow><mi>k</mi><mo>=</mo><mn>0</mn></mrow><mi>n</mi></munderover><mi>k</mi></mrow></math></div>"
+    below = "<mrow><mi>k</mi><mo>=</mo><mn>0</mn></mrow>"
+    expected = f"<div><math><mrow><munderover><mo>∑</mo>{below}<mi>n</mi></munderover><mi>k</mi></mrow></math></div>"
     for text in (r"$$\sum_{k=0}^n k$$", "\\[\n\\sum_{k=0}^n k\n\\]", "$$\n\\sum_{k=0}^n k\n$$"):
         assert shared_page.evaluate(DRAW, text) == expected
 
 
 SAMPLES = st.lists(
     st.sampled_from(
-        ["word ", "**", "*", "`", "```\n", "```py\n", "\n", "\n\n", "- ", "1. ", "  ", "> ", "# ", "$", "$$", "|", "|-|-|\n", "[a](https://b.org)", "\\(", "\\)", "x^2", "---"]
+        [
+            "word ",
+            "**",
+            "*",
+            "`",
+            "```\n",
+            "```py\n",
+            "\n",
+            "\n\n",
+            "- ",
+            "1. ",
+            "  ",
+            "> ",
+            "# ",
+            "$",
+            "$$",
+            "|",
+            "|-|-|\n",
+            "[a](https://b.org)",
+            "\\(",
+            "\\)",
+            "x^2",
+            "---",
+        ]
     ),
     max_size=30,
 ).map("".join)
@@ -144,13 +175,16 @@ def test_blocks_that_stand_are_not_drawn_again(shared_page):
 
 
 CODE = {
-    "python": ('def f(x):  # why\n    return "a" + str(1.5)', "keyword def|call f|comment # why|keyword return|string \"a\"|call str|number 1.5"),
+    "python": (
+        'def f(x):  # why\n    return "a" + str(1.5)',
+        'keyword def|call f|comment # why|keyword return|string "a"|call str|number 1.5',
+    ),
     "js": ("const a = `x ${b}`; // c", "keyword const|string `x ${b}`|comment // c"),
     "json": ('{"a": [1, true]}', 'mark "a"|number 1|keyword true'),
     "bash": ("ls -l $HOME | grep 'x' # y", "mark -l|mark $HOME|string 'x'|comment # y"),
     "sql": ("SELECT a FROM b WHERE c = 'd'", "keyword SELECT|keyword FROM|keyword WHERE|string 'd'"),
     "html": ('<a href="x">y</a>', 'mark <a|string "x"|mark >|mark </a|mark >'),
-    "rust": ("fn main() { println!(\"x\"); let c: &'a str; }", 'keyword fn|call main|mark println!|string "x"|keyword let|keyword str'),
+    "rust": ('fn main() { println!("x"); let c: &\'a str; }', 'keyword fn|call main|mark println!|string "x"|keyword let|keyword str'),
     "yaml": ("a: 1 # b\n- c: true", "mark a|number 1|comment # b|mark c|keyword true"),
     "diff": ("+a\n-b\n c", "added +a|removed -b"),
     "unknown": ("def x", ""),
@@ -164,7 +198,8 @@ def test_code_is_coloured_and_loses_nothing(shared_page, language):
         const { highlight } = await import("/web/highlight.js");
         const root = document.createElement("div");
         root.append(highlight(text, language));
-        return [root.textContent, [...root.children].map((node) => `${node.className.replace("code-", "")} ${node.textContent.trim()}`).join("|")];
+        const spans = [...root.children].map((node) => `${node.className.replace("code-", "")} ${node.textContent.trim()}`);
+        return [root.textContent, spans.join("|")];
     }"""
     text, expected = CODE[language]
     assert shared_page.evaluate(program, [text, language]) == [text, expected]

@@ -37,7 +37,17 @@ def test_what_is_not_set_is_not_sent(page, server, say):
 
 def test_every_setting_reaches_the_server(page, server, say):
     page.click("#open-settings")
-    numbers = dict(temperature=0.7, top_p=0.9, top_k=40, min_p=0.05, repetition_penalty=1.1, presence_penalty=-0.5, frequency_penalty=0.5, max_tokens=64, seed=7)
+    numbers = {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.5,
+        "max_tokens": 64,
+        "seed": 7,
+    }
     assert page.locator("#sampling input").count() == len(numbers)
     expect(page.locator("#set-temperature")).to_have_attribute("placeholder", "0.8")
     for name, value in numbers.items():
@@ -135,8 +145,9 @@ PASTE = """async ([selector, kind, bytes]) => {
     const transfer = new DataTransfer();
     transfer.items.add(new File([new Uint8Array(bytes)], "x.png", { type: "image/png" }));
     const init = { bubbles: true, cancelable: true };
-    const event = kind === "paste" ? new ClipboardEvent("paste", { ...init, clipboardData: transfer }) : new DragEvent(kind, { ...init, dataTransfer: transfer });
-    document.querySelector(selector).dispatchEvent(event);
+    const paste = () => new ClipboardEvent("paste", { ...init, clipboardData: transfer });
+    const drop = () => new DragEvent("drop", { ...init, dataTransfer: transfer });
+    document.querySelector(selector).dispatchEvent(kind === "paste" ? paste() : drop());
 }"""
 
 
@@ -182,7 +193,12 @@ def test_an_error_is_said_in_words_and_can_be_tried_again(page, server, say):
 
 
 @pytest.mark.parametrize(
-    "ending, words", [("break", "The connection ended in the middle of the answer."), ("error", "the engine lost this request."), ("length", "longest allowed answer")]
+    ("ending", "words"),
+    [
+        ("break", "The connection ended in the middle of the answer."),
+        ("error", "the engine lost this request."),
+        ("length", "longest allowed answer"),
+    ],
 )
 def test_a_stream_that_ends_badly_keeps_its_text(page, server, reply, say, ending, words):
     server.replies["Half"] = reply("Half an answer", ending=ending)
@@ -318,15 +334,17 @@ CONTRAST = """() => {
     const light = (name) => {
         canvas.fillStyle = getComputedStyle(probe).getPropertyValue("color");
         canvas.fillRect(0, 0, 1, 1);
-        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4));
+        const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((v) => linear(v / 255));
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
     };
     const probe = document.body.appendChild(document.createElement("span"));
     const of = (name) => { probe.style.color = `var(--${name})`; return light(name); };
     const ratio = (a, b) => { const [x, y] = [of(a), of(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
     const grounds = ["ground", "side", "raised", "sunken"];
-    const pairs = [...["text", "soft", "accent", "danger"].flatMap((text) => grounds.map((ground) => [text, ground])), ["text", "bubble"], ["accent-text", "accent"],
-        ["danger", "danger-wash"], ["accent", "accent-wash"], ...["comment", "string", "number", "keyword", "call", "mark"].map((kind) => [`code-${kind}`, "sunken"])];
+    const code = ["comment", "string", "number", "keyword", "call", "mark"].map((kind) => [`code-${kind}`, "sunken"]);
+    const text = ["text", "soft", "accent", "danger"].flatMap((text) => grounds.map((ground) => [text, ground]));
+    const pairs = [...text, ...code, ["text", "bubble"], ["accent-text", "accent"], ["danger", "danger-wash"], ["accent", "accent-wash"]];
     return pairs.map(([a, b]) => [a, b, ratio(a, b)]).filter(([, , found]) => found < 4.5);
 }"""
 
@@ -340,7 +358,9 @@ def test_text_stands_out_from_its_ground(visit, scheme):
 def test_the_page_fits_a_phone(visit, server, reply, say):
     page = visit(viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True)
     expect(page.locator("#model")).to_be_enabled()
-    server.replies["Wide"] = reply("```\n" + "x" * 400 + "\n```\n\n$$" + "x + " * 60 + "y$$\n\n| " + " | ".join("abcdefgh") + " |\n" + "|---" * 8 + "|\n\n" + "w" * 300, size=90)
+    server.replies["Wide"] = reply(
+        "\n\n".join([f"```\n{'x' * 400}\n```", f"$${'x + ' * 60}y$$", f"{'| column ' * 8}|\n{'|---' * 8}|", "w" * 300]), size=90
+    )
     say(page, "Wide")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     assert page.evaluate("document.getElementById('scroller').scrollWidth <= 360")
@@ -357,8 +377,11 @@ def test_every_control_has_a_name(page, say):
     say(page, "Named")
     page.click("#open-settings")
     unnamed = page.evaluate(
-        """() => [...document.querySelectorAll("button, input, select, textarea, summary")].filter((node) =>
-            !node.hidden && !node.getAttribute("aria-label") && !node.textContent.trim() && !node.labels?.length && node.type !== "file").map((node) => node.outerHTML)"""
+        """() => {
+        const named = (node) => node.getAttribute("aria-label") || node.textContent.trim() || node.labels?.length;
+        const controls = [...document.querySelectorAll("button, input, select, textarea, summary")];
+        return controls.filter((node) => !node.hidden && node.type !== "file" && !named(node)).map((node) => node.outerHTML);
+    }"""
     )
     assert unnamed == []
     assert page.evaluate("[...document.images].every((image) => image.hasAttribute('alt'))")

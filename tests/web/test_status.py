@@ -38,7 +38,20 @@ def test_everything_is_shown_and_kept_up_to_date(visit, server):
 
 
 @pytest.mark.parametrize(
-    "state", [{}, [], None, {"queue": [], "cache": {"pages_total": "x"}, "experts": {"layers": [{"load": "x"}, None]}, "models": [None], "latency": {"ttft": 5}}], ids=str
+    "state",
+    [
+        {},
+        [],
+        None,
+        {
+            "queue": [],
+            "cache": {"pages_total": "x"},
+            "experts": {"layers": [{"load": "x"}, None]},
+            "models": [None],
+            "latency": {"ttft": 5},
+        },
+    ],
+    ids=str,
 )
 def test_what_is_missing_is_said_to_be_missing(visit, server, state):
     server.state = state
