@@ -1,4 +1,4 @@
-"""The engine's process: reads messages from an inherited socket, steps the engine, writes what came of it. `python -m ernie45.engine.worker FD`.
+"""The engine's process: reads messages from an inherited socket, steps the engine, writes what came of it.
 
 One thread. The socket never blocks it: what the front does not read yet waits here. It ends when the front closes the socket, or is gone.
 """

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ernie45 import __version__
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError, ConfigError, MissingExtra
 
@@ -41,7 +42,7 @@ class ServeConfig(ServerSettings):
 
 
 def run(config: ServeConfig, environment: Environment) -> int:
-    """Serves until SIGINT or SIGTERM. Returns the exit code. Raises ErnieError subclasses for mistakes that show before the first request."""
+    """Serves until SIGINT or SIGTERM. Returns the exit code. Raises ErnieError subclasses for mistakes that show at the start."""
     return asyncio.run(serve(config, environment))
 
 
@@ -50,7 +51,7 @@ async def serve(config: ServeConfig, environment: Environment, started: Callable
     from ernie45.server.build import build
     from ernie45.server.listener import listen, make_server
 
-    service, app = build(config.models, config, environment, chat_format=config.chat_format)
+    service, app = build(config.models, config, environment, chat_format=config.chat_format, version=__version__)
     link = listen(config)
     server = make_server(app, config)
     host, port = link.getsockname()[:2]

@@ -45,7 +45,7 @@ class Keys:
         return bool(self._digests)
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
-        """Whose key this is: `Authorization: Bearer KEY`, or `x-api-key: KEY`. Raises `Failure` 401. All keys are compared, in equal time."""
+        """Whose key this is: `Authorization: Bearer KEY`, or `x-api-key: KEY`. Raises `Failure` 401. Every key is compared."""
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         digest = _digest(given)

@@ -10,7 +10,6 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
-from ernie45 import __version__
 from ernie45.server.access import Keys
 from ernie45.server.anthropic_routes import add_anthropic
 from ernie45.server.door import Door, failed
@@ -35,7 +34,7 @@ def make_app(service: Service, keys: Keys) -> ASGIApp:
 
     app = FastAPI(
         title="ernie45",
-        version=__version__,
+        version=service.version,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,

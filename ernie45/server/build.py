@@ -25,9 +25,12 @@ def build(
     *,
     chat_format: str | None = None,
     opener: Opener | None = None,
+    version: str = "0",
     write: Callable[[str], object] | None = None,
 ) -> tuple[Service, ASGIApp]:
     """Everything but the sockets; inside a running event loop. opener: how engines are made; write: where log lines go.
+
+    version: what it says of itself.
 
     Raises `ConfigError`.
     """
@@ -39,7 +42,7 @@ def build(
         own = Path(source).name.removesuffix(".gguf") if Path(source).exists() else source
         names = (*settings.served_model_name, own) if n == 0 else (own,)
         models.append(ServedModel(source, tuple(dict.fromkeys(names)), open_engine, settings.limits, metrics, chat_format=chat_format))
-    service = Service(settings, models, metrics, journal)
+    service = Service(settings, models, metrics, journal, version)
     return service, make_app(service, keys)
 
 

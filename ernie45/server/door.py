@@ -1,12 +1,11 @@
 """The door of the server, before every route: who may come in, what host they asked for, one id and one log line per request.
 
-Closed by default: a route is open only if it stands in `OPEN`. Whatever goes wrong behind it leaves as an error in the shape of the protocol.
+Closed by default: a route is open only if it stands in `OPEN`. Whatever goes wrong behind it leaves as an error of the protocol.
 """
 
 import re
 import secrets
 import time
-from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -97,7 +96,7 @@ class Door:
 
     def _extra(self, scope: Scope, request_id: str, headers: Headers) -> list[tuple[bytes, bytes]]:
         caller: Caller = scope["state"]["caller"]
-        extra: MutableMapping[str, str] = {"x-request-id": request_id, **SECURITY_HEADERS}
+        extra: dict[str, str] = {"x-request-id": request_id, **SECURITY_HEADERS}
         if scope["path"].startswith(_ANTHROPIC):
             extra["request-id"] = request_id
         if scope["path"].startswith("/v1/"):

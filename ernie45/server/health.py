@@ -5,7 +5,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
-from ernie45 import __version__
 from ernie45.server.metrics import CONTENT_TYPE
 from ernie45.server.model import ServedModel
 from ernie45.server.service import Service
@@ -38,12 +37,14 @@ def add_health(app: FastAPI, service: Service) -> None:
     @app.get("/version", tags=["server"])
     async def version() -> JSONResponse:
         """The version of the program."""
-        return JSONResponse({"version": __version__})
+        return JSONResponse({"version": service.version})
 
     @app.get("/status.json", tags=["server"])
     async def status() -> JSONResponse:
         """How busy each model is, for people and pages."""
-        return JSONResponse({"version": __version__, "draining": service.draining, "models": [_status(model) for model in service.models]})
+        return JSONResponse(
+            {"version": service.version, "draining": service.draining, "models": [_status(model) for model in service.models]}
+        )
 
 
 def _status(model: ServedModel) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -37,7 +38,7 @@ def make_server(app: ASGIApp, settings: ServerSettings) -> uvicorn.Server:
     class Patient(H11Protocol):
         """uvicorn's protocol, which by itself waits for ever for a header. Subclassed because uvicorn takes a class and calls it."""
 
-        def __init__(self, *args: object, **kwargs: object) -> None:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._impatience: asyncio.TimerHandle | None = None
 

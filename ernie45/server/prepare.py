@@ -23,10 +23,8 @@ EFFORTS: Mapping[str, bool | int] = {"none": False, "minimal": 256, "low": 1024,
 CHAT_FIELDS = {"prompt": "messages", "thinking": "enable_thinking", "logprobs": "top_logprobs", "grammar": "response_format"}
 """What the chat protocol calls settings of the floors below."""
 
-_MESSAGE_FIELDS = {
-    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content", "refusal", "annotations", "audio", "function_call",
-}  # fmt: skip
 _EMPTY_ONLY = ("refusal", "annotations", "audio", "function_call")
+_MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content", *_EMPTY_ONLY}
 
 
 @dataclass(frozen=True, kw_only=True)

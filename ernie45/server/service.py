@@ -25,13 +25,16 @@ class Service:
     draining   no new requests are taken
     """
 
-    def __init__(self, settings: ServerSettings, models: Sequence[ServedModel], metrics: Metrics, journal: Journal) -> None:
+    def __init__(
+        self, settings: ServerSettings, models: Sequence[ServedModel], metrics: Metrics, journal: Journal, version: str = ""
+    ) -> None:
         self.settings = settings
         self.models = list(models)
         self.metrics = metrics
         self.journal = journal
         self.rates = Rates(settings.requests_per_minute, settings.tokens_per_minute)
         self.draining = False
+        self.version = version
         self.live: dict[str, list[Ticket]] = {}  # by the request's id, for cancelling
         self._threads = ThreadPoolExecutor(_PREPARERS, thread_name_prefix="prepare")
         self._names: dict[str, ServedModel] = {}

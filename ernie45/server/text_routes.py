@@ -68,7 +68,7 @@ def add_text(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/embeddings", tags=["OpenAI"], openapi_extra=body_of(EmbeddingRequest))
     async def embeddings(request: Request) -> Response:
-        """Texts as vectors of length 1: the mean of the last hidden states behind the final norm. A chat model's, not a trained encoder's."""
+        """Texts as vectors of length 1: the mean of the last hidden states behind the norm. Of a chat model, not a trained encoder."""
         asked = read_fields(EmbeddingRequest, await read_json(request, limits), REFUSED["embeddings"])
         return await unless_gone(request, embedded(service, request, asked))
 

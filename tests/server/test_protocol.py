@@ -16,8 +16,10 @@ KINDS = {
 
 # What clients of FastDeploy and vLLM send beside OpenAI's fields.
 EXTENSIONS = {
-    "top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "include_stop_str_in_output", "bad_words", "bad_words_token_ids",
-    "ignore_eos", "return_token_ids", "prompt_token_ids", "prompt_logprobs", "chat_template_kwargs", "enable_thinking", "reasoning_max_tokens",
+    "top_k", "min_p",
+    "repetition_penalty", "min_tokens", "stop_token_ids", "include_stop_str_in_output", "bad_words",
+    "bad_words_token_ids", "ignore_eos", "return_token_ids", "prompt_token_ids", "prompt_logprobs", "chat_template_kwargs",
+    "enable_thinking", "reasoning_max_tokens",
     "metadata", "continue_final_message", "cache_salt", "priority", "request_id", "guided_json", "guided_regex", "guided_choice",
     "guided_grammar", "structured_outputs", "chat_template",
 }  # fmt: skip
