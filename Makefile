@@ -1,13 +1,13 @@
 # One environment, .venv, made here and brought up to date whenever pyproject.toml changes. `make` alone lists what there is.
 #
 #   PYTHON=python3.12   the interpreter the environment is made from (3.11 or newer)
-#   EXTRAS=gpu,hub      what is installed beside the base (default cpu,hub)
+#   EXTRAS=gpu,hub      what is installed beside the base (default cpu,hub,serve)
 #   VENV=elsewhere      another place for the environment
 #   ARGS='...'          passed on to the command of the target
 
 SHELL  := /bin/bash
 PYTHON ?= python3
-EXTRAS ?= cpu,hub
+EXTRAS ?= cpu,hub,serve
 VENV   ?= .venv
 ARGS   ?=
 
@@ -26,7 +26,7 @@ define install
     grep -v '^WARNING: Location' $(VENV)/install.log | tail -n 12 >&2; echo "the whole of it: $(VENV)/install.log" >&2; exit 1; }
 endef
 
-.PHONY: help chat test lint kernels docs bench clean always
+.PHONY: help chat serve test lint kernels docs bench clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -35,6 +35,9 @@ help:  ## this list
 
 chat: $(VENV)/.run  ## set everything up, then talk to the starter model (other models: ARGS='MODEL --prompt ...')
 	@$(BIN)/ernie chat $(ARGS)
+
+serve: $(VENV)/.run  ## set everything up, then serve the starter model on http://127.0.0.1:8000 (others: ARGS='MODEL --port ...')
+	@$(BIN)/ernie serve $(ARGS)
 
 test: $(VENV)/.test  ## set up what the tests need, then run all of them
 	$(BIN)/python -m pytest $(ARGS)

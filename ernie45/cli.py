@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from ernie45 import __version__
-from ernie45.config import Environment
+from ernie45.config import Environment, shorten_thread_waits
 from ernie45.errors import ConfigError, ErnieError, did_you_mean
 
 EXIT_MISTAKE = 2
@@ -38,12 +38,14 @@ WORDS: dict[str, Word] = {
     "serve": Word("Talk", "ernie45.recipes.serve", "ServeConfig", "serve models over HTTP, with the protocols of OpenAI and Anthropic"),
     "models": Word("Look", "ernie45.recipes.models", "ModelsConfig", "list every published model of the family, with sizes"),
     "inspect": Word("Look", "ernie45.recipes.inspect", "InspectConfig", "show what is in a model folder or file, and what is wrong there"),
+    "export": Word("Make", "ernie45.recipes.export", "ExportConfig", "write a model as a GGUF file for llama.cpp and its kin"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 the answer is no, 2 a mistake in what was asked, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
+    shorten_thread_waits()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale that lacks a letter must not end the program
             stream.reconfigure(errors="replace")

@@ -4,32 +4,19 @@ Letters: T tokens of the step, S keys of one sequence, P its pages, N query head
 """
 
 import mmap
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ernie45.engine.batch import Batch, Span
+from ernie45.errors import ConfigError
 from ernie45.models.config import TextConfig
 
 
 def bytes_per_token(config: TextConfig, dtype: torch.dtype) -> int:
     """Cache bytes of one token: keys and values of all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
-
-
-def available_memory() -> int:
-    """Bytes this process may still take without swapping, inside its control group's limit when there is one."""
-    free = 0
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    free = free or 4 << 30  # unknown systems: what a laptop can spare
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, max(0, int(text) - int(used.read_text())))
-    return free
 
 
 class PagedCache:
@@ -43,11 +30,18 @@ class PagedCache:
         self.page_size = page_size
         self.dtype = dtype
         shape = (config.num_layers, 2, num_pages * page_size, config.num_kv_heads, config.head_size)
-        count = num_pages * page_size * bytes_per_token(config, dtype) // dtype.itemsize
-        memory = mmap.mmap(-1, count * dtype.itemsize)
-        store = torch.frombuffer(memory, dtype=dtype).view(shape)
+        store = torch.frombuffer(_lazy_memory(num_pages * page_size * bytes_per_token(config, dtype)), dtype=dtype).view(shape)
         self.keys = tuple(layer[0] for layer in store)
         self.values = tuple(layer[1] for layer in store)
+
+
+def _lazy_memory(size: int) -> mmap.mmap:
+    """`size` zero bytes that the system provides as they are touched. Raises `ConfigError` where it promises no more than it has."""
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # Windows knows no flags
+    try:
+        return mmap.mmap(-1, size, **flags)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"the system does not give {size:,} bytes for the cache ({error}); set num_pages or max_length smaller") from None
 
 
 class PagedAttend:

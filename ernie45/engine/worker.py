@@ -211,11 +211,14 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
             channel.send(Loading(stage, done, total))
 
     progress("starting", 0, 0)
+    from ernie45.config import Environment, shorten_thread_waits
+
+    shorten_thread_waits()
     import torch
 
-    from ernie45.config import Environment
-    from ernie45.engine.cache import available_memory, bytes_per_token
+    from ernie45.engine.cache import bytes_per_token
     from ernie45.engine.core import Engine, EngineConfig
+    from ernie45.machine import available_memory
     from ernie45.models.load import find_model, load
 
     if spec.threads is not None:

@@ -1,5 +1,6 @@
 """The application: routes over a service, behind the door."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,20 +17,25 @@ from ernie45.server.door import Door, failed
 from ernie45.server.failures import Failure, broken, reason_of
 from ernie45.server.health import add_health
 from ernie45.server.openai_routes import add_openai
+from ernie45.server.responses_routes import add_responses
 from ernie45.server.service import Service
 from ernie45.server.text_routes import add_text
 
 Adder = Callable[[FastAPI, Service], None]
-PARTS: tuple[Adder, ...] = (add_health, add_openai, add_text, add_anthropic)
+PARTS: tuple[Adder, ...] = (add_health, add_openai, add_text, add_anthropic, add_responses)
 """Every group of routes there is."""
 
 
 def make_app(service: Service, keys: Keys) -> ASGIApp:
-    """The whole server as one ASGI application; it opens the first model when it starts and closes all of them when it ends."""
+    """The whole server as one ASGI application; it closes all models when it ends."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        idle = service.settings.idle_seconds
+        unloading = None if idle is None else asyncio.ensure_future(service.unload_idle(idle))
         yield
+        if unloading is not None:
+            unloading.cancel()
         await service.close()
 
     app = FastAPI(

@@ -47,6 +47,10 @@ class Line(Generic[T]):
         self._tidy(priority, caller)
         return item
 
+    def holds(self, item: T) -> bool:
+        """Whether an item is in line."""
+        return any(entry[0] is item for level in self._levels.values() for items in level.values() for entry in items)
+
     def remove(self, item: T) -> bool:
         """Takes an item out wherever it stands. False when it is not in line."""
         for priority, level in self._levels.items():

@@ -235,6 +235,10 @@ class ServedModel:
             ticket.timer = loop.call_later(self._limits.queue_seconds, self._too_long_in_line, ticket)
         self._fill()
 
+    def has(self, ticket: Ticket) -> bool:
+        """Whether the engine has it, or it stands in this line."""
+        return self._running.get(ticket.id) is ticket or self._line.holds(ticket)
+
     def cancel(self, ticket: Ticket) -> None:
         """Ends an answer that nobody waits for any more. What it held is free before the engine's next step."""
         if ticket.state is State.running:

@@ -96,6 +96,15 @@ class Service:
         """The loop's clock."""
         return asyncio.get_running_loop().time()
 
+    async def unload_idle(self, seconds: float) -> None:
+        """For ever: unloads models, other than the first, that nobody has used for so long. They load again when they are asked for."""
+        while True:
+            await asyncio.sleep(min(1.0, seconds / 4))
+            for model in self.models[1:]:
+                if model.state == "ready" and not model.busy and self.now() - model.used > seconds:
+                    self.journal.note("unload", model=model.name)
+                    await model.close()
+
     async def drain(self, seconds: float) -> None:
         """Takes nothing new and lets what runs go on for so long."""
         self.draining = True

@@ -111,8 +111,6 @@ class ServerSettings:
     """A stream that is silent for so long gets a comment."""
     drain_seconds: float = 30.0
     """On SIGTERM running requests may go on for so long."""
-    data_dir: Path | None = None
-    """Folder for files and batches; default: `server` in the cache folder."""
     idle_seconds: float | None = None
     """A model, other than the first, that nobody used for so long is unloaded."""
     log: Literal["json", "off"] = "json"

@@ -10,9 +10,7 @@ Tensor data is mapped, not read: `raw` is a view, `read` and `read_into` convert
 """
 
 import mmap
-import platform
 import struct
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from ernie45.errors import CheckpointError, did_you_mean
 from ernie45.weights.gguf_blocks import BLOCK_TYPES, READABLE, BlockType, decode_into
+from ernie45.weights.mapping import map_privately
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -38,10 +37,6 @@ _MAX_NESTING = 4
 # Metadata value types: code -> letter of `struct`. Text and arrays are read apart.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
-
-# The system's flag, which Python names only in later versions; other machines than these number it otherwise.
-_PLAIN_LINUX = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64", "riscv64")
-_NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _PLAIN_LINUX else 0)
 
 
 @dataclass(frozen=True)
@@ -63,6 +58,8 @@ class GgufTensor:
 
 class GgufFile:
     """An open GGUF file: `metadata` as plain Python values, tensors by name. Views stay valid after `close`: they hold the mapping."""
+
+    owned = True
 
     def __init__(self, path: Path, metadata: dict[str, Any], tensors: dict[str, GgufTensor], view: mmap.mmap) -> None:
         self.path = path
@@ -148,22 +145,11 @@ def open_gguf(path: Path) -> GgufFile:
             size = file.seek(0, 2)
             if size < 24:
                 raise CheckpointError(f"{path} has {size} bytes; a GGUF file has at least 24")
-            view = _map_privately(file.fileno())
+            view = map_privately(file.fileno())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be opened: {error.strerror or error}") from error
     metadata, tensors = _Header(path, view, size).parse()
     return GgufFile(path, metadata, tensors, view)
-
-
-def _map_privately(descriptor: int) -> mmap.mmap:
-    """A writable mapping whose writes never reach the file: torch wants writable memory.
-
-    Without a reservation where that can be asked for: Linux refuses a private mapping larger than its memory otherwise, and one file may
-    hold such a model.
-    """
-    if not _NO_RESERVE:
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 class _Header:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ernie45.errors import CheckpointError
+from ernie45.weights.mapping import map_privately
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -81,6 +82,8 @@ def open_safetensors(path: Path) -> "TensorFiles":
 
 class TensorFiles:
     """The tensors of one or several mapped files. Views stay valid after `close`: a mapping lives as long as its last view."""
+
+    owned = False
 
     def __init__(self, files: "list[_MappedFile]", listed: dict[str, str] | None = None) -> None:
         """Join `files`; with `listed` (an index: tensor -> file name) both must agree."""
@@ -164,7 +167,7 @@ class _MappedFile:
                 file.seek(0)
                 header, start = _read_header(path, file.read(8), size, file.read)
                 # Copy-on-write: torch wants writable memory, the file must stay as it is.
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self.map = map_privately(file.fileno())
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         self.metadata, self.entries = _check_header(path, header, start, size)

@@ -40,6 +40,7 @@ def test_the_front_page_opens_with_the_two_commands(readme):
     assert readme.commands()[:2] == ["make chat", "make test"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 30)
 def test_make_chat_answers_through_a_pipe(shell):
     # greedy, so that the answer is the same in every run
@@ -53,6 +54,7 @@ def test_make_test_runs_all_tests(shell):
     assert recipe.rstrip().endswith("-m pytest")  # no selection: everything
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(4 * SECONDS)
 def test_every_other_command_runs(readme, shell):
     """In order and in one folder, since a later line may read what an earlier one wrote."""
@@ -63,6 +65,7 @@ def test_every_other_command_runs(readme, shell):
     assert "Paris" in next(text for line, text in printed.items() if "capital of France" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(2 * SECONDS)
 def test_every_python_block_runs(readme, shell):
     blocks = readme.blocks("python")
@@ -71,9 +74,9 @@ def test_every_python_block_runs(readme, shell):
         assert shell(f"{shlex.quote(sys.executable)} -", block).strip()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(2 * SECONDS)
-@pytest.mark.parametrize("name", ["quickstart.md", "python-api.md"])
-def test_the_python_of_a_guide_runs(pages, shell, name):
+def test_the_python_guide_runs(pages, shell):
     """From top to bottom, as one program: later blocks go on from earlier ones."""
-    [page] = [page for page in pages if page.path.name == name]
+    [page] = [page for page in pages if page.path.name == "python-api.md"]
     assert shell(f"{shlex.quote(sys.executable)} -", "\n".join(page.blocks("python"))).strip()

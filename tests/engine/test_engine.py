@@ -1,6 +1,7 @@
 """The engine on a tiny random decoder in float32: what is decided around a request never changes its answer."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie45.engine.batch import BatchBuilder
-from ernie45.engine.cache import PagedAttend, PagedCache, available_memory, bytes_per_token
+from ernie45.engine.cache import PagedAttend, PagedCache, bytes_per_token
 from ernie45.engine.core import Engine, EngineConfig
 from ernie45.engine.request import FinishReason, Request, SamplingParams
 from ernie45.engine.scheduler import Plan, PlanRow
 from ernie45.errors import ConfigError, RequestError
+from ernie45.machine import available_memory
 from ernie45.models.config import ExpertsConfig, TextConfig
 from ernie45.models.text import Decoder
 from ernie45.ops import reference
@@ -319,3 +321,42 @@ def test_automatic_settings_are_resolved_in_the_open():
     with pytest.raises(ConfigError, match="page_size"):
         EngineConfig(page_size=0)
     assert available_memory() > 1 << 20
+
+
+def test_prompt_logprobs_are_told_once_even_after_a_preemption(decoder):
+    work = [ask(i, prompt, prompt_logprobs=1, ignore_eos=True) for i, prompt in enumerate(prompts(6))]
+    engine = Engine(decoder, EngineConfig(page_size=4, num_pages=12, token_budget=16, max_running=6))
+    crowded = serve(engine, work)
+    assert engine.load.preemptions > 0
+    assert engine.load.cached_tokens == 0
+    for request in work:
+        alone = serve(Engine(decoder, EngineConfig(num_pages=8)), [request])[request.id]
+        got = crowded[request.id]
+        assert [e.token for e in got[2]] == list(request.prompt[1:])
+        assert [e.logprob for e in got[2]] == pytest.approx([e.logprob for e in alone[2]], abs=1e-4)
+
+
+def test_a_second_question_finds_the_first_ones_pages(decoder):
+    engine = Engine(decoder, EngineConfig(page_size=4, num_pages=40))
+    prompt = prompts(1)[0] * 3
+    engine.submit(ask("first", prompt))
+    told = [out for _ in range(30) for out in engine.step()]
+    engine.submit(ask("second", [*prompt, 5, 6]))
+    again = [out for _ in range(30) for out in engine.step()]
+    assert {out.cached_tokens for out in told} == {0}
+    assert {out.cached_tokens for out in again} == {len(prompt) // 4 * 4}
+    assert [token for out in again for token in out.tokens] == naive(decoder, [*prompt, 5, 6], 14)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_a_generous_cache_costs_nothing_until_it_is_used():
+    before = _resident()
+    cache = PagedCache(DENSE, (2 << 30) // (32 * bytes_per_token(DENSE, torch.float32)), 32, torch.float32)
+    assert _resident() - before < 50 << 20
+    assert cache.keys[1][-1].eq(0).all()
+    with pytest.raises(ConfigError, match="num_pages or max_length"):
+        PagedCache(DENSE, 1 << 55, 32, torch.float32)
+
+
+def _resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

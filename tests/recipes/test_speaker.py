@@ -1,6 +1,7 @@
 """A real engine behind the chat: a tiny random model with a vocabulary of bytes, from its folder to the pipe."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -24,11 +25,20 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 ASK = [Turn(role="user", content="Hi")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A team of threads that waits for a busy core is slower than one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A base model: no chat template."""
     folder = tmp_path_factory.mktemp("made") / "tiny-base"
-    save_model(Decoder(tiny()).initialise(torch.Generator().manual_seed(0)), folder)
+    save_model(Decoder(tiny(vocab_size=261)).initialise(torch.Generator().manual_seed(0)), folder)
     words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={word: id for id, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -41,8 +51,6 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(base, tmp_path_factory):
     """The same with a chat template."""
-    import shutil
-
     folder = shutil.copytree(base, tmp_path_factory.mktemp("made") / "tiny")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHATML}))
@@ -85,7 +93,7 @@ def test_a_seed_repeats_the_answer_and_retry_does_not(folder, speak):
 
 
 def test_a_stopped_answer_frees_the_engine(folder, speak):
-    speaker = speak(folder, max_tokens=200, temperature=0.0)
+    speaker = speak(folder, max_tokens=30, temperature=0.0)
     reply = speaker.reply(ASK)
     for n, _ in enumerate(reply):
         if n == 2:

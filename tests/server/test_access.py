@@ -149,10 +149,11 @@ def test_tokens_a_minute_by_key(serve):
     assert [ask(key).status_code for key in ("key-of-ada-1", "key-of-ada-1", "key-of-bob-1")] == [200, 429, 200]
 
 
-def test_several_keys_do_not_share_prompts_in_the_cache(serve):
+def test_several_keys_do_not_share_prompts_in_the_cache(serve, until):
     running = serve(keys=("a:key-of-ada-1", "b:key-of-bob-1"))
     for key in ("key-of-ada-1", "key-of-bob-1", "key-of-ada-1"):
         running.client(headers={"x-api-key": key}).post("/v1/completions", json={"prompt": "y" * 64, "max_tokens": 1})
+    until(lambda: len(running.log()) == 3)
     cached = [line["cached_tokens"] for line in running.log()]
     assert cached[:2] == [0, 0]
     assert cached[2] > 0
@@ -215,7 +216,7 @@ def test_removed_items_are_gone():
     assert not line.room(4)
 
 
-def test_the_callers_of_a_failure_learn_nothing_of_the_inside(running):
+def test_the_callers_of_a_failure_learn_nothing_of_the_inside(running, until):
     async def broken(*_, **__):
         raise RuntimeError("/secret/path 0xdeadbeef the prompt was X")
 
@@ -225,6 +226,7 @@ def test_the_callers_of_a_failure_learn_nothing_of_the_inside(running):
     assert response.json()["error"]["type"] == "server_error"
     assert "secret" not in response.text
     assert "0x" not in response.text
+    until(lambda: running.log("error"))
     [line] = running.log("error")
     assert line["error"] == "RuntimeError"
     assert line["id"] in response.text

@@ -48,9 +48,10 @@ def test_whole_numbers_pass_for_fractions_and_nulls_for_nothing(running):
     assert got.top_p == SamplingParams().top_p
 
 
-def test_who_asks_is_told_to_the_log_only(running):
+def test_who_asks_is_told_to_the_log_only(running, until):
     running.chat("«a secret text»", user="ada", prompt_cache_key="k1")
     running.chat("x", max_tokens=1, safety_identifier="bob")
+    until(lambda: len(running.log()) == 2)
     first, second = running.log()
     assert (first["user"], first["cache_key"], second["user"]) == ("ada", "k1", "bob")
     assert "secret" not in "".join(running.lines)
