@@ -146,7 +146,7 @@ def messages_of(given: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             parts = item.get("content") or item.get("summary") or []
             thoughts = _text(parts, f"{where}.content")
         elif kind == "function_call":
-            call = {"id": str(item.get("call_id") or ""), "type": "function"}
+            call: dict[str, Any] = {"id": str(item.get("call_id") or ""), "type": "function"}
             call["function"] = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": "", "tool_calls": []} | ({"reasoning": thoughts} if thoughts else {}))

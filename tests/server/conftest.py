@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import httpx
@@ -123,9 +124,9 @@ class Running:
         return [line for line in map(json.loads, self.lines) if line["event"] == event]
 
 
-@pytest.fixture
-def serve():
-    """Starts servers: serve(settings..., models=, chat_format=, engine_limits=, fails=, loads=, keys=)."""
+@contextmanager
+def servers():
+    """Gives a function that starts servers; stops them at the end, and proves that nothing is left in their engines."""
     stops = []
 
     def start(
@@ -198,9 +199,23 @@ class _no_signals:
 
 
 @pytest.fixture
+def serve():
+    """Starts servers: serve(settings..., models=, chat_format=, engine_limits=, fails=, loads=, keys=)."""
+    with servers() as start:
+        yield start
+
+
+@pytest.fixture
 def running(serve):
     """A server with the settings it has by itself."""
     return serve()
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """The same for all tests of a file, which may leave nothing behind that another would see."""
+    with servers() as start:
+        yield start()
 
 
 @pytest.fixture

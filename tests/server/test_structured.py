@@ -15,6 +15,12 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "person", "schema": PER
 TAG = {"type": "structural_tag", "triggers": ["<fn="], "structures": [{"begin": "<fn=person>", "schema": PERSON, "end": "</fn>"}]}
 
 
+@pytest.fixture
+def running(shared):
+    """One server for the whole file: these tests send requests and leave nothing behind."""
+    return shared
+
+
 def said(running, text, **fields):
     body = running.chat(f"«{text}»", max_tokens=200, **fields)
     assert body.status_code == 200, body.text
