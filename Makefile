@@ -1,13 +1,13 @@
 # One environment, .venv, made here and brought up to date whenever pyproject.toml changes. `make` alone lists what there is.
 #
 #   PYTHON=python3.12   the interpreter the environment is made from (3.11 or newer)
-#   EXTRAS=gpu,hub      what is installed beside the base (default cpu,hub)
+#   EXTRAS=gpu,hub      what is installed beside the base (default cpu,hub,serve)
 #   VENV=elsewhere      another place for the environment
 #   ARGS='...'          passed on to the command of the target
 
 SHELL  := /bin/bash
 PYTHON ?= python3
-EXTRAS ?= cpu,hub
+EXTRAS ?= cpu,hub,serve
 VENV   ?= .venv
 ARGS   ?=
 
@@ -30,7 +30,7 @@ endef
 NATIVE := $(if $(shell command -v $(CXX)),$(VENV)/.kernels)
 KERNEL_FILES := $(shell find kernels -name build -prune -o -type f -print)
 
-.PHONY: help chat test lint kernels sanitise docs bench clean always
+.PHONY: help chat serve test lint kernels sanitise docs bench clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -39,6 +39,9 @@ help:  ## this list
 
 chat: $(VENV)/.run $(NATIVE)  ## set everything up, then talk to the starter model (other models: ARGS='MODEL --prompt ...')
 	@$(BIN)/ernie chat $(ARGS)
+
+serve: $(VENV)/.run $(NATIVE)  ## set everything up, then serve the starter model on http://127.0.0.1:8000 (others: ARGS='MODEL --port ...')
+	@$(BIN)/ernie serve $(ARGS)
 
 test: $(VENV)/.test $(NATIVE)  ## set up what the tests need, then run all of them
 	$(BIN)/python -m pytest $(ARGS)

@@ -18,6 +18,37 @@ from ernie45.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 _TRUE = {"1", "true", "yes", "on"}
+_CHILDREN_NAMES = {
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "TMPDIR",
+    "TZ",
+    "PYTHONPATH",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "VIRTUAL_ENV",
+    "SYSTEMROOT",
+}
+_CHILDREN_PREFIXES = (
+    "ERNIE45_",
+    "HF_",
+    "LC_",
+    "XDG_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "GOMP_",
+    "TORCH_",
+    "MALLOC_",
+    "SSL_",
+    "PYTHON",
+    "http",
+    "HTTP",
+    "no_",
+    "NO_",
+)
 _FALSE = {"", "0", "false", "no", "off"}
 
 
@@ -26,7 +57,8 @@ class Environment:
     """What the process environment says, read once and passed in.
 
     `cache_dir` holds what the project makes for itself (starter model, chat history); `hf_home` is huggingface_hub's own cache, None for
-    its default; `offline` forbids every download.
+    its default; `offline` forbids every download. `api_keys` are the server's (`ERNIE45_API_KEYS`, separated by commas); `for_children`
+    is what a process that we start gets to see, which is what it needs and none of the keys.
     """
 
     cache_dir: Path
@@ -36,6 +68,8 @@ class Environment:
     starter_wheel: Path | None = None
     isa: str | None = None
     no_color: bool = False
+    api_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    for_children: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> "Environment":
@@ -53,7 +87,14 @@ class Environment:
             starter_wheel=_path(env, "ERNIE45_STARTER_WHEEL"),
             isa=env.get("ERNIE45_ISA") or None,
             no_color=bool(env.get("NO_COLOR")),
+            api_keys=tuple(key for key in env.get("ERNIE45_API_KEYS", "").split(",") if key.strip()),
+            for_children={name: value for name, value in env.items() if _for_children(name)},
         )
+
+
+def _for_children(name: str) -> bool:
+    """Allowed by name: a list of what to leave out would miss the next secret. HF_TOKEN goes along, since a child downloads."""
+    return name != "ERNIE45_API_KEYS" and (name in _CHILDREN_NAMES or name.startswith(_CHILDREN_PREFIXES))
 
 
 def shorten_thread_waits(environ: MutableMapping[str, str] | None = None) -> None:

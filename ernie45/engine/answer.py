@@ -2,17 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from ernie45.engine.output import Output, TokenLogprobs
 from ernie45.engine.request import FinishReason, Request
 from ernie45.engine.stops import StopFinder
 from ernie45.tokens.messages import ToolCall
 from ernie45.tokens.parse import Delta, ReplyFormat, ReplyParser, collect
 from ernie45.tokens.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from ernie45.engine.core import Output
-    from ernie45.engine.sampler import TokenLogprobs
 
 _CLOSE = "</think>"
 
@@ -51,8 +47,8 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     cached_tokens: int
-    logprobs: "tuple[TokenLogprobs | None, ...] | None"
-    prompt_logprobs: "tuple[TokenLogprobs, ...] | None"
+    logprobs: tuple[TokenLogprobs | None, ...] | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None
     timing: Timing
 
 
@@ -96,13 +92,49 @@ class Answer:
         self._reasoning = starts_in == "reasoning"
         self._reasoned = 0
         self._tail = ""
+        self._called = 0
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Every id so far, those a thinking budget put in included; not to be changed."""
+        return self._ids
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprobs | None]:
+        """One entry per id when they were asked for, else empty; not to be changed."""
+        return self._logprobs
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt as it was asked."""
+        return self._prompt_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many of them were found in shared pages."""
+        return self._cached
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Ids of the thinking so far."""
+        return self._reasoned
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return self._stops.found
+
+    @property
+    def calls_done(self) -> int:
+        """Tool calls that are complete."""
+        return self._called
 
     @property
     def over_budget(self) -> bool:
         """True when the reasoning has used its budget and goes on: continue with `closing` in place of the request."""
         return self.finish is None and self._budget is not None and self._reasoning and self._reasoned >= self._budget
 
-    def take(self, output: "Output", now: float) -> None:
+    def take(self, output: Output, now: float) -> None:
         """One output of the engine, at the time `now`."""
         if self.finish is not None:
             return
@@ -145,6 +177,11 @@ class Answer:
             prompt_logprobs=None,
         )
         return replace(self.request, prompt=self.request.prompt + tuple(self._ids), params=changed)
+
+    def stop_here(self) -> None:
+        """Ends it as if it had ended by itself, unless it is over."""
+        if self.finish is None:
+            self._end(FinishReason.stop)
 
     def cancel(self) -> None:
         """Ends it here, unless it is over."""
@@ -193,6 +230,7 @@ class Answer:
         """Stop strings are looked for in the content, not in reasoning and calls, once min_tokens are out."""
         for delta in deltas:
             self._reasoning = delta.kind == "reasoning"
+            self._called += delta.kind == "tool_call" and delta.valid is not None
             if self._stops.found is not None:
                 return
             if delta.kind != "content":

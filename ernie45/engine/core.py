@@ -7,20 +7,21 @@ while not engine.idle:
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ernie45.engine.cache import PagedCache, bytes_per_token
-from ernie45.engine.request import FinishReason, Request
+from ernie45.engine.grammar import Grammars
+from ernie45.engine.output import Output
+from ernie45.engine.request import Request
 from ernie45.engine.runner import Runner
-from ernie45.engine.sampler import TokenLogprobs
 from ernie45.engine.scheduler import Load, Scheduler, SchedulerConfig
-from ernie45.errors import ConfigError
+from ernie45.errors import ConfigError, RequestError
 from ernie45.machine import available_memory
 from ernie45.models.config import TextConfig
-from ernie45.models.text import Decoder
+from ernie45.models.text import Decoder, check_tokens
 
 _CACHE_SHARE = 0.5  # of the available memory, at most, for an automatic cache: activations and the caller need some too
 
@@ -75,25 +76,6 @@ class EngineConfig:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one step brought to one request.
-
-    tokens           new ids (the one that ended the answer included)
-    logprobs         one entry per new id, when asked for
-    prompt_logprobs  entries for further prompt tokens, when asked for; the first of all is for the second token
-    finish           set on the request's last output
-    cached_tokens    prompt tokens found in shared pages
-    """
-
-    request_id: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    prompt_logprobs: tuple[TokenLogprobs, ...]
-    finish: FinishReason | None
-    cached_tokens: int
-
-
 class Engine:
     """A decoder, its paged cache and the scheduler over it. One thread at a time may call it.
 
@@ -106,13 +88,18 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         available: int | None = None,
+        grammars: Grammars | None = None,
         new_seed: Callable[[], int] = lambda: secrets.randbits(63),
     ) -> None:
-        """available: bytes of memory, asked from the system when None. new_seed: for requests without a seed."""
+        """available: bytes of memory, asked from the system when None. grammars: compiler for requests with a grammar; None refuses them.
+
+        new_seed: for requests without a seed.
+        """
         free = available_memory() if available is None else available
         self.limits = (config or EngineConfig()).resolve(decoder.config, decoder.dtype, free)
         self.model = decoder.config
         self._new_seed = new_seed
+        self._grammars = grammars
         self._scheduler = Scheduler(self.limits)
         self._untold: list[Output] = []  # ends of requests whose step broke
         cache = PagedCache(decoder.config, self.limits.num_pages, self.limits.page_size, decoder.dtype)
@@ -136,8 +123,13 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Puts a request into the queue. Raises `RequestError` when it can never be served."""
         self.check(request)
+        matcher = None
+        if request.grammar:
+            if self._grammars is None:
+                raise RequestError("this engine was made without a tokenizer, so it cannot follow a grammar", "grammar")
+            matcher = self._grammars.matcher(request.grammar, sorted(request.end_ids))
         self._scheduler.add(request)
-        self._runner.admit(request, self._new_seed() if request.params.seed is None else request.params.seed)
+        self._runner.admit(request, self._new_seed() if request.params.seed is None else request.params.seed, matcher)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request: nothing more comes of it, and its pages are free. False when it was not alive."""
@@ -172,6 +164,14 @@ class Engine:
                 self._runner.forget(name)
         outputs += [Output(name, (), (), entries, None, 0) for name, entries in scored.items()]
         return tuple(outputs)
+
+    def embed(self, tokens: Sequence[int]) -> list[float]:
+        """Mean over a text's tokens of the last hidden states behind the final norm, scaled to length 1; [D].
+
+        Computed whole and apart from the cache. Raises `RequestError` for a text that is empty, too long or not of this vocabulary.
+        """
+        check_tokens(tokens, self.model)
+        return self._runner.embed(tokens)
 
     def verify(self) -> None:
         """Proves that pages and requests agree; meant for idle moments and tests."""

@@ -106,6 +106,8 @@ class Request:
     priority    smaller goes first; equal ones go in order of arrival
     arrival     seconds on the caller's clock, carried for its reports
     cache_salt  only requests with the same salt share prompt pages
+    grammar     what the answer must follow, as `engine.grammar` reads it; empty = anything. It ends the answer when it is complete, before
+                min_tokens too
     """
 
     id: str
@@ -115,9 +117,10 @@ class Request:
     priority: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
+    grammar: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("id", "cache_salt"):
+        for name in ("id", "cache_salt", "grammar"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(f"{name} must be a string, not {getattr(self, name)!r}", name)
         if not isinstance(self.params, SamplingParams):
@@ -127,6 +130,8 @@ class Request:
         object.__setattr__(self, "eos_ids", _ids("eos_ids", self.eos_ids))
         if not self.prompt:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
+        if self.grammar and self.params.ignore_eos:
+            raise RequestError("ignore_eos cannot be combined with a grammar: a complete answer could not end", "ignore_eos")
 
     @property
     def end_ids(self) -> frozenset[int]:

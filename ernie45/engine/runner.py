@@ -3,6 +3,7 @@
 Letters: T tokens of the step, R rows that sample, D width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from ernie45.engine.batch import BatchBuilder
 from ernie45.engine.cache import PagedAttend, PagedCache
+from ernie45.engine.grammar import Matcher
+from ernie45.engine.output import TokenLogprobs
 from ernie45.engine.request import Request
-from ernie45.engine.sampler import SampleState, TokenLogprobs, sample, score
+from ernie45.engine.sampler import SampleState, sample, score
 from ernie45.engine.scheduler import Plan, PlanRow
 from ernie45.models.text import Decoder
+from ernie45.nn.attention import PackedCausal
 
 _SCORED_ROWS = 64  # prompt logits are made so many rows at a time: whole they would be gigabytes
 
@@ -40,8 +44,8 @@ class Runner:
         self._batches = BatchBuilder(cache.page_size, cache.dtype)
         self._states: dict[str, SampleState] = {}
 
-    def admit(self, request: Request, seed: int) -> None:
-        self._states[request.id] = SampleState.of(request, seed, self._decoder.config.vocab_size)
+    def admit(self, request: Request, seed: int, matcher: Matcher | None = None) -> None:
+        self._states[request.id] = SampleState.of(request, seed, self._decoder.config.vocab_size, matcher)
 
     def forget(self, request_id: str) -> None:
         self._states.pop(request_id, None)
@@ -68,11 +72,20 @@ class Runner:
             if token is None:
                 failed.add(row.request_id)
                 continue
-            state.append(token)
+            if not state.append(token):  # the grammar passed its limits: it can say nothing about what may follow
+                failed.add(row.request_id)
+                continue
             sampled[row.request_id] = (token,)
             if entry is not None:
                 logprobs[row.request_id] = (entry,)
         return StepResult(sampled, frozenset(failed), logprobs, scored)
+
+    @torch.inference_mode()
+    def embed(self, tokens: Sequence[int]) -> list[float]:
+        """One text as a vector of length 1, [D]; see `Engine.embed`."""
+        h_TD = self._decoder(self._decoder.embed(torch.tensor(tokens)), torch.arange(len(tokens)), PackedCausal([len(tokens)]))
+        mean_D = self._decoder.norm(h_TD).float().mean(dim=0)
+        return (mean_D / mean_D.norm().clamp_min(1e-12)).tolist()
 
     def _score_prompt(self, row: PlanRow, h_TD: Tensor) -> tuple[TokenLogprobs, ...]:
         """Log probabilities of the prompt tokens that follow this row's positions, unless an earlier computation reported them."""

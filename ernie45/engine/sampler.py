@@ -13,24 +13,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ernie45.engine.grammar import Matcher
+from ernie45.engine.output import TokenLogprobs
 from ernie45.engine.request import Request
 
 _FIRST_WINDOW = 256  # nearly every top-p set is smaller; the window grows when it is not
 _NO = float("-inf")
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log probability of a token, and the best tokens of its place with theirs, best first; natural logarithm, raw logits."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
 @dataclass(slots=True)
 class SampleState:
-    """What sampling must remember of one request. seen_V and counts_V exist only when penalties are on."""
+    """What sampling must remember of one request. seen_V and counts_V exist only when penalties are on, matcher with a grammar."""
 
     request: Request
     seed: int
@@ -38,21 +31,24 @@ class SampleState:
     seen_V: Tensor | None = None  # bool: in prompt or output
     counts_V: Tensor | None = None  # float32: times in the output
     prompt_scored: int = 0  # prompt tokens whose log probability was already reported
+    matcher: Matcher | None = None
 
     @classmethod
-    def of(cls, request: Request, seed: int, vocab_size: int) -> "SampleState":
-        state = cls(request, seed)
+    def of(cls, request: Request, seed: int, vocab_size: int, matcher: Matcher | None = None) -> "SampleState":
+        state = cls(request, seed, matcher=matcher)
         if request.params.penalised:
             state.seen_V = torch.zeros(vocab_size, dtype=torch.bool)
             state.seen_V[list(request.prompt)] = True
             state.counts_V = torch.zeros(vocab_size)
         return state
 
-    def append(self, token: int) -> None:
+    def append(self, token: int) -> bool:
+        """Takes in the chosen token. False when the grammar broke on it."""
         self.output.append(token)
         if self.seen_V is not None and self.counts_V is not None:
             self.seen_V[token] = True
             self.counts_V[token] += 1
+        return self.matcher is None or self.matcher.consume(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +89,7 @@ def score(logits_RV: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> li
 
 
 def adjust(logits_RV: Tensor, states: Sequence[SampleState]) -> None:
-    """Penalties, logit bias, bad words and min_tokens, in place and in this order; rows that ask for none cost nothing."""
+    """Penalties, logit bias, bad words, min_tokens and grammar, in place and in this order; rows that ask for none cost nothing."""
     penalised = [i for i, state in enumerate(states) if state.seen_V is not None]
     if penalised:
         logits_RV[penalised] = _penalised(logits_RV[penalised], [states[i] for i in penalised])
@@ -104,6 +100,15 @@ def adjust(logits_RV: Tensor, states: Sequence[SampleState]) -> None:
         forbidden = _forbidden(state)
         if forbidden:
             logits_RV[i, forbidden] = _NO
+        if state.matcher is not None:
+            logits_RV[i].masked_fill_(~unpacked(state.matcher.allowed(), logits_RV.shape[1]), _NO)
+
+
+def unpacked(bits: bytes, size: int) -> Tensor:
+    """A mask of one bit per id, lowest first, as bool [V]; ids beyond the mask (rows no token file names) are False."""
+    packed = torch.frombuffer(bytearray(bits), dtype=torch.uint8)
+    found = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten().bool()[:size]
+    return torch.cat([found, torch.zeros(size - len(found), dtype=torch.bool)]) if len(found) < size else found
 
 
 def _penalised(logits_RV: Tensor, states: Sequence[SampleState]) -> Tensor:
@@ -123,7 +128,7 @@ def _forbidden(state: SampleState) -> list[int]:
     """Ids that may not come next: the last id of a bad word whose beginning stands at the end of the output, and early ends."""
     params, output = state.request.params, state.output
     ids = [word[-1] for word in params.bad_words if len(word) == 1 or tuple(output[1 - len(word) :]) == word[:-1]]
-    if len(output) < params.min_tokens:
+    if len(output) < params.min_tokens and not (state.matcher is not None and state.matcher.over):
         ids.extend(state.request.end_ids)
     return ids
 

@@ -46,6 +46,25 @@ class SchedulerConfig:
         """Tokens the longest possible request may have, prompt and output together."""
         return min(self.max_length, self.num_pages * self.page_size)
 
+    def check_fits(self, request: Request) -> int:
+        """The request's max_tokens, resolved. Raises `RequestError` with the numbers when it could never be served whole."""
+        capacity, prompt, wanted = self.capacity, len(request.prompt), request.params.max_tokens
+        reason = "the model's context" if capacity == self.max_length else "the pages of the cache"
+        if prompt + 1 > capacity:
+            raise RequestError(
+                f"the prompt has {prompt} tokens; {reason} has room for {capacity}, and one must be left for the answer", "prompt"
+            )
+        room = capacity - prompt
+        if wanted is not None and wanted > room:
+            raise RequestError(
+                f"the prompt's {prompt} tokens and max_tokens {wanted} make {prompt + wanted}; {reason} has room for {capacity}: "
+                f"ask for at most {room}",
+                "max_tokens",
+            )
+        if request.params.min_tokens > room:
+            raise RequestError(f"min_tokens is {request.params.min_tokens}; only {room} tokens fit behind the prompt", "min_tokens")
+        return room if wanted is None else wanted
+
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
@@ -147,23 +166,8 @@ class Scheduler:
         )
 
     def check_fits(self, request: Request) -> int:
-        """The request's max_tokens, resolved. Raises `RequestError` with the numbers when it could never be served whole."""
-        capacity, prompt, wanted = self.config.capacity, len(request.prompt), request.params.max_tokens
-        reason = "the model's context" if capacity == self.config.max_length else "the pages of the cache"
-        if prompt + 1 > capacity:
-            raise RequestError(
-                f"the prompt has {prompt} tokens; {reason} has room for {capacity}, and one must be left for the answer", "prompt"
-            )
-        room = capacity - prompt
-        if wanted is not None and wanted > room:
-            raise RequestError(
-                f"the prompt's {prompt} tokens and max_tokens {wanted} make {prompt + wanted}; {reason} has room for {capacity}: "
-                f"ask for at most {room}",
-                "max_tokens",
-            )
-        if request.params.min_tokens > room:
-            raise RequestError(f"min_tokens is {request.params.min_tokens}; only {room} tokens fit behind the prompt", "min_tokens")
-        return room if wanted is None else wanted
+        """As `SchedulerConfig.check_fits`."""
+        return self.config.check_fits(request)
 
     def add(self, request: Request) -> None:
         """Puts a request into the queue. Raises `RequestError` when its id is alive or it can never fit."""

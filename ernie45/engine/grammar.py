@@ -1,0 +1,118 @@
+"""Answers that follow a grammar: which tokens may come next. No tensors here.
+
+A grammar is text that llguidance reads: a Lark grammar with JSON schemas and regular expressions inside. It is compiled under limits, in
+milliseconds, and a matcher then walks along with the answer. Whoever takes grammars from strangers calls `Grammars.check` first.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ernie45.errors import MissingExtra, RequestError
+from ernie45.tokens.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+MAX_GRAMMAR = 1_000_000  # characters: compiling is linear at best
+_KEPT = 64  # tokenizers prepared for a set of end ids; there is one for most models, two for a few
+
+
+class Matcher:
+    """Walks along one answer. `allowed` before each token, `consume` after it."""
+
+    def __init__(self, inner: "LLMatcher") -> None:
+        self._inner = inner
+
+    @property
+    def over(self) -> bool:
+        """The grammar is complete and only the end of the answer may follow (or it broke on its limits)."""
+        return self._inner.is_stopped()
+
+    @property
+    def accepting(self) -> bool:
+        """The answer could end here."""
+        return self._inner.is_accepting()
+
+    def allowed(self) -> bytes:
+        """One bit per id of the vocabulary, lowest bit first: whether the id may come next."""
+        return self._inner.compute_bitmask()
+
+    def consume(self, token: int) -> bool:
+        """Takes in the token that was chosen. False when the grammar does not allow it, or its limits were passed."""
+        return self._inner.consume_token(token)
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer. May be used from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._prepared: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, grammar: str, field: str, end_ids: Sequence[int]) -> None:
+        """Raises `RequestError` naming `field` when the grammar cannot be compiled within the limits."""
+        if len(grammar) > MAX_GRAMMAR:
+            raise RequestError(f"{field} makes a grammar of {len(grammar):,} characters; at most {MAX_GRAMMAR:,} are compiled", field)
+        llguidance = _library()
+        wrong = llguidance.LLMatcher.validate_grammar(grammar, self._for(end_ids), limits=_limits(llguidance))
+        if wrong and not wrong.startswith("WARNING"):
+            raise RequestError(f"{field} cannot be compiled: {_first_lines(wrong)}", field)
+
+    def matcher(self, grammar: str, end_ids: Sequence[int]) -> Matcher:
+        """A matcher at the beginning of an answer that one of `end_ids` ends. Raises `RequestError` when it cannot be compiled."""
+        if len(grammar) > MAX_GRAMMAR:
+            raise RequestError(f"the grammar has {len(grammar):,} characters; at most {MAX_GRAMMAR:,} are compiled", "grammar")
+        llguidance = _library()
+        inner = llguidance.LLMatcher(self._for(end_ids), grammar, log_level=0, limits=_limits(llguidance))
+        if inner.is_error():
+            raise RequestError(f"the grammar cannot be compiled: {_first_lines(inner.get_error())}", "grammar")
+        return Matcher(inner)
+
+    def _for(self, end_ids: Sequence[int]) -> Any:
+        """The tokenizer as llguidance holds it (half a second for a large vocabulary, once)."""
+        key = tuple(sorted(set(end_ids)))
+        if not key:
+            raise RequestError("a grammar needs an end-of-text id, and this model has none", "grammar")
+        with self._lock:
+            if key not in self._prepared:
+                llguidance = _library()
+                self._prepared[key] = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Face(self._tokenizer, key)), eos_token=list(key))
+                if len(self._prepared) > _KEPT:
+                    self._prepared.popitem(last=False)
+            self._prepared.move_to_end(key)
+            return self._prepared[key]
+
+
+class _Face:
+    """A tokenizer as llguidance wants to see it. Control tokens are special: no text of a grammar ever spells one."""
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        special = tokenizer.control_ids | set(end_ids)
+        self.eos_token_id = end_ids[0]
+        self.bos_token_id = None
+        self.special_token_ids = sorted(special)
+        self.tokens = [tokenizer.token_of(id).encode() if id in special else tokenizer.bytes_of(id) for id in range(tokenizer.vocab_size)]
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._tokenizer.encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text, start=False)
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise MissingExtra("llguidance", "serve") from None
+    return llguidance
+
+
+def _limits(llguidance: Any) -> Any:
+    """The library's own limits on items, lexer fuel and grammar size: what passes them compiles in well under a second."""
+    return llguidance.LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=500_000, step_lexer_fuel=100_000)
+
+
+def _first_lines(text: str) -> str:
+    return " ".join(text.split())[:300]

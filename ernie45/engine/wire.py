@@ -1,0 +1,158 @@
+"""Messages between a front and an engine in another process: typed values as MessagePack, four bytes of length before each.
+
+Nothing here can carry code: what arrives is checked against these types, or refused. No tensors.
+"""
+
+import struct
+from typing import Any, TypeVar
+
+try:
+    import msgspec
+except ImportError as error:
+    from ernie45.errors import MissingExtra
+
+    raise MissingExtra("msgspec", "serve") from error
+
+from ernie45.engine.output import Output
+from ernie45.engine.request import Request
+from ernie45.engine.scheduler import Load, SchedulerConfig
+
+MAX_FRAME = 256 << 20  # bytes; the longest prompt of the longest model is a few megabytes
+_HEAD = struct.Struct(">I")
+T = TypeVar("T")
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an engine process is to load, and how. None = automatic.
+
+    text_folder   an empty folder that may be filled with tokenizer files, for a model (GGUF) that has none of its own
+    step_seconds  of the fake engine
+    """
+
+    model: str
+    text_folder: str
+    dtype: str = "auto"
+    threads: int | None = None
+    page_size: int = 32
+    num_pages: int | None = None
+    max_length: int | None = None
+    token_budget: int = 512
+    max_running: int = 32
+    prefix_sharing: bool = True
+    step_seconds: float = 0.0
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was loaded. text_folder: where tokenizer and template are, empty for the fake. settings: for people to read."""
+
+    name: str
+    text_folder: str
+    vocab_size: int
+    width: int
+    eos_ids: tuple[int, ...]
+    limits: SchedulerConfig
+    settings: dict[str, str]
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """A request to run."""
+
+    request: Request
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """A request to end."""
+
+    id: str
+
+
+class Embed(msgspec.Struct, frozen=True, tag="embed"):
+    """A text to turn into a vector."""
+
+    id: str
+    tokens: tuple[int, ...]
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """How far loading is."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Loaded: requests may come."""
+
+    info: EngineInfo
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
+    """It could not be loaded, and why. mistake: the caller can mend it."""
+
+    text: str
+    mistake: bool
+
+
+class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
+    """A step of the engine: what it brought, how busy it is, how long it took, whether it broke."""
+
+    outputs: tuple[Output, ...]
+    load: Load
+    seconds: float
+    broke: bool = False
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """A request that the engine did not take."""
+
+    id: str
+    text: str
+    field: str | None
+
+
+class Embedded(msgspec.Struct, frozen=True, tag="embedded"):
+    """A text as a vector."""
+
+    id: str
+    vector: tuple[float, ...]
+
+
+ToEngine = Submit | Cancel | Embed
+FromEngine = Loading | Ready | LoadFailed | Stepped | Refused | Embedded
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODERS = {
+    EngineSpec: msgspec.msgpack.Decoder(EngineSpec),
+    ToEngine: msgspec.msgpack.Decoder(ToEngine),
+    FromEngine: msgspec.msgpack.Decoder(FromEngine),
+}
+
+
+def pack(message: Any) -> bytes:
+    """A message as a frame."""
+    data = _ENCODER.encode(message)
+    return _HEAD.pack(len(data)) + data
+
+
+class Unpacker:
+    """Bytes as they come -> messages of one kind (a key of `_DECODERS`)."""
+
+    def __init__(self, kind: Any) -> None:
+        self._decoder = _DECODERS[kind]
+        self._held = bytearray()
+
+    def feed(self, data: bytes) -> list[Any]:
+        """The messages that are complete. Raises `msgspec.ValidationError` or `ValueError` for what is no message: the peer is broken."""
+        self._held += data
+        messages = []
+        while len(self._held) >= _HEAD.size:
+            (size,) = _HEAD.unpack_from(self._held)
+            if size > MAX_FRAME:
+                raise ValueError(f"a frame of {size:,} bytes; at most {MAX_FRAME:,} are read")
+            end = _HEAD.size + size
+            if len(self._held) < end:
+                break
+            messages.append(self._decoder.decode(memoryview(self._held)[_HEAD.size : end].tobytes()))
+            del self._held[:end]
+        return messages

@@ -1,0 +1,305 @@
+"""The engine's process: reads messages from an inherited socket, steps the engine, writes what came of it.
+
+One thread. The socket never blocks it: what the front does not read yet waits here. It ends when the front closes the socket, or is gone.
+"""
+
+import json
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ernie45.engine.fake import FAKE_NAME, WIDTH, FakeEngine
+from ernie45.engine.grammar import Grammars
+from ernie45.engine.output import Output
+from ernie45.engine.request import Request
+from ernie45.engine.scheduler import Load, SchedulerConfig
+from ernie45.engine.wire import (
+    Cancel,
+    Embed,
+    Embedded,
+    EngineInfo,
+    EngineSpec,
+    LoadFailed,
+    Loading,
+    Ready,
+    Refused,
+    Stepped,
+    Submit,
+    ToEngine,
+    Unpacker,
+    pack,
+)
+from ernie45.errors import ErnieError, RequestError
+
+if TYPE_CHECKING:
+    from ernie45.models.load import OpenModel
+
+_READ = 1 << 20
+_PROGRESS_SECONDS = 0.1
+_MAX_UNREAD = 256 << 20  # bytes the front has not read: it is stuck, and so is every client
+
+
+class Steps(Protocol):
+    """What is asked of an engine: `Engine` and `FakeEngine` both have it."""
+
+    @property
+    def idle(self) -> bool: ...
+    @property
+    def load(self) -> Load: ...
+    def submit(self, request: Request) -> None: ...
+    def cancel(self, request_id: str) -> bool: ...
+    def step(self) -> tuple[Output, ...]: ...
+    def embed(self, tokens: tuple[int, ...]) -> list[float]: ...
+    def verify(self) -> None: ...
+
+
+class Gone(Exception):
+    """The front has closed the socket."""
+
+
+class Channel:
+    """A socket that is read and written without blocking."""
+
+    def __init__(self, link: socket.socket, kind: Any) -> None:
+        link.setblocking(False)
+        self._link = link
+        self._unpacker = Unpacker(kind)
+        self._unsent = bytearray()
+
+    def expect(self, kind: Any) -> None:
+        """From now on messages are of this kind."""
+        self._unpacker = Unpacker(kind)
+
+    def receive(self, timeout: float | None) -> list[Any]:
+        """Messages that have come, after waiting at most `timeout` seconds (None: until something comes). Raises `Gone`."""
+        messages: list[Any] = []
+        while not messages:
+            writing = [self._link] if self._unsent else []
+            readable, writable, _ = select.select([self._link], writing, [], timeout)
+            if writable:
+                self._flush()
+            if readable:
+                try:
+                    data = self._link.recv(_READ)
+                except BlockingIOError:
+                    continue
+                except ConnectionError:
+                    raise Gone from None
+                if not data:
+                    raise Gone
+                messages += self._unpacker.feed(data)
+            elif timeout is not None:
+                break
+        return messages
+
+    def send(self, message: Any) -> None:
+        """Sends, or keeps for later. Raises `Gone`, also when the front has stopped reading."""
+        self._unsent += pack(message)
+        self._flush()
+        if len(self._unsent) > _MAX_UNREAD:
+            raise Gone
+
+    def drain(self, seconds: float) -> None:
+        """Waits until all is sent, at most so long."""
+        end = time.monotonic() + seconds
+        while self._unsent and time.monotonic() < end:
+            select.select([], [self._link], [], max(0.0, end - time.monotonic()))
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                del self._unsent[: self._link.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            raise Gone from None
+
+
+class Worker:
+    """The loop over one engine. When it has nothing to do it proves that all pages are free, and sleeps."""
+
+    def __init__(self, engine: Steps, channel: Channel) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._texts: deque[Embed] = deque()
+
+    def run(self) -> None:
+        """Until the front is gone (raises `Gone`)."""
+        proven = False
+        while True:
+            busy = not self._engine.idle or bool(self._texts)
+            if not busy and not proven:
+                self._engine.verify()
+            proven = not busy
+            for message in self._channel.receive(0.0 if busy else None):
+                self._handle(message)
+            if self._texts:
+                self._embed(self._texts.popleft())
+            if not self._engine.idle:
+                self._step()
+
+    def _handle(self, message: Submit | Cancel | Embed) -> None:
+        if isinstance(message, Cancel):
+            if self._engine.cancel(message.id):
+                self._channel.send(Stepped((), self._engine.load, 0.0))
+        elif isinstance(message, Embed):
+            self._texts.append(message)
+        else:
+            try:
+                self._engine.submit(message.request)
+            except ErnieError as error:
+                self._channel.send(Refused(message.request.id, str(error), getattr(error, "field", None)))
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        broke = False
+        outputs: tuple[Output, ...] = ()
+        try:
+            outputs = self._engine.step()
+        except Exception:  # noqa: BLE001  the step's requests have ended and the next call tells so; the others go on
+            traceback.print_exc()
+            broke = True
+        self._channel.send(Stepped(outputs, self._engine.load, time.perf_counter() - began, broke))
+
+    def _embed(self, message: Embed) -> None:
+        try:
+            self._channel.send(Embedded(message.id, tuple(self._engine.embed(message.tokens))))
+        except RequestError as error:
+            self._channel.send(Refused(message.id, str(error), error.field))
+
+
+def open_engine(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
+    """Loads what the spec names. Raises ErnieError subclasses."""
+    if spec.model == FAKE_NAME:
+        limits = SchedulerConfig(
+            token_budget=spec.token_budget,
+            max_running=spec.max_running,
+            page_size=spec.page_size,
+            num_pages=spec.num_pages or 4096,
+            max_length=spec.max_length or 8192,
+            prefix_sharing=spec.prefix_sharing,
+        )
+        engine = FakeEngine(limits, step_seconds=spec.step_seconds)
+        info = EngineInfo(
+            name=FAKE_NAME,
+            text_folder="",
+            vocab_size=engine.tokenizer.vocab_size,
+            width=WIDTH,
+            eos_ids=engine.tokenizer.eos_ids,
+            limits=limits,
+            settings={"model": "fake: no weights, tokens are a function of place and seed"},
+        )
+        return engine, info
+    return _open_real(spec, channel)
+
+
+def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
+    told = 0.0
+
+    def progress(stage: str, done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told > _PROGRESS_SECONDS or done == total:
+            told = now
+            channel.send(Loading(stage, done, total))
+
+    progress("starting", 0, 0)
+    from ernie45.config import Environment, shorten_thread_waits
+
+    shorten_thread_waits()
+    import torch
+
+    from ernie45.engine.cache import bytes_per_token
+    from ernie45.engine.core import Engine, EngineConfig
+    from ernie45.machine import available_memory
+    from ernie45.models.load import find_model, load
+
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    environment = Environment.read()
+    path = find_model(spec.model, environment, lambda stage: progress(stage, 0, 0))
+    loaded = load(
+        path, dtype=spec.dtype, mtp=False, environment=environment, progress=lambda name, done, total: progress("weights", done, total)
+    )
+    folder = text_folder(loaded.opened, Path(spec.text_folder))
+    from ernie45.tokens.tokenizer import load_tokenizer
+
+    config = EngineConfig(
+        page_size=spec.page_size,
+        num_pages=spec.num_pages,
+        max_length=spec.max_length,
+        token_budget=spec.token_budget,
+        max_running=spec.max_running,
+        prefix_sharing=spec.prefix_sharing,
+    )
+    free = available_memory()
+    tokenizer = load_tokenizer(folder)
+    engine = Engine(loaded.decoder, config, available=free, grammars=Grammars(tokenizer))
+    limits, decoder = engine.limits, loaded.decoder
+    size = limits.num_pages * limits.page_size * bytes_per_token(decoder.config, decoder.dtype)
+    weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
+    settings = {
+        "model": spec.model,
+        "compute": str(loaded.compute),
+        "weights": f"{weights / 2**30:.2f} GiB",
+        "cache": f"{limits.num_pages:,} pages of {limits.page_size} tokens, at most {size / 2**30:.2f} GiB, taken as it fills",
+        "memory": f"{free / 2**30:.2f} GiB were free behind the weights",
+        "context": f"{limits.max_length:,} tokens",
+        "step": f"{limits.token_budget} tokens, {limits.max_running} requests",
+        "threads": str(torch.get_num_threads()),
+    }
+    info = EngineInfo(
+        name=path.stem if path.suffix == ".gguf" else path.resolve().name,
+        text_folder=str(folder),
+        vocab_size=decoder.config.vocab_size,
+        width=decoder.config.hidden_size,
+        eos_ids=tokenizer.eos_ids or decoder.config.eos_ids,
+        limits=limits,
+        settings=settings,
+    )
+    return engine, info
+
+
+def text_folder(opened: "OpenModel", made: Path) -> Path:
+    """Where the model's tokenizer files are: its own folder, or `made`, filled from a GGUF file's metadata."""
+    from ernie45.tokens.gguf_vocabulary import tokenizer_from_gguf
+    from ernie45.weights.gguf import GgufFile
+
+    if not isinstance(opened.files, GgufFile):
+        return opened.path
+    tokenizer, settings = tokenizer_from_gguf(opened.files.metadata)
+    (made / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    (made / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return made
+
+
+def main(fd: int) -> int:
+    """The process: spec in, engine up, loop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when to stop: it drains first
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=fd), EngineSpec)
+    try:
+        (spec,) = channel.receive(None)
+        channel.expect(ToEngine)
+        try:
+            engine, info = open_engine(spec, channel)
+        except ErnieError as error:
+            channel.send(LoadFailed(str(error), True))
+            channel.drain(5.0)
+            return 2
+        channel.send(Ready(info))
+        Worker(engine, channel).run()
+    except Gone:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,68 @@
+"""A service from settings: models with their names and engines, keys, metrics, the application."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from ernie45.config import Environment
+from ernie45.engine.process import EngineProcess
+from ernie45.engine.wire import EngineSpec
+from ernie45.server.access import read_keys
+from ernie45.server.app import make_app
+from ernie45.server.journal import Journal
+from ernie45.server.metrics import Metrics
+from ernie45.server.model import Engine, Opener, ServedModel
+from ernie45.server.service import Service
+from ernie45.server.settings import ServerSettings
+
+
+def build(
+    sources: Sequence[str],
+    settings: ServerSettings,
+    environment: Environment,
+    *,
+    chat_format: str | None = None,
+    opener: Opener | None = None,
+    version: str = "0",
+    write: Callable[[str], object] | None = None,
+) -> tuple[Service, ASGIApp]:
+    """Everything but the sockets; inside a running event loop. opener: how engines are made; write: where log lines go.
+
+    version: what it says of itself.
+
+    Raises `ConfigError`.
+    """
+    keys = read_keys(settings.api_keys, environment.api_keys)
+    metrics, journal = Metrics(), Journal(settings.log, write)
+    open_engine = opener or process_opener(settings, environment)
+    models = []
+    for n, source in enumerate(sources):
+        own = Path(source).name.removesuffix(".gguf") if Path(source).exists() else source
+        names = (*settings.served_model_name, own) if n == 0 else (own,)
+        models.append(ServedModel(source, tuple(dict.fromkeys(names)), open_engine, settings.limits, metrics, chat_format=chat_format))
+    service = Service(settings, models, metrics, journal, version)
+    return service, make_app(service, keys)
+
+
+def process_opener(settings: ServerSettings, environment: Environment) -> Opener:
+    """Engines in processes of their own, which get of the environment what they need and no keys."""
+    engine = settings.engine
+
+    def open_engine(model: str, text_folder: str, **listeners: Any) -> Engine:
+        spec = EngineSpec(
+            model=model,
+            text_folder=text_folder,
+            dtype=engine.dtype,
+            threads=engine.threads,
+            page_size=engine.page_size,
+            num_pages=engine.num_pages,
+            max_length=engine.max_length,
+            token_budget=engine.token_budget,
+            max_running=engine.max_running,
+            prefix_sharing=engine.prefix_sharing,
+        )
+        return EngineProcess(spec, environment.for_children, stuck_seconds=engine.stuck_seconds, **listeners)
+
+    return open_engine

@@ -1,0 +1,39 @@
+"""The pieces of several answers in the order in which they come."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from ernie45.server.ticket import Piece, Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A piece of answer `index`; None when that answer is over."""
+
+    index: int
+    ticket: Ticket
+    piece: Piece | None
+
+
+async def merged(tickets: Sequence[Ticket]) -> AsyncIterator[Merged]:
+    """All pieces of all answers, and the end of each. Raises `Failure` when one of them fails."""
+    if len(tickets) == 1:  # the usual case, without tasks
+        while (piece := await tickets[0].next()) is not None:
+            yield Merged(0, tickets[0], piece)
+        yield Merged(0, tickets[0], None)
+        return
+    reading = {asyncio.ensure_future(ticket.next()): index for index, ticket in enumerate(tickets)}
+    try:
+        while reading:
+            done, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=lambda task: reading[task]):
+                index = reading.pop(task)
+                piece = task.result()
+                yield Merged(index, tickets[index], piece)
+                if piece is not None:
+                    reading[asyncio.ensure_future(tickets[index].next())] = index
+    finally:
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)

@@ -1,0 +1,116 @@
+"""What Prometheus reads: own names, and vLLM's where the meaning is equal, so that dashboards and scalers made for it work here."""
+
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from ernie45.engine.wire import Stepped
+from ernie45.server.ticket import Ticket
+
+if TYPE_CHECKING:
+    from ernie45.server.model import ServedModel
+
+_FIRST = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+_EACH = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+_WHOLE = (0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_SIZES = (16, 64, 256, 1024, 4096, 16384, 65536, 131072)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """One registry for one server; told what happens by the models and the door."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        label = ["model_name"]
+        made = {"registry": self.registry}
+        self._http = Counter("ernie_http_requests", "HTTP requests by route and status.", ["route", "status"], **made)
+        self._failures = Counter("ernie_request_failures", "Answers that ended with a failure, by its code.", [*label, "code"], **made)
+        self._finished = Counter("vllm:request_success", "Answers by why they ended.", [*label, "finished_reason"], **made)
+        self._prompt = Counter("vllm:prompt_tokens", "Tokens of prompts.", label, **made)
+        self._generated = Counter("vllm:generation_tokens", "Tokens of answers.", label, **made)
+        self._cached = Counter("ernie_cached_prompt_tokens", "Tokens of prompts that were found in shared pages.", label, **made)
+        self._steps = Counter("ernie_engine_steps", "Steps of the engine.", label, **made)
+        self._step_time = Counter("ernie_engine_step_seconds", "Seconds the engine spent in steps.", label, **made)
+        self._broken = Counter("ernie_engine_broken_steps", "Steps that broke and took their requests with them.", label, **made)
+        self._queue = Histogram("vllm:request_queue_time_seconds", "Seconds in line.", label, buckets=_FIRST, **made)
+        self._first = Histogram(
+            "vllm:time_to_first_token_seconds", "Seconds from asking to the first token.", label, buckets=_FIRST, **made
+        )
+        self._each = Histogram(
+            "vllm:request_time_per_output_token_seconds", "Seconds per token after the first, by answer.", label, buckets=_EACH, **made
+        )
+        self._whole = Histogram("vllm:e2e_request_latency_seconds", "Seconds from asking to the end.", label, buckets=_WHOLE, **made)
+        self._prompt_sizes = Histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", label, buckets=_SIZES, **made)
+        self._sizes = Histogram("vllm:request_generation_tokens", "Tokens of an answer.", label, buckets=_SIZES, **made)
+
+    def watch(self, models: "Sequence[ServedModel]") -> None:
+        """Reads how busy these models are whenever it is asked."""
+        self.registry.register(_Gauges(models))
+
+    def answered(self, route: str, status: int) -> None:
+        """An HTTP request has been answered."""
+        self._http.labels(route, str(status)).inc()
+
+    def stepped(self, model: str, message: Stepped) -> None:
+        """The engine made a step."""
+        if message.seconds:
+            self._steps.labels(model).inc()
+            self._step_time.labels(model).inc(message.seconds)
+        if message.broke:
+            self._broken.labels(model).inc()
+
+    def finished(self, model: str, ticket: Ticket) -> None:
+        """An answer is over."""
+        answer, tokens = ticket.answer, len(ticket.answer.ids)
+        if ticket.failure is not None:
+            self._failures.labels(model, ticket.failure.code or "error").inc()
+        else:
+            self._finished.labels(model, str(answer.finish)).inc()
+        if ticket.began is None or ticket.ended is None:
+            return
+        self._prompt.labels(model).inc(answer.prompt_tokens)
+        self._cached.labels(model).inc(answer.cached_tokens)
+        self._generated.labels(model).inc(tokens)
+        self._queue.labels(model).observe(ticket.began - ticket.came)
+        self._prompt_sizes.labels(model).observe(answer.prompt_tokens)
+        self._sizes.labels(model).observe(tokens)
+        self._whole.labels(model).observe(ticket.ended - ticket.came)
+        if ticket.first is not None:
+            self._first.labels(model).observe(ticket.first - ticket.came)
+            if tokens > 1:
+                self._each.labels(model).observe((ticket.ended - ticket.first) / (tokens - 1))
+
+    def text(self) -> bytes:
+        """The page."""
+        return generate_latest(self.registry)
+
+
+class _Gauges:
+    """How things stand at the moment of asking."""
+
+    def __init__(self, models: "Sequence[ServedModel]") -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        """One family after another."""
+        running = GaugeMetricFamily("vllm:num_requests_running", "Requests the engine computes.", labels=["model_name"])
+        waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests in line.", labels=["model_name"])
+        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the cache's pages in use, 0 to 1.", labels=["model_name"])
+        preempted = GaugeMetricFamily("ernie_preemptions", "Requests that lost their pages to others so far.", labels=["model_name"])
+        ready = GaugeMetricFamily("ernie_model_ready", "Whether the model is loaded.", labels=["model_name"])
+        for model in self._models:
+            load, name = model.load, [model.name]
+            running.add_metric(name, model.running)
+            waiting.add_metric(name, model.waiting)
+            usage.add_metric(name, 1 - load.free_pages / load.num_pages if load else 0.0)
+            preempted.add_metric(name, load.preemptions if load else 0)
+            ready.add_metric(name, float(model.state == "ready"))
+        memory = GaugeMetricFamily("ernie_front_peak_memory_bytes", "Most memory the front process has taken.")
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory.add_metric([], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        yield from (running, waiting, usage, preempted, ready, memory)

@@ -1,0 +1,157 @@
+"""OpenAI's routes: chat completions, completions, models; and what vLLM adds: tokenize, detokenize, apply_template, cancel."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from ernie45.server.body import read_json
+from ernie45.server.failures import Failure
+from ernie45.server.model import ServedModel
+from ernie45.server.openapi import body_of
+from ernie45.server.prepare import CHAT_FIELDS, chat_jobs, completion_jobs
+from ernie45.server.protocol import REFUSED, ChatRequest, CompletionRequest, check_counts, read_fields
+from ernie45.server.reply import Writer, new_id, usage
+from ernie45.server.service import Service
+from ernie45.server.stream import EventStream, event, unless_gone
+from ernie45.server.ticket import Job, Ticket
+
+DONE = event("[DONE]")
+
+
+def add_openai(app: FastAPI, service: Service) -> None:
+    """POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /v1/models/{name}."""
+
+    @app.post("/v1/chat/completions", tags=["OpenAI"], openapi_extra=body_of(ChatRequest))
+    async def chat(request: Request) -> Response:
+        """Answers a conversation, whole or as server-sent events."""
+        asked = read_fields(ChatRequest, await read_json(request, service.settings.limits), REFUSED["chat"])
+        return await chat_answer(service, request, asked)
+
+    @app.post("/v1/completions", tags=["OpenAI"], openapi_extra=body_of(CompletionRequest))
+    async def complete(request: Request) -> Response:
+        """Continues texts, whole or as server-sent events."""
+        asked = read_fields(CompletionRequest, await read_json(request, service.settings.limits), REFUSED["completions"])
+        return await completion_answer(service, request, asked)
+
+    @app.get("/v1/models", tags=["OpenAI"])
+    async def models() -> JSONResponse:
+        """Every name that requests may use."""
+        return JSONResponse({"object": "list", "data": [_card(model, name) for model in service.models for name in model.names]})
+
+    @app.get("/v1/models/{name:path}", tags=["OpenAI"])
+    async def model(name: str) -> JSONResponse:
+        """One name."""
+        return JSONResponse(_card(service.find(name), name))
+
+
+def _card(model: ServedModel, name: str) -> dict[str, Any]:
+    length = model.info.limits.max_length if model.info else None
+    return {"id": name, "object": "model", "created": model.created, "owned_by": "ernie45", "root": model.name, "max_model_len": length}
+
+
+async def chat_answer(service: Service, request: Request, asked: ChatRequest) -> Response:
+    """The response to a checked chat request."""
+    check_counts(asked, service.settings.limits)
+    model, context = await service.context(asked.model, request.state.caller)
+    numbers = [model.number() for _ in range(asked.n)]
+    jobs = await service.prepare(chat_jobs, asked, context, numbers, service.now(), fields=CHAT_FIELDS)
+    writer = _writer(service, context.text.tokenizer, asked.model or model.name, asked.request_id or new_id("chatcmpl-"))
+    request.state.told.update(user=asked.user or asked.safety_identifier, cache_key=asked.prompt_cache_key)
+    if asked.stream:
+        return _streamed(service, request, model, jobs, writer, lambda tickets: writer.chat_chunks(asked, tickets))
+    return await _whole(service, request, model, jobs, writer, lambda tickets: writer.chat(asked, tickets))
+
+
+async def completion_answer(service: Service, request: Request, asked: CompletionRequest) -> Response:
+    """The response to a checked completion request."""
+    check_counts(asked, service.settings.limits)
+    model, context = await service.context(asked.model, request.state.caller)
+    jobs = await service.prepare(completion_jobs, asked, context, model.number, service.now())
+    writer = _writer(service, context.text.tokenizer, asked.model or model.name, asked.request_id or new_id("cmpl-"))
+    request.state.told.update(user=asked.user)
+    if asked.stream:
+        return _streamed(service, request, model, jobs, writer, lambda tickets: writer.completion_chunks(asked, tickets))
+    return await _whole(service, request, model, jobs, writer, lambda tickets: writer.completion(asked, tickets))
+
+
+def _writer(service: Service, tokenizer: Any, model: str, id: str) -> Writer:
+    return Writer(id=id, model=model, tokenizer=tokenizer, reasoning=service.settings.reasoning_field)
+
+
+async def _whole(
+    service: Service,
+    request: Request,
+    model: ServedModel,
+    jobs: Sequence[Job],
+    writer: Writer,
+    write: Callable[[list[Ticket]], dict[str, Any]],
+) -> Response:
+    tickets = service.admit(model, jobs, writer.id)
+    try:
+        await unless_gone(request, finished(tickets))
+        return JSONResponse(write(tickets))
+    finally:
+        tell(request, model, tickets)
+        service.release(model, tickets, writer.id)
+
+
+def _streamed(
+    service: Service,
+    request: Request,
+    model: ServedModel,
+    jobs: Sequence[Job],
+    writer: Writer,
+    write: Callable[[list[Ticket]], AsyncIterator[dict[str, Any]]],
+) -> Response:
+    tickets = service.admit(model, jobs, writer.id)
+
+    async def events() -> AsyncIterator[bytes]:
+        async for chunk in write(tickets):
+            yield event(chunk)
+        yield DONE
+
+    def on_failure(failure: Failure) -> bytes:
+        request.state.told.update(code=failure.code)
+        return event(failure.openai()) + DONE
+
+    def on_end() -> None:
+        tell(request, model, tickets)
+        service.release(model, tickets, writer.id)
+
+    return stream_response(service, events(), on_failure, on_end)
+
+
+def stream_response(
+    service: Service, events: AsyncIterator[bytes], on_failure: Callable[[Failure], bytes], on_end: Callable[[], None]
+) -> Response:
+    """Events as a response, with the server's patience."""
+    return EventStream(
+        events,
+        on_failure=on_failure,
+        on_end=on_end,
+        headers={},
+        keep_alive=service.settings.keep_alive_seconds,
+        write_seconds=service.settings.limits.write_seconds,
+    )
+
+
+async def finished(tickets: Sequence[Ticket]) -> None:
+    """Until all answers are over. Raises the first `Failure`."""
+    for ticket in tickets:
+        await ticket.wait()
+
+
+def tell(request: Request, model: ServedModel, tickets: Sequence[Ticket]) -> None:
+    """What the log line says of an answer: sizes and times, no text."""
+    counted = usage(tickets)
+    first = tickets[0]
+    request.state.told.update(
+        model=model.name,
+        prompt_tokens=counted["prompt_tokens"],
+        completion_tokens=counted["completion_tokens"],
+        cached_tokens=counted["prompt_tokens_details"]["cached_tokens"],
+        finish=str(first.answer.finish) if first.answer.finish else "cancelled",
+        first_token_ms=None if first.first is None else round((first.first - first.came) * 1000, 1),
+    )

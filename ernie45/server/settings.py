@@ -1,0 +1,152 @@
+"""Settings of the server, and the one table of limits. Every number here is a flag of `ernie serve` and a row of its guide."""
+
+import dataclasses
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ernie45.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may ask for, and how long things may take. Passing one is a 4xx or 5xx that names it."""
+
+    body_bytes: int = 4 << 20
+    """Bytes of a request's body."""
+    json_depth: int = 64
+    """How deep a body may be nested."""
+    messages: int = 4096
+    """Messages of a conversation."""
+    prompts: int = 128
+    """Prompts of one completion or embedding request."""
+    n: int = 16
+    """Answers to one prompt."""
+    stop: int = 16
+    """Stop strings."""
+    stop_characters: int = 256
+    """Characters of one stop string."""
+    stop_token_ids: int = 128
+    """Stop ids."""
+    logit_bias: int = 1024
+    """Entries of logit_bias."""
+    bad_words: int = 128
+    """Bad words."""
+    tool_definitions: int = 128
+    """Tools of one request."""
+    schema_bytes: int = 256 << 10
+    """Bytes of one schema, regular expression or grammar."""
+    grammar_seconds: float = 5.0
+    """Time to compile a grammar."""
+    read_seconds: float = 30.0
+    """Time for a client to send a request."""
+    write_seconds: float = 30.0
+    """Time for a client to take a piece of an answer; then its answer is stopped and the connection closed."""
+    request_seconds: float = 3600.0
+    """Time for a whole request, waiting included."""
+    queue: int = 256
+    """Requests that may wait for the model; more get 503."""
+    queue_seconds: float = 120.0
+    """Time a request may wait for the model; then it gets 504."""
+    connections: int = 1024
+    """Connections at the same time."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if not value > 0:
+                raise ConfigError(f"limits.{item.name} must be above 0, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How the engine runs; None = automatic."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; auto takes the one this processor is fast at."""
+    threads: int | None = None
+    """Threads of the model; automatic: one per core."""
+    page_size: int = 32
+    """Tokens per page of the cache."""
+    num_pages: int | None = None
+    """Pages of the cache; automatic: half of the free memory, or less when less is enough."""
+    max_length: int | None = None
+    """Longest sequence, prompt and answer; automatic: what the model knows."""
+    token_budget: int = 512
+    """Tokens computed per step: larger reads prompts faster, smaller keeps answers smooth meanwhile."""
+    max_running: int = 32
+    """Requests computed at the same time."""
+    prefix_sharing: bool = True
+    """Whether equal beginnings of prompts are computed once."""
+    stuck_seconds: float = 300.0
+    """An engine that does nothing for so long while requests run is ended and started again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Where the server listens, who may use it, and how it behaves. Keys come from a file or the environment, never from a flag."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; the default can be reached from this machine only."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one and prints it."""
+    served_model_name: tuple[str, ...] = ()
+    """Names that clients may use for the first model, besides its own."""
+    api_keys: Path | None = None
+    """File with one key a line, `name:key` or `key`. With keys every route but /health/live needs one."""
+    open_metrics: bool = False
+    """Let /metrics be read without a key."""
+    requests_per_minute: int | None = None
+    """Requests a key may send in a minute."""
+    tokens_per_minute: int | None = None
+    """Tokens, prompt and answer, a key may use in a minute."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names that clients may use for this server; empty: this machine's own when it listens on loopback, else any."""
+    cors_origins: tuple[str, ...] = ()
+    """Web origins whose pages may call this server, exactly as browsers send them; credentials are never allowed."""
+    reasoning_field: Literal["reasoning_content", "reasoning", "both"] = "both"
+    """What an answer calls the model's thinking; both names are read."""
+    keep_alive_seconds: float = 15.0
+    """A stream that is silent for so long gets a comment."""
+    drain_seconds: float = 30.0
+    """On SIGTERM running requests may go on for so long."""
+    idle_seconds: float | None = None
+    """A model, other than the first, that nobody used for so long is unloaded."""
+    log: Literal["json", "off"] = "json"
+    """One line per request on standard error; prompts and answers are never in it."""
+    tls_certificate: Path | None = None
+    """Certificate chain (PEM); with --tls-key the server speaks HTTPS."""
+    tls_key: Path | None = None
+    """Private key (PEM) of the certificate."""
+    limits: Limits = field(default_factory=Limits)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be from 0 to 65535, not {self.port}")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ConfigError("HTTPS needs both: tls_certificate and tls_key")
+        for origin in self.cors_origins:
+            if not origin.startswith(("http://", "https://")) or origin.rstrip("/") != origin:
+                raise ConfigError(f"cors_origins holds '{origin}'; write origins exactly, such as https://chat.example.org")
+        for name in ("requests_per_minute", "tokens_per_minute", "idle_seconds", "keep_alive_seconds", "drain_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be above 0, not {value!r}")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether it listens for this machine only."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def hosts(self) -> frozenset[str] | None:
+        """Names a Host header may say, without port; None = any."""
+        if self.allowed_hosts:
+            return frozenset(name.lower() for name in self.allowed_hosts)
+        return frozenset({"localhost", "127.0.0.1", "[::1]", self.host.lower()}) if self.loopback else None

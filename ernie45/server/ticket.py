@@ -1,0 +1,137 @@
+"""One answer under way: from the line, through the engine, to whoever reads it. Fed by the engine's messages, read by one coroutine."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from ernie45.engine.answer import Answer
+from ernie45.engine.output import Output, TokenLogprobs
+from ernie45.engine.request import FinishReason, Request
+from ernie45.server.access import Caller
+from ernie45.server.failures import Failure, engine_lost
+from ernie45.tokens.parse import Delta
+
+
+class State(Enum):
+    """Where a ticket is."""
+
+    waiting = "waiting"
+    running = "running"
+    over = "over"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is new of an answer: text, the ids and log probabilities behind it, and the tokens so far. Pieces may have no text."""
+
+    deltas: tuple[Delta, ...]
+    ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be answered, ready for the engine.
+
+    request   what the engine gets;  answer: what takes in the engine's outputs, made for that request
+    after     the grammar for the rest, when a thinking budget closes the thinking; None = the request's own
+    one_call  the answer ends with its first tool call
+    """
+
+    request: Request
+    answer: Answer
+    caller: Caller
+    after: str | None = None
+    one_call: bool = False
+
+
+class Ticket:
+    """All methods are for the event loop's thread.
+
+    failure   why it ended without an answer
+    came, began, first, ended   seconds of the loop's clock: put in line, handed to the engine, first token, over
+    timer     ends it when it waits or runs too long;  counted: the metrics know it
+    """
+
+    def __init__(self, job: Job, now: float) -> None:
+        self.job = job
+        self.state = State.waiting
+        self.failure: Failure | None = None
+        self.came = now
+        self.began: float | None = None
+        self.first: float | None = None
+        self.ended: float | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.counted = False
+        self._news = asyncio.Event()
+        self._told_ids = 0
+        self._told_logprobs = 0
+
+    @property
+    def id(self) -> str:
+        """The engine's name for it."""
+        return self.job.request.id
+
+    @property
+    def answer(self) -> Answer:
+        """What there is of the answer."""
+        return self.job.answer
+
+    def feed(self, output: Output, now: float, resubmit: Callable[[Request], None], stop: Callable[[], None]) -> None:
+        """An output of the engine. resubmit: the answer goes on with this request; stop: the engine need not go on."""
+        answer = self.job.answer
+        if self.first is None and output.tokens:
+            self.first = now
+        answer.take(output, now)
+        if answer.over_budget:
+            stop()
+            following = answer.closing()
+            if following is not None:
+                resubmit(following if self.job.after is None else replace(following, grammar=self.job.after))
+        if answer.finish is None and self.job.one_call and answer.calls_done:
+            answer.stop_here()
+        if answer.finish is not None:
+            if output.finish is None:
+                stop()
+            self.over(now, engine_lost(self.id) if answer.finish is FinishReason.error else None)
+        self._news.set()
+
+    def over(self, now: float, failure: Failure | None = None) -> None:
+        """Nothing more will come."""
+        if self.state is not State.over:
+            self.state = State.over
+            self.ended = now
+            self.failure = failure
+            self.answer.cancel()
+            if self.timer is not None:
+                self.timer.cancel()
+            self._news.set()
+
+    async def next(self) -> Piece | None:
+        """What came since the last call, waiting for it; None when the answer is over and told. Raises `Failure`."""
+        while True:
+            self._news.clear()
+            piece = self._piece()
+            if piece.deltas or piece.ids:
+                return piece
+            if self.failure is not None:
+                raise self.failure
+            if self.state is State.over:
+                return None
+            await self._news.wait()
+
+    async def wait(self) -> None:
+        """Until it is over. Raises `Failure`."""
+        while self.state is not State.over:
+            self._news.clear()
+            await self._news.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def _piece(self) -> Piece:
+        ids, logprobs = self.answer.ids, self.answer.logprobs
+        piece = Piece(tuple(self.answer.deltas()), tuple(ids[self._told_ids :]), tuple(logprobs[self._told_logprobs :]), len(ids))
+        self._told_ids, self._told_logprobs = len(ids), len(logprobs)
+        return piece
