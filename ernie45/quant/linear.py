@@ -12,16 +12,15 @@ from ernie45.quant.pack import packed_shapes
 from ernie45.quant.spec import Scheme
 
 
-class QuantLinear(nn.Module):
-    """`x @ weight.T + bias` with a packed weight; buffers `weight_packed` and `weight_scale`, empty until they are filled."""
+class PackedMatrix(nn.Module):
+    """A packed matrix [O, I]: buffers `weight_packed` and `weight_scale`, empty until they are filled. Two layers below use it."""
 
-    def __init__(self, in_size: int, out_size: int, scheme: Scheme, *, bias: Tensor | None = None) -> None:
+    def __init__(self, in_size: int, out_size: int, scheme: Scheme) -> None:
         super().__init__()
         self.in_size, self.out_size, self.scheme = in_size, out_size, scheme
         values, scales = packed_shapes(out_size, in_size, scheme.weight_bits, scheme.group)
         self.register_buffer("weight_packed", torch.empty(values, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float16))
-        self.bias = None if bias is None else nn.Parameter(bias)
 
     @property
     def weight(self) -> PackedWeight:
@@ -34,17 +33,25 @@ class QuantLinear(nn.Module):
         assert weight.scales.shape == self.weight_scale.shape, "the packed weight has other groups"
         self.weight_packed, self.weight_scale = weight.values, weight.scales
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        """[T, I] -> [T, O]."""
-        out_TO = ops.packed_linear(x_TI, self.weight)
-        return out_TO if self.bias is None else out_TO + self.bias
-
     def extra_repr(self) -> str:
         """Sizes for printing."""
         return f"{self.in_size} -> {self.out_size}, {self.scheme}"
 
 
-class QuantEmbedding(QuantLinear):
+class QuantLinear(PackedMatrix):
+    """`x @ weight.T + bias` with a packed weight."""
+
+    def __init__(self, in_size: int, out_size: int, scheme: Scheme, *, bias: Tensor | None = None) -> None:
+        super().__init__(in_size, out_size, scheme)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, I] -> [T, O]."""
+        out_TO = ops.packed_linear(x_TI, self.weight)
+        return out_TO if self.bias is None else out_TO + self.bias
+
+
+class QuantEmbedding(PackedMatrix):
     """An embedding that is the output head as well: rows are unpacked as tokens name them. `dtype` is the model's compute type."""
 
     def __init__(self, vocab_size: int, size: int, scheme: Scheme, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from ernie45.nn.layers import Embedding, Linear
 from ernie45.nn.moe import Experts
 from ernie45.ops import PackedWeight
 from ernie45.quant.block import QuantBlock, can_fuse
-from ernie45.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
+from ernie45.quant.linear import PackedMatrix, QuantEmbedding, QuantExperts, QuantLinear
 from ernie45.quant.rtn import round_to_nearest
 from ernie45.quant.spec import QuantSpec, Scheme
 
@@ -89,7 +89,8 @@ def _emptied(module: nn.Module, scheme: Scheme) -> nn.Module:
 
 def _quantised(module: nn.Module, scheme: Scheme, algorithm: Algorithm) -> nn.Module:
     made = _emptied(module, scheme)
-    if isinstance(made, QuantLinear):
+    if isinstance(made, PackedMatrix):
+        assert isinstance(module, Linear | Embedding)
         made.fill(algorithm(module.weight, scheme))
         return made
     assert isinstance(module, Experts)
