@@ -30,7 +30,7 @@ endef
 NATIVE := $(if $(shell command -v $(CXX)),$(VENV)/.kernels)
 KERNEL_FILES := $(shell find kernels -name build -prune -o -type f -print)
 
-.PHONY: help chat serve test lint kernels sanitise docs bench clean always
+.PHONY: help chat serve test lint kernels sanitise docs bench clean browser always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -43,7 +43,7 @@ chat: $(VENV)/.run $(NATIVE)  ## set everything up, then talk to the starter mod
 serve: $(VENV)/.run $(NATIVE)  ## set everything up, then serve the starter model on http://127.0.0.1:8000 (others: ARGS='MODEL --port ...')
 	@$(BIN)/ernie serve $(ARGS)
 
-test: $(VENV)/.test $(NATIVE)  ## set up what the tests need, then run all of them
+test: $(VENV)/.test $(NATIVE) browser  ## set up what the tests need, then run all of them
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.lint  ## style, types, import contracts and the house rules
@@ -65,6 +65,15 @@ sanitise:  ## run the kernels' own check under the address and undefined-behavio
 	cmake -S kernels -B build/sanitise -DERNIE45_SANITISE=ON
 	cmake --build build/sanitise --parallel 2
 	build/sanitise/check
+
+# The web page is tested in a real browser; Debian and Ubuntu have one as a package.
+BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+browser:
+ifeq ($(BROWSER),)
+	@{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "==> chromium, for the tests of the web page" && \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+	    { echo "the tests of the web page need chromium: apt-get install chromium" >&2; exit 1; }
+endif
 
 clean:  ## remove the environment and everything that was built; models in the cache stay
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

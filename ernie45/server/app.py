@@ -17,13 +17,14 @@ from ernie45.server.door import Door, failed
 from ernie45.server.failures import Failure, broken, reason_of
 from ernie45.server.health import add_health
 from ernie45.server.openai_routes import add_openai
+from ernie45.server.pages import router as pages
 from ernie45.server.responses_routes import add_responses
 from ernie45.server.service import Service
 from ernie45.server.text_routes import add_text
 
 Adder = Callable[[FastAPI, Service], None]
 PARTS: tuple[Adder, ...] = (add_health, add_openai, add_text, add_anthropic, add_responses)
-"""Every group of routes there is."""
+"""Every group of routes there is, beside the pages."""
 
 
 def make_app(service: Service, keys: Keys) -> ASGIApp:
@@ -48,6 +49,7 @@ def make_app(service: Service, keys: Keys) -> ASGIApp:
     app.state.service = service
     for add in PARTS:
         add(app, service)
+    app.routes.extend(pages().routes)
 
     @app.exception_handler(Failure)
     async def on_failure(request: Request, failure: Failure) -> Response:

@@ -1,6 +1,7 @@
 """The door of the server, before every route: who may come in, what host they asked for, one id and one log line per request.
 
-Closed by default: a route is open only if it stands in `OPEN`. Whatever goes wrong behind it leaves as an error of the protocol.
+Closed by default: a route is open only if it stands in `OPEN` or is a file of the web page, which holds no secret. Whatever goes wrong
+behind it leaves as an error of the protocol.
 """
 
 import re
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ernie45.server.access import ANONYMOUS, Caller, Keys
 from ernie45.server.failures import Failure, broken
+from ernie45.server.pages import is_public
 from ernie45.server.service import Service
 
 OPEN = frozenset({"/health/live"})
@@ -55,7 +57,9 @@ class Door:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], *self._extra(scope, request_id, headers)]}
+                sent = {name.lower() for name, _ in message["headers"]}
+                extra = [(name, value) for name, value in self._extra(scope, request_id, headers) if name not in sent]
+                message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
         try:
@@ -91,7 +95,7 @@ class Door:
             raise Failure(
                 403, "pages of this origin may not use the server; --cors-origins names those that may", code="origin_not_allowed"
             )
-        if self._keys and scope["path"] not in self._open and scope["method"] != "OPTIONS":
+        if self._keys and scope["path"] not in self._open and not is_public(scope["path"]) and scope["method"] != "OPTIONS":
             scope["state"]["caller"] = self._keys.caller(headers)
 
     def _extra(self, scope: Scope, request_id: str, headers: Headers) -> list[tuple[bytes, bytes]]:

@@ -64,6 +64,11 @@ class Asset:
     etag: str
 
 
+def is_public(path: str) -> bool:
+    """Whether a path is one of the page's own, which are answered without a key."""
+    return path in PUBLIC_PATHS[:2] or path.startswith(PUBLIC_PATHS[2])
+
+
 def read_assets(folder: Path = FOLDER) -> dict[str, Asset]:
     """Every file of the page by its name; a file of a kind that `MEDIA_TYPES` does not know is an error of ours."""
     assets = {}

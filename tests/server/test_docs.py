@@ -34,7 +34,7 @@ def test_the_security_table_has_every_row_and_names_tests_that_exist(docs, pytes
 def test_the_guide_has_every_route(docs, running):
     page = docs("guides/serve.md")
     for route in routes_of(running.server.config.app):
-        path = route.path.replace("{name:path}", "NAME").replace("{id}", "ID")
+        path = route.path.replace("{name:path}", "NAME").replace("{name}", "NAME").replace("{id}", "ID")
         assert path in page or path == "/docs/oauth2-redirect", path
 
 
