@@ -50,11 +50,14 @@ class Decoder(nn.Module):
             x_TD = layer(x_TD, turns_TP, attend)
         return x_TD
 
+    @property
+    def head_matrix(self) -> Tensor:
+        """The output head's weight [V, D]; the embedding's where the two are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
     def logits(self, h_RD: Tensor) -> Tensor:
         """Final norm and output head, [R, D] -> [R, V] in the compute type."""
-        h_RD = self.norm(h_RD)
-        weight_VD = self.embed.weight if self.head is None else self.head.weight
-        return ops.linear(h_RD, weight_VD, self.head_bias)
+        return ops.linear(self.norm(h_RD), self.head_matrix, self.head_bias)
 
     def predict_after_next(self, next_tokens_T: Tensor, h_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """State of the multi-token predictor, [T, D], for `logits`: row i guesses the token after `next_tokens[i]`.

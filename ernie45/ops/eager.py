@@ -55,7 +55,9 @@ def experts(x_TD: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tenso
     rows = order // routing.experts.shape[1]
     counts = torch.bincount(chosen, minlength=gate_up_EFD.shape[0]).tolist()
     parts = x_TD[rows].split(counts)
-    done = [linear(swiglu(linear(part, gate_up_EFD[e])), down_EDF[e]) for e, part in enumerate(parts) if counts[e]]
+    # unbound once: the gradient of `stack[e]` is a whole stack of zeros for every expert, that of `unbind` is one stack
+    ups, downs = gate_up_EFD.unbind(), down_EDF.unbind()
+    done = [linear(swiglu(linear(part, ups[e])), downs[e]) for e, part in enumerate(parts) if counts[e]]
     weights = routing.weights.flatten()[order].to(x_TD.dtype)
     return torch.zeros_like(x_TD).index_add(0, rows, torch.cat(done) * weights[:, None])
 
