@@ -202,8 +202,8 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
 class MovingAverage:
     """Weights averaged over a window of tokens: stands in for a run whose learning rate was decayed over that window.
 
-    After n tokens the weight of an update is `1 - residual ** (n / window)`: the newest are damped, those older than the window are whole up
-    to `residual`. Source: ERNIE 4.5 technical report. Held in float32 on the CPU.
+    An update that is n tokens old weighs `1 - residual ** (n / window)`: the newest are damped, those older than the window are whole but
+    for `residual`. Source: ERNIE 4.5 technical report. Held in float32 on the CPU.
     """
 
     def __init__(self, optimiser: Optimiser, window: int, residual: float = 0.05) -> None:
