@@ -37,6 +37,7 @@ WORDS: dict[str, Word] = {
     "chat": Word("Talk", "ernie45.recipes.chat", "ChatConfig", "talk with a model in the terminal, or through a pipe"),
     "models": Word("Look", "ernie45.recipes.models", "ModelsConfig", "list every published model of the family, with sizes"),
     "inspect": Word("Look", "ernie45.recipes.inspect", "InspectConfig", "show what is in a model folder or file, and what is wrong there"),
+    "sft": Word("Learn", "ernie45.recipes.sft", "SftConfig", "teach a model from conversations: all weights, or adapters"),
     "export": Word("Make", "ernie45.recipes.export", "ExportConfig", "write a model as a GGUF file for llama.cpp and its kin"),
 }
 

@@ -232,9 +232,8 @@ def _messages(value: Any, where: str, key: str) -> tuple[Message, ...]:
             raise DataError(f"{where}: {key}[{n}] must be an object with role and content, not {type(message).__name__}")
         message = {name: field for name, field in message.items() if field is not None}
         if message.get("role") == "assistant" and isinstance(message.get("tool_calls"), list):
-            named = [
-                call if not isinstance(call, Mapping) else {"id": f"call_{n}_{i}", **call} for i, call in enumerate(message["tool_calls"])
-            ]
+            calls = message["tool_calls"]
+            named = [{"id": f"call_{n}_{i}", **call} if isinstance(call, Mapping) else call for i, call in enumerate(calls)]
             message["tool_calls"] = named
             pending = [str(call["id"]) for call in named if isinstance(call, Mapping)]
         if message.get("role") == "tool":
