@@ -181,14 +181,16 @@ def digest_of_ids(rows: Iterable[tuple[int, ...]]) -> str:
     return hashed.hexdigest()
 
 
-def write_result(pupil: Pupil, out: Path, lora: LoraConfig | None, card: str, base: str) -> Path:
-    """`adapter/` and `model/` in the run folder; the model has the weights' stored type, tokenizer, template and a card. Returns `model/`."""
+def write_result(pupil: Pupil, target: Path, lora: LoraConfig | None, card: str) -> Path:
+    """The trained model as the folder `target`, in the type its weights were stored in, with tokenizer, template and a card.
+
+    With `lora` the adapters go to `adapter/` beside it and are merged into the model.
+    """
     if lora is not None:
-        if not (out / "adapter").exists():
-            save_adapter(pupil.decoder, out / "adapter", lora, base)
+        if not (target.parent / "adapter").exists():
+            save_adapter(pupil.decoder, target.parent / "adapter", lora, str(pupil.folder))
         merge(pupil.decoder)
     stored = pupil.loaded.opened.stored
-    target = out / "model"
     save_model(pupil.decoder.eval(), target, dtype=stored if stored.is_floating_point else None, companions=pupil.folder)
     (target / "README.md").write_text(card, "utf-8")
     if (pupil.folder / "LICENSE").is_file():

@@ -85,10 +85,10 @@ def sft(config: SftConfig, environment: Environment) -> Path | None:
     learner.watch.close()
     how = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all weights"
     card = (
-        f"# Fine-tuned from {config.model}\n\nSupervised fine-tuning with ernie45: {how}, {progress.step:,} steps, {progress.tokens:,} tokens. "
-        "The settings stand in `settings.json` of the run. The licence of the base model applies.\n"
+        f"# Fine-tuned from {config.model}\n\nSupervised fine-tuning with ernie45: {how}, {progress.step:,} steps, "
+        f"{progress.tokens:,} tokens. The settings stand in `settings.json` of the run. The licence of the base model applies.\n"
     )
-    return write_result(pupil, config.out, config.lora if config.lora.rank else None, card, str(pupil.folder))
+    return write_result(pupil, config.out / "model", config.lora if config.lora.rank else None, card)
 
 
 def _data(config: SftConfig, pupil: Pupil) -> tuple[PackedExamples, BadRows]:

@@ -6,9 +6,10 @@ state of a run over examples is therefore one integer.
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from ernie45.errors import DataError, ErnieError
 from ernie45.tokens.template import ChatTemplate, Prompt
@@ -20,10 +21,27 @@ WINDOW = 512
 """Examples that are packed together: best fit looks no further, so its cost does not grow with the data."""
 
 
-class Batches(Protocol):
+class Batch(Protocol):
+    """What every kind of batch has: the ids the model sees and those it learns, int64 [T] each."""
+
+    @property
+    def tokens_T(self) -> Tensor:  # noqa: N802
+        """What the model sees."""
+        ...
+
+    @property
+    def labels_T(self) -> Tensor:  # noqa: N802
+        """What each row learns."""
+        ...
+
+
+B = TypeVar("B", bound=Batch, covariant=True)
+
+
+class Batches(Protocol[B]):
     """A sequence of batches that anyone can enter anywhere."""
 
-    def batch(self, index: int) -> TrainBatch:
+    def batch(self, index: int) -> B:
         """Batch number `index`, from 0, the same at every call."""
         ...
 
@@ -125,7 +143,7 @@ class PackedExamples:
         return pack([self.examples[n] for n in self.packs(epoch)[index]])
 
 
-def digest_of(before: str, batch: TrainBatch) -> str:
+def digest_of(before: str, batch: Batch) -> str:
     """The digest of all ids consumed so far, after one batch more: equal digests mean equal histories."""
     learned = batch.tokens_T.numpy().tobytes() + batch.labels_T.numpy().tobytes()
     return hashlib.sha256(bytes.fromhex(before) + learned).hexdigest()

@@ -1,18 +1,17 @@
 """A run: steps from where the last checkpoint stands to the end, one log line each, checkpoints on the way."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from ernie45.errors import ConfigError, RunError
-from ernie45.train.batch import TrainBatch
 from ernie45.train.checkpoint import Checkpoints, Progress
-from ernie45.train.examples import Batches, digest_of
+from ernie45.train.examples import Batch, Batches, digest_of
 from ernie45.train.lock import locked
 from ernie45.train.optim import MovingAverage, Optimiser
 from ernie45.train.schedule import ScheduleConfig
@@ -42,20 +41,24 @@ class RunConfig:
                 raise ConfigError(f"run.{name} must be at least 1, not {getattr(self, name)}")
 
 
-class Learner(Protocol):
+B = TypeVar("B", bound=Batch)
+C = TypeVar("C", bound=Batch, contravariant=True)
+
+
+class Learner(Protocol[C]):
     """One optimiser step of some method: language modelling, preferences, ..."""
 
     optimiser: Optimiser
 
-    def __call__(self, batches: list[TrainBatch], step: int, rate: float) -> StepReport:
+    def __call__(self, batches: Sequence[C], step: int, rate: float) -> StepReport:
         """Learn from the batches of one step."""
         ...
 
 
 def train(
-    learner: Learner,
+    learner: Learner[B],
     model: torch.nn.Module,
-    data: Batches,
+    data: Batches[B],
     schedule: ScheduleConfig,
     config: RunConfig,
     folder: Path,
@@ -93,7 +96,7 @@ def train(
     return progress
 
 
-def _after(progress: Progress, batches: list[TrainBatch], report: StepReport) -> Progress:
+def _after(progress: Progress, batches: Sequence[Batch], report: StepReport) -> Progress:
     digest = progress.digest
     for batch in batches:
         digest = digest_of(digest, batch)

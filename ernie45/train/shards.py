@@ -86,7 +86,11 @@ def write_corpus(
     marks = np.array(ends, dtype=ENDS).tobytes()
     _file(path, "ends").write_bytes(marks)
     facts = CorpusFacts(
-        documents=len(ends), tokens=total, vocabulary=vocabulary, sha256_tokens=digest.hexdigest(), sha256_ends=hashlib.sha256(marks).hexdigest()
+        documents=len(ends),
+        tokens=total,
+        vocabulary=vocabulary,
+        sha256_tokens=digest.hexdigest(),
+        sha256_ends=hashlib.sha256(marks).hexdigest(),
     )
     partial = _file(path, "json.partial")
     partial.write_text(json.dumps(asdict(facts), indent=2) + "\n", "utf-8")
@@ -105,7 +109,7 @@ def open_corpus(path: Path) -> Corpus:
     except (ValueError, ConfigError) as error:
         raise DataError(f"{_file(path, 'json')}: is not what a corpus says of itself: {error}") from None
     if facts.documents < 1 or sizes != (facts.tokens * TOKENS.itemsize, facts.documents * ENDS.itemsize):
-        raise DataError(f"{path}: its files have {sizes[0]:,} and {sizes[1]:,} bytes, which is not what {path.name}.json says; write it again")
+        raise DataError(f"{path}: its files have {sizes[0]:,} and {sizes[1]:,} bytes, {path.name}.json says otherwise; write it again")
     tokens = np.memmap(_file(path, "tokens"), TOKENS, "r")
     ends = np.memmap(_file(path, "ends"), ENDS, "r")
     if hashlib.sha256(ends.tobytes()).hexdigest() != facts.sha256_ends:

@@ -63,6 +63,10 @@ class StepReport:
     orthogonal_loss: float | None = None
     z_loss: float | None = None
     load: tuple[float, ...] | None = None
+    margin: float | None = None
+    """Preferences: mean of beta x (how much more than the reference the chosen answer is preferred)."""
+    accuracy: float | None = None
+    """Preferences: share of pairs whose chosen answer is the one preferred."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for one line of a log; what was not measured is left out."""

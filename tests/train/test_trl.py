@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from tests.train.conftest import make_decoder, make_examples
 
 from ernie45.models.adapters import save_adapter
 from ernie45.models.save import save_model
@@ -16,6 +15,7 @@ from ernie45.nn.lora import LoraConfig, adapt
 from ernie45.train.batch import pack
 from ernie45.train.optim import Optimiser, OptimiserConfig
 from ernie45.train.step import LossConfig, Step
+from tests.train.conftest import make_decoder, make_examples
 
 RATE = 3e-3
 STEPS = 4
@@ -79,7 +79,7 @@ def test_losses_are_those_of_trl(tmp_path, adapters):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    examples = make_examples([5, 9, 14, 7, 22, 3, 11, 8, 6, 17, 12, 4, 9, 9, 6, 5], seed=3)
+    examples = make_examples([5, 9, 14, 7], seed=3) * STEPS
     config = OptimiserConfig(weight_decay=0.1)
     save_model(make_decoder(), tmp_path / "base")
     decoder, lora = make_decoder(), LoraConfig(rank=4)
@@ -92,6 +92,6 @@ def test_losses_are_those_of_trl(tmp_path, adapters):
             theirs = PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True)
         expected = trl_losses(theirs, examples, config, tmp_path / "out")
     losses, norms = our_losses(decoder, examples, config)
-    assert losses[0] - losses[-1] > 0.01
+    assert losses[0] - losses[-1] > 0.1
     assert losses == pytest.approx(expected[0], abs=CLOSE)
     assert norms == pytest.approx(expected[1], rel=1e-4)
