@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from ernie45.config import Environment
-from ernie45.errors import CheckpointError, DataError, RunError
+from ernie45.errors import CheckpointError, ConfigError, DataError, RunError
 from ernie45.models.adapters import save_adapter
 from ernie45.models.load import LoadedModel, load
 from ernie45.models.save import save_model
@@ -65,6 +65,12 @@ class LearningConfig:
     """The learning rate over the run."""
     losses: LossConfig = field(default_factory=LossConfig)
     """What is learned beside the next token."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("epochs", 1), ("batch_tokens", 2), ("accumulate", 1), ("save_every", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, not {value}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from typing import Annotated
 import tyro
 
 from ernie45.config import Environment
-from ernie45.errors import ConfigError
 from ernie45.nn.lora import LoraConfig
 from ernie45.recipes.learning import (
     BadRows,
@@ -94,8 +93,6 @@ def sft(config: SftConfig, environment: Environment) -> Path | None:
 def _data(config: SftConfig, pupil: Pupil) -> tuple[PackedExamples, BadRows]:
     """The examples, checked against the model's limits."""
     limit = pupil.decoder.config.max_positions
-    if not config.batch_tokens >= 2:
-        raise ConfigError(f"batch_tokens must be at least 2, not {config.batch_tokens}")
     bad = BadRows()
     on_bad = bad if config.skip_bad else None
     records = read_records(config.data, on_bad)

@@ -184,8 +184,9 @@ def test_mistakes_are_named(model, rows, pairs, tmp_path):
         ernie("sft", model, "--data", rows, "--out", out, "--batch-tokens", 8)
     with pytest.raises(ConfigError, match=r"did you mean '--schedule\.peak'"):
         ernie("sft", model, "--data", rows, "--out", out, "--schedule.pek", 1)
-    with pytest.raises(ConfigError, match=r"run\.steps"):
-        ernie("sft", model, "--data", rows, "--out", out, "--steps", 0)
+    for flag in ("--steps", "--epochs", "--batch-tokens", "--accumulate", "--save-every"):
+        with pytest.raises(ConfigError, match=f"{flag[2:].replace('-', '_')} must be at least"):
+            ernie("sft", model, "--data", rows, "--out", out, flag, 0)
     with pytest.raises(DataError, match="prepare"):
         ernie("pretrain", model, "--data", tmp_path / "corpus", "--out", out)
 
