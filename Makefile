@@ -42,7 +42,7 @@ test: $(VENV)/.test  ## set up what the tests need, then run all of them
 lint: $(VENV)/.lint  ## style, types, import contracts and the house rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/contracts
 

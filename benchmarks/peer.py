@@ -38,8 +38,7 @@ class Ernie45:
         from ernie45.engine.core import Engine, EngineConfig
         from ernie45.engine.request import Request, SamplingParams
 
-        length = len(prompts[0]) + output + 1
-        engine = Engine(self.decoder, EngineConfig(max_length=length, max_running=len(prompts), prefix_sharing=False))
+        engine = Engine(self.decoder, EngineConfig(max_running=len(prompts), prefix_sharing=False))
         params = SamplingParams(temperature=0.0, max_tokens=output + 1, ignore_eos=True)
         for i, prompt in enumerate(prompts):
             engine.submit(Request(id=str(i), prompt=tuple(prompt), params=params, eos_ids=()))

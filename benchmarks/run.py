@@ -48,8 +48,8 @@ def table(results: list[dict[str, Any]], limits: dict[str, Any], parameters: int
             ratios = [f"{r[name] / other[name]:.2f}x" for name in FIGURES[:2]]
         share = f"{r['decode_tokens_per_s'] / limit:.0%}" if r["batch"] == 1 else ""
         lines.append(
-            f"| {r['peer']} {r['version']} | {r['dtype']} | {r['batch']} | {r['prefill_tokens_per_s']:.0f} | {r['decode_tokens_per_s']:.1f} "
-            f"| {share} | {r['load_s']:.2f} | {r['peak_mb']:.0f} | {ratios[0]} | {ratios[1]} |"
+            f"| {r['peer']} {r['version']} | {r['dtype']} | {r['batch']} | {r['prefill_tokens_per_s']:.0f} "
+            f"| {r['decode_tokens_per_s']:.1f} | {share} | {r['load_s']:.2f} | {r['peak_mb']:.0f} | {ratios[0]} | {ratios[1]} |"
         )
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from ernie45 import __version__
-from ernie45.config import Environment
+from ernie45.config import Environment, shorten_thread_waits
 from ernie45.errors import ConfigError, ErnieError, did_you_mean
 
 EXIT_MISTAKE = 2
@@ -47,6 +47,7 @@ WORDS: dict[str, Word] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 the answer is no, 2 a mistake in what was asked, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
+    shorten_thread_waits()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale that lacks a letter must not end the program
             stream.reconfigure(errors="replace")

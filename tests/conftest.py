@@ -4,6 +4,11 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+from ernie45.config import shorten_thread_waits
+
+# Before any test imports torch, and inherited by every process a test starts: other work on the machine must not stall them.
+shorten_thread_waits()
+
 # Shared machines stall for seconds: a deadline would report that as a failure. Under CI the examples are the same in every run.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True, database=None, print_blob=True)

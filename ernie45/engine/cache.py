@@ -4,7 +4,6 @@ Letters: T tokens of the step, S keys of one sequence, P its pages, N query head
 """
 
 import mmap
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,19 +17,6 @@ from ernie45.models.config import TextConfig
 def bytes_per_token(config: TextConfig, dtype: torch.dtype) -> int:
     """Cache bytes of one token: keys and values of all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
-
-
-def available_memory() -> int:
-    """Bytes this process may still take without swapping, inside its control group's limit when there is one."""
-    free = 0
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    free = free or 4 << 30  # unknown systems: what a laptop can spare
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, max(0, int(text) - int(used.read_text())))
-    return free
 
 
 class PagedCache:

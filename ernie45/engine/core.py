@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ernie45.engine.cache import PagedCache, available_memory, bytes_per_token
+from ernie45.engine.cache import PagedCache, bytes_per_token
 from ernie45.engine.request import FinishReason, Request
 from ernie45.engine.runner import Runner
 from ernie45.engine.sampler import TokenLogprobs
 from ernie45.engine.scheduler import Load, Scheduler, SchedulerConfig
 from ernie45.errors import ConfigError
+from ernie45.machine import available_memory
 from ernie45.models.config import TextConfig
 from ernie45.models.text import Decoder
 

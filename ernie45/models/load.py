@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError
+from ernie45.machine import available_memory
 from ernie45.models.compute import ComputeType, choose_compute, cpu_has_bfloat16
 from ernie45.models.config import TextConfig
 from ernie45.models.gguf_config import config_from_gguf
@@ -32,6 +33,7 @@ from ernie45.weights.safetensors import TensorFiles, open_safetensors
 from ernie45.weights.stream import Progress, load_pieces
 
 MAX_CONFIG = 10_000_000
+_ROOMY = 0.7  # of the available memory: the rest is for the cache and the work
 """Bytes of a config.json."""
 MAX_WIDTH = 1 << 20
 """Largest width that is believed; released models stay below 110,000. Products of three such stay far from overflow."""
@@ -82,6 +84,7 @@ def load(
     *,
     dtype: str = "auto",
     mtp: bool = True,
+    mapped: bool | None = None,
     check: bool = True,
     progress: Progress | None = None,
     environment: Environment | None = None,
@@ -102,7 +105,11 @@ def load(
         if opened.plan.ignored.get(head_name(opened.layout)):
             _check_tied_head(opened)
         source = files if isinstance(files, TensorFiles) else _Decoded(files, {p.file: dtype_of(p.ours) for p in opened.plan.pieces})
-        state = load_pieces(opened.plan, source, _shapes(decoder), dtype_of, check=check, progress=progress)
+        shapes = _shapes(decoder)
+        if mapped is None:  # memory of its own is read faster, so the weights stay in the file only where they would crowd out the rest
+            needed = sum(math.prod(shape) * dtype_of(name).itemsize for name, shape in shapes.items())
+            mapped = needed > _ROOMY * available_memory()
+        state = load_pieces(opened.plan, source, shapes, dtype_of, mapped=mapped, check=check, progress=progress)
     decoder.load_state_dict(state, assign=True)
     return LoadedModel(decoder.eval(), compute, opened)
 
@@ -112,6 +119,7 @@ def load_model(
     *,
     dtype: str = "auto",
     mtp: bool = True,
+    mapped: bool | None = None,
     check: bool = True,
     progress: Progress | None = None,
     environment: Environment | None = None,
@@ -119,9 +127,10 @@ def load_model(
     """Load a model by folder, `.gguf` file, Hub name (`baidu/ERNIE-4.5-0.3B-PT`), short name (`0.3B`) or `starter`.
 
     `dtype`: "auto", "float32" or "bfloat16" (`compute.choose_compute` has the rule). `mtp=False` leaves a multi-token prediction block in
-    the file. `check` refuses NaN and infinite weights. Raises CheckpointError, naming file and tensor, for anything that does not fit.
+    the file. `mapped` keeps weights in the mapped file where they need no change; None does so only when memory is short. `check` refuses
+    NaN and infinite weights. Raises CheckpointError, naming file and tensor, for anything that does not fit.
     """
-    return load(name_or_path, dtype=dtype, mtp=mtp, check=check, progress=progress, environment=environment).decoder
+    return load(name_or_path, dtype=dtype, mtp=mtp, mapped=mapped, check=check, progress=progress, environment=environment).decoder
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ class _Decoded:
 
     file: GgufFile
     dtypes: Mapping[str, torch.dtype]
+    owned: bool = True
 
     def read(self, name: str) -> Tensor:
         return self.file.read(name, self.dtypes[name])

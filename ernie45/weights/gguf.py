@@ -59,6 +59,8 @@ class GgufTensor:
 class GgufFile:
     """An open GGUF file: `metadata` as plain Python values, tensors by name. Views stay valid after `close`: they hold the mapping."""
 
+    owned = True
+
     def __init__(self, path: Path, metadata: dict[str, Any], tensors: dict[str, GgufTensor], view: mmap.mmap) -> None:
         self.path = path
         self.metadata = metadata

@@ -83,6 +83,8 @@ def open_safetensors(path: Path) -> "TensorFiles":
 class TensorFiles:
     """The tensors of one or several mapped files. Views stay valid after `close`: a mapping lives as long as its last view."""
 
+    owned = False
+
     def __init__(self, files: "list[_MappedFile]", listed: dict[str, str] | None = None) -> None:
         """Join `files`; with `listed` (an index: tensor -> file name) both must agree."""
         self._home: dict[str, _MappedFile] = {}

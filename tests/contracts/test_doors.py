@@ -11,9 +11,9 @@ HEAVY = {"torch", "numpy", "tokenizers", "transformers", "rich"}
 
 IMPORT = """
 import json, sys, time
-start = time.perf_counter()
+start = time.process_time()
 import ernie45
-print(json.dumps({"seconds": time.perf_counter() - start, "modules": sorted({m.split(".")[0] for m in sys.modules})}))
+print(json.dumps({"seconds": time.process_time() - start, "modules": sorted({m.split(".")[0] for m in sys.modules})}))
 """
 
 COMMAND = """

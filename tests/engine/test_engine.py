@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie45.engine.batch import BatchBuilder
-from ernie45.engine.cache import PagedAttend, PagedCache, available_memory, bytes_per_token
+from ernie45.engine.cache import PagedAttend, PagedCache, bytes_per_token
 from ernie45.engine.core import Engine, EngineConfig
 from ernie45.engine.request import FinishReason, Request, SamplingParams
 from ernie45.engine.scheduler import Plan, PlanRow
 from ernie45.errors import ConfigError, RequestError
+from ernie45.machine import available_memory
 from ernie45.models.config import ExpertsConfig, TextConfig
 from ernie45.models.text import Decoder
 from ernie45.ops import reference

@@ -99,7 +99,7 @@ def test_routers_and_mtp_projections_uploaded_the_other_way_round(tmp_path, layo
 
 def test_an_unfused_tensor_stays_in_the_file_and_learns_apart_from_it(folder):
     before = (folder / "model.safetensors").read_bytes()
-    decoder = load_model(folder, dtype="float32")
+    decoder = load_model(folder, dtype="float32", mapped=True)
     decoder.embed.weight.data.zero_()
     decoder.layers[0].attn.qkv.weight.data.zero_()
     assert decoder.embed.weight.requires_grad

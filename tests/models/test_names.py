@@ -119,6 +119,8 @@ def configs(draw, gguf=False):
 
 
 class Held(dict):
+    owned = False
+
     def read(self, name):
         return self[name]
 

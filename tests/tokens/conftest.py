@@ -1,6 +1,6 @@
 """Small tokenizer folders of every kind, made once: SentencePiece replicas of the 0.3B and the Thinking/VL folders, and a byte-level BPE.
 
-`tests/data/tokens/ernie-4.5-0.3b-base-pt.tokenizer_config.json` is the file of that name in baidu/ERNIE-4.5-0.3B-Base-PT, as published.
+`tests/data/ernie-4.5-0.3b-base-pt.tokenizer_config.json` is the file of that name in baidu/ERNIE-4.5-0.3B-Base-PT, as published.
 """
 
 import io
@@ -14,7 +14,7 @@ import tokenizers
 
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
 
-DATA = Path(__file__).parent.parent / "data" / "tokens"
+DATA = Path(__file__).parent.parent / "data"
 CORPUS = [
     "User: The largest ocean is",
     "Assistant: The Pacific is the largest ocean of all, then comes the Atlantic.",

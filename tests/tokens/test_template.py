@@ -14,9 +14,7 @@ from ernie45.tokens.messages import Image, Message, Text, ToolCall, Video, as_me
 from ernie45.tokens.parse import ReplyParser, parse_reply
 from ernie45.tokens.template import IGNORED, family_template, load_template
 
-PUBLISHED = json.loads((Path(__file__).parent.parent / "data/tokens/ernie-4.5-0.3b-base-pt.tokenizer_config.json").read_text())[
-    "chat_template"
-]
+PUBLISHED = json.loads((Path(__file__).parent.parent / "data/ernie-4.5-0.3b-base-pt.tokenizer_config.json").read_text())["chat_template"]
 CLS, SEP = "<|begin_of_sentence|>", "<|end_of_sentence|>"
 THINK_SYSTEM = "<|im_start|>system\n<global_setting>\nthink_mode=True\n</global_setting><|im_end|>\n\n"
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}

@@ -27,6 +27,8 @@ SHAPES = {"same": (5,), "qkv": (8, 3), "turned": (2, 6), "gate_up": (3, 4, 2), "
 class Held:
     """A source of tensors in memory that remembers what was given back."""
 
+    owned = False
+
     def __init__(self, tensors):
         self.tensors, self.released = tensors, []
 
@@ -56,6 +58,17 @@ def test_there_and_back_is_the_same():
     back, source = load(saved(ours))
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[name], ours[name]) for name in ours)
+    assert sorted(source.released) == sorted(source.tensors), "everything was copied and given back"
+    files = [tensor.untyped_storage().data_ptr() for tensor in source.tensors.values()]
+    assert all(tensor.untyped_storage().data_ptr() not in files for tensor in back.values())
+
+
+@pytest.mark.parametrize("owned", [True, False])
+def test_what_needs_no_change_stays_where_it_is_when_asked_or_when_it_is_ours(owned, monkeypatch):
+    monkeypatch.setattr(Held, "owned", owned)
+    ours = numbered()
+    back, source = load(saved(ours), mapped=not owned)
+    assert all(torch.equal(back[name], ours[name]) for name in ours)
     assert sorted(source.released) == sorted(set(source.tensors) - {"s", "b"}), "what was copied is given back, views are kept"
     assert back["same"].data_ptr() == source.tensors["s"].data_ptr()
     assert back["bias"].data_ptr() == source.tensors["b"].data_ptr()
@@ -84,7 +97,7 @@ def test_other_types_are_converted(stored):
 def test_uint16_is_bfloat16_bits():
     ours = numbered(torch.bfloat16)
     files = {name: tensor.view(torch.uint16) for name, tensor in saved(ours, torch.bfloat16).items()}
-    back, source = load(files, torch.bfloat16)
+    back, source = load(files, torch.bfloat16, mapped=True)
     assert all(torch.equal(back[name], ours[name]) for name in ours)
     assert back["same"].data_ptr() == source.tensors["s"].data_ptr()
 
