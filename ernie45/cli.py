@@ -39,6 +39,9 @@ WORDS: dict[str, Word] = {
     "models": Word("Look", "ernie45.recipes.models", "ModelsConfig", "list every published model of the family, with sizes"),
     "inspect": Word("Look", "ernie45.recipes.inspect", "InspectConfig", "show what is in a model folder or file, and what is wrong there"),
     "quantize": Word("Make", "ernie45.recipes.quantize", "QuantizeConfig", "write a model with fewer bits, and measure what that costs"),
+    "pretrain": Word("Learn", "ernie45.recipes.pretrain", "PretrainConfig", "learn from a corpus, from nothing or from a model"),
+    "sft": Word("Learn", "ernie45.recipes.sft", "SftConfig", "teach a model from conversations: all weights, or adapters"),
+    "align": Word("Learn", "ernie45.recipes.align", "AlignConfig", "teach a model to prefer the better of two answers"),
     "export": Word("Make", "ernie45.recipes.export", "ExportConfig", "write a model as a GGUF file for llama.cpp and its kin"),
 }
 

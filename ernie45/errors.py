@@ -24,6 +24,14 @@ class TokenizerError(ErnieError):
     """Text, ids or messages that cannot be turned into a prompt."""
 
 
+class DataError(ErnieError):
+    """A training row or data file that cannot be learned from; the text names file, line and field."""
+
+
+class RunError(ErnieError):
+    """A training run that cannot go on: its folder is in use, its checkpoint is of another run, its losses are not finite."""
+
+
 class RequestError(ErnieError):
     """A generation request that cannot be honoured. `field` names the offending setting where there is one."""
 

@@ -49,6 +49,11 @@ class Decoder(nn.Module):
             x_TD = layer(x_TD, turns_TP, attend)
         return x_TD
 
+    @property
+    def head_matrix(self) -> Tensor:
+        """The output head's weight [V, D]; the embedding's where the two are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
     def logits(self, h_RD: Tensor) -> Tensor:
         """Final norm and output head, [R, D] -> [R, V] in the compute type."""
         h_RD = self.norm(h_RD)

@@ -40,6 +40,33 @@ class PackedCausal:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+class BranchedCausal:
+    """Groups of a prefix and branches that go on from it: a branch sees the prefix and itself, never another branch.
+
+    `groups` are lengths: prefix (may be 0), then each branch. The prefix is computed once for all its branches.
+    """
+
+    def __init__(self, groups: list[tuple[int, ...]]) -> None:
+        assert all(len(group) > 1 and group[0] >= 0 and min(group[1:]) > 0 for group in groups), "a prefix, then branches of tokens"
+        self.groups = groups
+
+    def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """[T, N, H] from [T, N, H] and [T, K, H] twice."""
+        assert q_TNH.shape[0] == sum(map(sum, self.groups)), "groups and tokens differ"
+        parts, start = [], 0
+        for prefix, *branches in self.groups:
+            shared = slice(start, start + prefix)
+            if prefix:
+                parts.append(ops.causal_attention(q_TNH[shared], k_TKH[shared], v_TKH[shared]))
+            start += prefix
+            for length in branches:
+                own = slice(start, start + length)
+                keys, values = torch.cat((k_TKH[shared], k_TKH[own])), torch.cat((v_TKH[shared], v_TKH[own]))
+                parts.append(ops.causal_attention(q_TNH[own], keys, values))
+                start += length
+        return torch.cat(parts)
+
+
 class Attention(nn.Module):
     """Grouped-query attention. `qkv` holds the rows of all query heads, then all key heads, then all value heads."""
 

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from ernie45.config import Environment
 from ernie45.ops import eager, native, quantised
-from ernie45.ops.eager import causal_attention, experts, rms_norm, rotate_pairs, route, swiglu
+from ernie45.ops.eager import causal_attention, experts, over_experts, rms_norm, rotate_pairs, route, swiglu
 from ernie45.ops.native import Native
 from ernie45.ops.quantised import PackedWeight, dequantise, dequantise_rows
 from ernie45.ops.reference import Routing
 
 __all__ = [
     "KERNELS", "PackedWeight", "Routing", "causal_attention", "dequantise", "dequantise_rows", "describe", "experts", "linear",
-    "packed_feed_forward", "packed_linear", "packed_linear_add", "packed_qkv", "packed_swiglu", "paged_attention", "rms_norm",
+    "over_experts", "packed_feed_forward", "packed_linear", "packed_linear_add", "packed_qkv", "packed_swiglu", "paged_attention", "rms_norm",
     "rotate_pairs", "route", "swiglu",
 ]  # fmt: skip
 

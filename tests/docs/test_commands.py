@@ -15,7 +15,7 @@ def flags_of(word):
     program = "import sys; from ernie45.cli import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", program, word, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return set(re.findall(r"--[a-z][a-z-]*", done.stdout))
+    return set(re.findall(r"--[a-z][a-z.-]*", done.stdout))
 
 
 def test_every_command_that_a_page_shows_exists(ernie_commands):

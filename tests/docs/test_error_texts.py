@@ -9,6 +9,7 @@ from ernie45.config import Environment, from_mapping
 from ernie45.engine.request import Request, SamplingParams
 from ernie45.engine.scheduler import SchedulerConfig
 from ernie45.models.config import TextConfig
+from ernie45.train.records import as_record
 
 # Each example of the page, by its first words, and what brings it about.
 CAUSES = {
@@ -18,6 +19,7 @@ CAUSES = {
     "config.json: 'moe_layer_stride'": lambda: TextConfig.from_hf({"model_type": "ernie4_5_moe", "moe_layer_stride": 2}),
     "max_tokens must be": lambda: SamplingParams(max_tokens=0),
     "prompt holds the token id": lambda: Request(id="a", prompt=(103_424,)).check_vocabulary(103_424),
+    "train.jsonl: line 7": lambda: as_record({"src": ["a", "b"], "tgt": ["c"]}, "train.jsonl: line 7"),
     "this needs the package": lambda: raise_missing("huggingface_hub", "hub"),
 }
 

@@ -1,0 +1,139 @@
+"""Training speed and memory beside TRL + PEFT: the same model, rows, settings and number of threads, each in a process of its own.
+
+    python benchmarks/training.py [--method lora|full] [--model starter] [--data rows.jsonl] [--steps 4] [--threads 2]
+
+Needs trl and peft. Losses are printed beside the speed: a faster run that learns something else is no faster run.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RATE, TOKENS = 1e-4, 1024
+
+
+def load_rows(model: str, data: Path) -> tuple[Path, list]:
+    """The model folder, and the rows as examples of at most TOKENS tokens."""
+    from ernie45.config import Environment
+    from ernie45.models.load import find_model
+    from ernie45.tokens.template import load_template
+    from ernie45.tokens.tokenizer import load_tokenizer
+    from ernie45.train.examples import make_examples
+    from ernie45.train.records import read_records
+
+    folder = find_model(model, Environment.read())
+    tokenizer = load_tokenizer(folder)
+    examples = make_examples(read_records([data]), load_template(folder, tokenizer), tokenizer, TOKENS, on_bad=lambda error: None)
+    return folder, examples
+
+
+def run_ours(args: argparse.Namespace) -> dict:
+    """Four rows a step, packed."""
+    import torch
+
+    from ernie45.models.load import load_model
+    from ernie45.nn.lora import LoraConfig, adapt
+    from ernie45.train.batch import pack
+    from ernie45.train.optim import Optimiser, OptimiserConfig
+    from ernie45.train.step import LossConfig, Step
+
+    torch.set_num_threads(args.threads)
+    folder, examples = load_rows(args.model, args.data)
+    decoder = load_model(folder, dtype="float32").train()
+    if args.method == "lora":
+        adapt(decoder.requires_grad_(False).layers, LoraConfig(rank=8), torch.Generator().manual_seed(0))
+    learner = Step(decoder, Optimiser(decoder, OptimiserConfig(weight_decay=0.0), decoder.config.head_size), LossConfig())
+    reports = []
+    for step in range(args.steps):
+        rows = examples[4 * step : 4 * step + 4]
+        reports.append(learner([pack(rows)], step, RATE))
+    seconds = sum(report.seconds for report in reports[1:])
+    return {"tokens_per_s": sum(r.tokens for r in reports[1:]) / seconds, "losses": [r.loss for r in reports]}
+
+
+def run_trl(args: argparse.Namespace) -> dict:
+    """Four rows a step, padded, by TRL's SFTTrainer."""
+    import torch
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from peft import LoraConfig
+    from pyarrow import Table
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Clock(TrainerCallback):
+        """Notes when each step ends."""
+
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            self.ends.append(time.perf_counter())
+
+    torch.set_num_threads(args.threads)
+    folder, examples = load_rows(args.model, args.data)
+    examples = examples[: 4 * args.steps]
+    rows = [{"input_ids": list(e.ids), "labels": list(e.labels)} for e in examples]
+    settings = SFTConfig(
+        output_dir=str(Path(args.scratch)),
+        per_device_train_batch_size=4,
+        max_steps=args.steps,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        adam_beta2=0.95,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        disable_tqdm=True,
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM") if args.method == "lora" else None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="<|im_end|>", eos_token="<|im_end|>")
+    clock = Clock()
+    data = Dataset(InMemoryTable(Table.from_pylist(rows)), fingerprint="rows")
+    trainer = SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer, peft_config=lora, callbacks=[clock])
+    trainer.train()
+    tokens = sum(len(e.ids) for e in examples[4:])  # without padding: the same tokens on both sides
+    losses = [line["loss"] for line in trainer.state.log_history if "grad_norm" in line]
+    return {"tokens_per_s": tokens / (clock.ends[-1] - clock.ends[0]), "losses": losses}
+
+
+def main() -> None:
+    """Run both sides and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=["lora", "full"], default="lora")
+    parser.add_argument("--model", default="starter")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--scratch", default="benchmarks/results/trl")
+    parser.add_argument("--side", choices=["ours", "trl"])
+    args = parser.parse_args()
+    if args.side:
+        result = run_ours(args) if args.side == "ours" else run_trl(args)
+        result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(json.dumps(result))
+        return
+    print("| side | tokens/s after the first step | peak GB | losses |\n|---|---|---|---|")
+    for side in ("ours", "trl"):
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr[-2000:])
+        result = json.loads(done.stdout.splitlines()[-1])
+        losses = ", ".join(f"{loss:.6f}" for loss in result["losses"])
+        print(f"| {side} | {result['tokens_per_s']:.0f} | {result['peak_gb']:.2f} | {losses} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""What the training recipes share: opening a model to train, saying the plan, showing the steps, writing the result.
+
+A run folder holds `settings.json` (every setting, resolved), `log.jsonl` (a line a step), `checkpoints/`, and at the end `model/`, which
+chats and loads everywhere, and `adapter/` (PEFT) where adapters were trained.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ernie45.config import Environment
+from ernie45.errors import CheckpointError, ConfigError, DataError, RunError
+from ernie45.models.adapters import save_adapter
+from ernie45.models.load import LoadedModel, load
+from ernie45.models.save import save_model
+from ernie45.models.text import Decoder
+from ernie45.nn.lora import LoraConfig, adapt, merge
+from ernie45.tokens.template import ChatTemplate, load_template
+from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
+from ernie45.train.optim import OptimiserConfig
+from ernie45.train.schedule import ScheduleConfig
+from ernie45.train.step import LossConfig, StepReport
+
+_QUIET_STEPS = 10
+"""Steps between two lines where the error stream is no terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningConfig:
+    """How any training runs."""
+
+    out: Path
+    """Folder of the run; a run that was stopped goes on where its last checkpoint stands."""
+    steps: int | None = None
+    """Optimiser steps; by default what the epochs need."""
+    epochs: int = 1
+    """Times the data is seen, unless `steps` says otherwise."""
+    batch_tokens: int = 2048
+    """Tokens that go through the model at once; no example may be longer."""
+    accumulate: int = 1
+    """Batches per step."""
+    seed: int = 0
+    """Of the order of the data and the first values of adapters."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What is computed in."""
+    recompute: bool = False
+    """Keep only each layer's input and compute the layer again in backward: less memory, a third more work."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    skip_bad: bool = False
+    """Count rows that cannot be learned from instead of ending."""
+    dry_run: bool = False
+    """Say what would be done, and stop."""
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    """How gradients become steps."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate over the run."""
+    losses: LossConfig = field(default_factory=LossConfig)
+    """What is learned beside the next token."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("epochs", 1), ("batch_tokens", 2), ("accumulate", 1), ("save_every", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, not {value}")
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A model that is to learn, with its tokenizer."""
+
+    loaded: LoadedModel
+    tokenizer: Tokenizer
+
+    @property
+    def decoder(self) -> Decoder:
+        """The network."""
+        return self.loaded.decoder
+
+    @property
+    def folder(self) -> Path:
+        """Where it came from."""
+        return self.loaded.opened.path
+
+    def template(self, chat_format: str | None) -> ChatTemplate:
+        """How its conversations are written."""
+        return load_template(self.folder, self.tokenizer, chat_format)
+
+
+def open_pupil(model: str, dtype: str, environment: Environment) -> Pupil:
+    """Load a model folder to be trained. Raises CheckpointError for a single file, which has no tokenizer beside it."""
+    loaded = load(model, dtype=dtype, environment=environment)
+    if not loaded.opened.path.is_dir():
+        raise CheckpointError(f"{loaded.opened.path}: training needs a model folder with its tokenizer, not a single file")
+    decoder = loaded.decoder.train()
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_(not name.endswith("selection_bias"))
+    return Pupil(loaded, load_tokenizer(loaded.opened.path))
+
+
+def add_adapters(decoder: Decoder, config: LoraConfig, seed: int) -> None:
+    """Freeze the decoder and put fresh adapters on all its layers."""
+    decoder.requires_grad_(False)
+    adapt(decoder.layers, config, torch.Generator().manual_seed(seed))
+
+
+class BadRows:
+    """Counts rows that are left out, and says which."""
+
+    SHOWN = 5
+
+    def __init__(self) -> None:
+        self.errors: list[DataError] = []
+
+    def __call__(self, error: DataError) -> None:
+        """Take one in."""
+        self.errors.append(error)
+        if len(self.errors) <= self.SHOWN:
+            print(f"left out: {error}", file=sys.stderr)
+
+
+def plan_text(decoder: Decoder, facts: Mapping[str, object]) -> str:
+    """The plan, a fact a line: parameters, memory without activations, then `facts`."""
+    kinds: Counter[bool] = Counter()
+    held = 0
+    for parameter in decoder.parameters():
+        kinds[parameter.requires_grad] += parameter.numel()
+        held += parameter.numel() * parameter.element_size()
+        if parameter.requires_grad:  # gradient, two float32 means, and a float32 master where the weight is not
+            held += parameter.numel() * (parameter.element_size() + 8 + (0 if parameter.dtype == torch.float32 else 4))
+    lines = {
+        "parameters": f"{sum(kinds.values()):,}, of which {kinds[True]:,} learn",
+        "memory": f"{held / 1e9:.2f} GB for weights, gradients and optimiser; activations come on top",
+        **facts,
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {fact:,}" if isinstance(fact, int) else f"{name:<{width}}  {fact}" for name, fact in lines.items())
+
+
+class Watcher:
+    """Shows steps on the error stream: one line that moves at a terminal, every tenth step elsewhere."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.live = steps, sys.stderr.isatty()
+
+    def __call__(self, report: StepReport) -> None:
+        """Show one step."""
+        last = report.step + 1 == self.steps
+        if not self.live and not last and report.step % _QUIET_STEPS:
+            return
+        speed = report.tokens / max(report.seconds, 1e-9)
+        left = (self.steps - report.step - 1) * report.seconds
+        text = f"step {report.step + 1}/{self.steps}  loss {report.loss:.4f}  rate {report.rate:.2e}  norm {report.norm:.2f}"
+        text += f"  {speed:,.0f} tok/s  {left / 60:.1f} min left" + ("  SKIPPED: gradient not finite" if report.skipped else "")
+        print(f"\r\x1b[K{text}" if self.live else text, end="\n" if last or not self.live else "", file=sys.stderr, flush=True)
+
+
+def prepare(out: Path, settings: Mapping[str, Any]) -> None:
+    """Make the run folder and record the settings. Raises RunError when a finished run is there."""
+    if (out / "model").exists():
+        raise RunError(f"{out}: a finished run is there (model/); choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", "utf-8")
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+def plain_settings(config: Any, *without: str) -> dict[str, Any]:
+    """A config as plain data, paths as texts, without the settings that do not change what is learned."""
+    return {name: value for name, value in json.loads(json.dumps(asdict(config), default=str)).items() if name not in without}
+
+
+def digest_of_ids(rows: Iterable[tuple[int, ...]]) -> str:
+    """A digest of all ids of the data, for the fingerprint of a run."""
+    hashed = hashlib.sha256()
+    for row in rows:
+        hashed.update(repr(row).encode())
+    return hashed.hexdigest()
+
+
+def write_result(pupil: Pupil, target: Path, lora: LoraConfig | None, card: str) -> Path:
+    """The trained model as the folder `target`, in the type its weights were stored in, with tokenizer, template and a card.
+
+    With `lora` the adapters go to `adapter/` beside it and are merged into the model.
+    """
+    if lora is not None:
+        if not (target.parent / "adapter").exists():
+            save_adapter(pupil.decoder, target.parent / "adapter", lora, str(pupil.folder))
+        merge(pupil.decoder)
+    stored = pupil.loaded.opened.stored
+    save_model(pupil.decoder.eval(), target, dtype=stored if stored.is_floating_point else None, companions=pupil.folder)
+    (target / "README.md").write_text(card, "utf-8")
+    if (pupil.folder / "LICENSE").is_file():
+        shutil.copyfile(pupil.folder / "LICENSE", target / "LICENSE")
+    return target

@@ -1,0 +1,153 @@
+"""Records as packed batches: rendered by the template that serving uses, ordered by a keyed permutation, packed without cross-talk.
+
+The sequence of batches depends on the seed and the data alone: batch number i is the same after a resume, and whoever asks for it. The
+state of a run over examples is therefore one integer.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from ernie45.errors import DataError, ErnieError
+from ernie45.tokens.template import ChatTemplate, Prompt
+from ernie45.tokens.tokenizer import Tokenizer
+from ernie45.train.batch import Example, TrainBatch, pack, plan_packs
+from ernie45.train.records import Conversation, Document, Record
+
+WINDOW = 512
+"""Examples that are packed together: best fit looks no further, so its cost does not grow with the data."""
+
+
+class Batch(Protocol):
+    """What every kind of batch has: the ids the model sees and those it learns, int64 [T] each."""
+
+    @property
+    def tokens_T(self) -> Tensor:  # noqa: N802
+        """What the model sees."""
+        ...
+
+    @property
+    def labels_T(self) -> Tensor:  # noqa: N802
+        """What each row learns."""
+        ...
+
+
+B = TypeVar("B", bound=Batch, covariant=True)
+
+
+class Batches(Protocol[B]):
+    """A sequence of batches that anyone can enter anywhere."""
+
+    def batch(self, index: int) -> B:
+        """Batch number `index`, from 0, the same at every call."""
+        ...
+
+
+def as_example(record: Record, template: ChatTemplate, tokenizer: Tokenizer, thinking: bool | None = None) -> Example:
+    """What the model sees of a record and what it learns. Raises DataError naming the row."""
+    if isinstance(record, Document):
+        eos = tokenizer.eos_ids[:1]
+        ids = (*tokenizer.encode(record.text), *eos)
+        return Example(ids, ids)
+    if not isinstance(record, Conversation):
+        raise DataError(f"{record.where}: is a preference pair; this training reads conversations (pairs are for `ernie align`)")
+    try:
+        # reasoning in the data means that the model is to think
+        thinks = thinking if thinking is not None or not any(m.reasoning for m in record.messages) else _may_think(template)
+        prompt: Prompt = template.render(record.messages, tools=record.tools or None, thinking=thinks, add_generation_prompt=False)
+    except ErnieError as error:
+        raise DataError(f"{record.where}: {error}") from None
+    example = Example(prompt.ids, prompt.labels)
+    if not example.learned:
+        raise DataError(f"{record.where}: nothing in it is learned: it has no answer, or every answer is labelled 0")
+    return example
+
+
+def _may_think(template: ChatTemplate) -> bool | None:
+    return True if template.family is not None and template.family.thinking == "switch" else None
+
+
+def make_examples(
+    records: Iterable[Record],
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    limit: int,
+    *,
+    thinking: bool | None = None,
+    on_bad: Callable[[DataError], None] | None = None,
+) -> list[Example]:
+    """Every record as an example of at most `limit` tokens.
+
+    One that is longer, or cannot be rendered, raises DataError or is handed to `on_bad` and left out; nothing is cut in silence.
+    """
+    made = []
+    for record in records:
+        try:
+            example = as_example(record, template, tokenizer, thinking)
+            if len(example.ids) > limit:
+                raise DataError(
+                    f"{record.where}: has {len(example.ids):,} tokens, more than the limit of {limit:,}; raise it, or leave the row out"
+                )
+        except DataError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+        else:
+            made.append(example)
+    return made
+
+
+def permutation(count: int, *key: object) -> np.ndarray:
+    """A fixed order of 0 .. count - 1 for a key: by a hash of each number, so that no library's random generator is in it."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
+    x = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the finaliser of splitmix64
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
+
+
+class PackedExamples:
+    """Examples, epoch after epoch in a new order, as batches of at most `limit` tokens. Order and packing are keyed by (seed, epoch)."""
+
+    def __init__(self, examples: Sequence[Example], limit: int, seed: int) -> None:
+        if not examples:
+            raise DataError("there is not one example to learn from; is the data empty, or was every row left out?")
+        self.examples, self.limit, self.seed = examples, limit, seed
+        self._epochs: list[list[list[int]]] = []
+
+    def packs(self, epoch: int) -> list[list[int]]:
+        """The examples of each batch of an epoch."""
+        while len(self._epochs) <= epoch:
+            order = permutation(len(self.examples), self.seed, len(self._epochs)).tolist()
+            packs: list[list[int]] = []
+            for start in range(0, len(order), WINDOW):
+                window = order[start : start + WINDOW]
+                lengths = [len(self.examples[n].ids) for n in window]
+                packs += [[window[place] for place in plan] for plan in plan_packs(lengths, self.limit)]
+            self._epochs.append(packs)
+        return self._epochs[epoch]
+
+    def count(self, epochs: int) -> int:
+        """Batches in the first `epochs` epochs."""
+        return sum(len(self.packs(epoch)) for epoch in range(epochs))
+
+    def batch(self, index: int) -> TrainBatch:
+        """Batch `index` of the endless sequence of epochs."""
+        epoch = 0
+        while index >= len(self.packs(epoch)):
+            index -= len(self.packs(epoch))
+            epoch += 1
+        return pack([self.examples[n] for n in self.packs(epoch)[index]])
+
+
+def digest_of(before: str, batch: Batch) -> str:
+    """The digest of all ids consumed so far, after one batch more: equal digests mean equal histories."""
+    learned = batch.tokens_T.numpy().tobytes() + batch.labels_T.numpy().tobytes()
+    return hashlib.sha256(bytes.fromhex(before) + learned).hexdigest()
+
+
+NO_HISTORY = hashlib.sha256(b"").hexdigest()
+"""The digest before the first batch."""

@@ -1,0 +1,125 @@
+"""A run: steps from where the last checkpoint stands to the end, one log line each, checkpoints on the way."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+
+from ernie45.errors import ConfigError, RunError
+from ernie45.train.checkpoint import Checkpoints, Progress
+from ernie45.train.examples import Batch, Batches, digest_of
+from ernie45.train.lock import locked
+from ernie45.train.optim import MovingAverage, Optimiser
+from ernie45.train.schedule import ScheduleConfig
+from ernie45.train.step import StepReport
+
+LOG = "log.jsonl"
+MAX_SKIPPED = 5
+"""Steps in a row whose gradient may be not finite before the run ends: then it is no outlier, the run has diverged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long a run is and what it keeps."""
+
+    steps: int
+    """Optimiser steps."""
+    accumulate: int = 1
+    """Batches per step."""
+    save_every: int = 500
+    """Steps between checkpoints; one more is written at the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"run.{name} must be at least 1, not {getattr(self, name)}")
+
+
+B = TypeVar("B", bound=Batch)
+C = TypeVar("C", bound=Batch, contravariant=True)
+
+
+class Learner(Protocol[C]):
+    """One optimiser step of some method: language modelling, preferences, ..."""
+
+    optimiser: Optimiser
+
+    def __call__(self, batches: Sequence[C], step: int, rate: float) -> StepReport:
+        """Learn from the batches of one step."""
+        ...
+
+
+def train(
+    learner: Learner[B],
+    model: torch.nn.Module,
+    data: Batches[B],
+    schedule: ScheduleConfig,
+    config: RunConfig,
+    folder: Path,
+    fingerprint: str,
+    *,
+    average: MovingAverage | None = None,
+    on_report: Callable[[StepReport], None] = lambda report: None,
+) -> Progress:
+    """Run to the end from the newest checkpoint in `folder`, or from the start. Returns where it stands.
+
+    In one process a run that was killed and resumed gives the losses of one that was not, bit for bit.
+    Raises RunError when another run works in the folder, the checkpoint does not fit, or losses stay not finite.
+    """
+    with locked(folder):
+        checkpoints = Checkpoints(folder / "checkpoints", fingerprint, config.keep)
+        progress = checkpoints.load_last(model, learner.optimiser, average) or Progress()
+        skipped = 0
+        with _log(folder / LOG, progress.step) as write:
+            while progress.step < config.steps:
+                batches = [data.batch(progress.consumed + n) for n in range(config.accumulate)]
+                report = learner(batches, progress.step, schedule.at(progress.step, config.steps))
+                progress = _after(progress, batches, report)
+                if average is not None and not report.skipped:
+                    average.update(learner.optimiser, report.tokens)
+                write(report)
+                on_report(report)
+                skipped = skipped + 1 if report.skipped else 0
+                if skipped == MAX_SKIPPED:
+                    raise RunError(
+                        f"the gradient was not finite in {MAX_SKIPPED} steps in a row, up to step {report.step}: the run has diverged; "
+                        f"lower the learning rate or look at the data; the last good weights are in {checkpoints.folder}"
+                    )
+                if not skipped and (progress.step % config.save_every == 0 or progress.step == config.steps):
+                    checkpoints.save(progress, model, learner.optimiser, average)
+    return progress
+
+
+def _after(progress: Progress, batches: Sequence[Batch], report: StepReport) -> Progress:
+    digest = progress.digest
+    for batch in batches:
+        digest = digest_of(digest, batch)
+    return Progress(
+        step=progress.step + 1, consumed=progress.consumed + len(batches), digest=digest, tokens=progress.tokens + report.tokens
+    )
+
+
+@contextmanager
+def _log(path: Path, step: int) -> Iterator[Callable[[StepReport], None]]:
+    """Writes one line a step; lines of steps from `step` on belong to a run that was killed after its checkpoint, and go."""
+    kept = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line: the kill came while it was written
+    path.write_text("".join(line + "\n" for line in kept), "utf-8")
+    with path.open("a", encoding="utf-8") as file:
+
+        def write(report: StepReport) -> None:
+            file.write(json.dumps(report.as_json()) + "\n")
+            file.flush()
+
+        yield write

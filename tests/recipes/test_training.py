@@ -1,0 +1,212 @@
+"""`ernie sft`, `align` and `pretrain` as people use them: from rows in a file to a model that loads everywhere."""
+
+import json
+
+import pytest
+import tokenizers
+import torch
+from transformers import AutoModelForCausalLM
+
+from ernie45.cli import main
+from ernie45.errors import CheckpointError, ConfigError, DataError, RunError
+from ernie45.models.adapters import load_adapter
+from ernie45.models.load import load_model
+from ernie45.models.released import tiny
+from ernie45.models.save import save_model
+from ernie45.models.text import Decoder
+from tests.tokens.conftest import CHATML
+
+ROWS = [
+    {"src": ["What is up?"], "tgt": ["The sky is up."]},
+    {"messages": [{"role": "user", "content": "And down?"}, {"role": "assistant", "content": "The sea."}]},
+    {"instruction": "Name a colour", "input": "", "output": "Green, like grass."},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there."}]},
+]
+PAIRS = [
+    {"src": ["What is up?"], "tgt": [], "response": [["The sky."], ["No idea, go away."]], "sort": [1, 0]},
+    {"prompt": "And down?", "chosen": "The sea.", "rejected": "Never mind that."},
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "experts"])
+def model(request, tmp_path_factory):
+    """A tiny model folder that chats: ChatML over a byte-level vocabulary."""
+    folder = tmp_path_factory.mktemp("model") / "base"
+    config = tiny(experts=request.param, vocab_size=384)
+    save_model(Decoder(config).initialise(torch.Generator().manual_seed(0), std=0.1), folder)
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["some words"], trainer)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHATML}))
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS), "utf-8")
+    return path
+
+
+def ernie(*words):
+    """Run a command as `main` would, mistakes as exceptions."""
+    from ernie45.cli import dispatch
+
+    return dispatch([str(word) for word in words])
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+COMMON = ("--batch-tokens", 128, "--schedule.peak", "1e-2", "--epochs", 8)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_sft_learns_and_its_model_loads_everywhere(model, rows, tmp_path, rank, capsys):
+    out = tmp_path / "run"
+    assert ernie("sft", model, "--data", rows, "--out", out, "--lora.rank", rank, *COMMON) == 0
+    assert "of which" in capsys.readouterr().out
+    seen = losses(out)
+    assert sum(seen[-2:]) < 0.8 * sum(seen[:2])
+    assert json.loads((out / "settings.json").read_text())["lora"]["rank"] == rank
+    ids = [5, 90, 200, 17]
+    decoder = load_model(out / "model")
+    ours = decoder.prompt_logits(ids)
+    theirs = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    with torch.no_grad():
+        # float32, other order of sums, logits up to 10
+        torch.testing.assert_close(ours, theirs(torch.tensor([ids])).logits[0], atol=2e-4, rtol=1e-4)
+    assert (out / "model" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert "Fine-tuned" in (out / "model" / "README.md").read_text()
+    assert (out / "adapter").exists() == bool(rank)
+    if rank:
+        base = load_model(model)
+        load_adapter(base, out / "adapter")
+        torch.testing.assert_close(base.prompt_logits(ids), ours, atol=2e-4, rtol=1e-4)
+
+
+def test_align_raises_the_margin_of_the_better_answer(model, pairs, tmp_path):
+    for rank in (0, 4):
+        out = tmp_path / f"run-{rank}"
+        ernie("align", model, "--data", pairs, "--out", out, "--lora.rank", rank, *COMMON)
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+        assert lines[-1]["loss"] < 0.5
+        assert lines[-1]["margin"] > 0.3
+        load_model(out / "model")
+
+
+def test_pretrain_prepares_a_corpus_and_learns_it(model, tmp_path, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text("".join(json.dumps({"text": f"the number {n} follows {n - 1}"}) + "\n" for n in range(40)))
+    (texts / "b.txt").write_text("one text file is one document")
+    ernie("pretrain", model, "--data", texts, "--prepare", tmp_path / "corpus", "--out", tmp_path / "unused")
+    assert "41 documents" in capsys.readouterr().out
+    assert not (tmp_path / "unused").exists()
+    out = tmp_path / "run"
+    how = ("--schedule.peak", "1e-2", "--schedule.warmup", 2, "--batch-tokens", 64, "--steps", 14, "--average-tokens", 200)
+    ernie("pretrain", model, "--data", tmp_path / "corpus", "--out", out, "--fresh", *how)
+    seen = losses(out)
+    assert seen[0] > 5.5  # ln 384 = 5.95
+    assert seen[-1] < seen[0] - 1
+    a, b = (load_model(out / name).prompt_logits([5, 6, 7]) for name in ("model", "model-averaged"))
+    assert not torch.equal(a, b)
+
+
+def test_a_stopped_run_goes_on_where_it_stood(model, rows, tmp_path, monkeypatch):
+    from ernie45.recipes import sft
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    words = ("--data", rows, "--steps", 6, "--save-every", 2, "--batch-tokens", 128)
+    ernie("sft", model, *words, "--out", whole)
+
+    class Stop(Exception):
+        pass
+
+    def watcher(steps):
+        def seen(report):
+            if report.step == 4:
+                raise Stop
+
+        return seen
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "Watcher", watcher)
+        with pytest.raises(Stop):
+            ernie("sft", model, *words, "--out", cut)
+    ernie("sft", model, *words, "--out", cut)
+    assert losses(cut) == losses(whole)
+    assert (cut / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_dry_run_says_the_plan_and_writes_nothing(model, rows, tmp_path, capsys):
+    ernie("sft", model, "--data", rows, "--out", tmp_path / "run", "--dry-run")
+    text = capsys.readouterr().out
+    assert "parameters" in text
+    assert "examples     4" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_are_named(model, rows, pairs, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(DataError, match="no such file"):
+        ernie("sft", model, "--data", tmp_path / "none.jsonl", "--out", out)
+    with pytest.raises(DataError, match=r"pairs\.jsonl: line 1: is a preference pair"):
+        ernie("sft", model, "--data", pairs, "--out", out)
+    with pytest.raises(DataError, match=r"rows\.jsonl: line 1: is no preference pair"):
+        ernie("align", model, "--data", rows, "--out", out)
+    with pytest.raises(DataError, match="more than the limit of 8"):
+        ernie("sft", model, "--data", rows, "--out", out, "--batch-tokens", 8)
+    with pytest.raises(ConfigError, match=r"did you mean '--schedule\.peak'"):
+        ernie("sft", model, "--data", rows, "--out", out, "--schedule.pek", 1)
+    for flag in ("--steps", "--epochs", "--batch-tokens", "--accumulate", "--save-every"):
+        with pytest.raises(ConfigError, match=f"{flag[2:].replace('-', '_')} must be at least"):
+            ernie("sft", model, "--data", rows, "--out", out, flag, 0)
+    with pytest.raises(DataError, match="prepare"):
+        ernie("pretrain", model, "--data", tmp_path / "corpus", "--out", out)
+
+
+def test_bad_rows_are_counted_when_asked(model, rows, tmp_path, capsys):
+    rows.write_text(rows.read_text() + '{"src": ["a"]}\n')
+    ernie("sft", model, "--data", rows, "--out", tmp_path / "run", "--dry-run", "--skip-bad")
+    said = capsys.readouterr()
+    assert "left out     1" in said.out
+    assert "line 5" in said.err
+
+
+def test_a_finished_run_is_not_overwritten(model, rows, tmp_path):
+    words = ("sft", model, "--data", rows, "--out", tmp_path / "run", "--steps", 1)
+    ernie(*words)
+    with pytest.raises(RunError, match="finished run"):
+        ernie(*words)
+
+
+def test_a_single_file_cannot_be_trained(tmp_path, model, rows):
+    with pytest.raises(CheckpointError):
+        ernie("sft", tmp_path / "none.gguf", "--data", rows, "--out", tmp_path / "run")
+    assert main(["sft", str(tmp_path / "none.gguf"), "--data", str(rows), "--out", str(tmp_path / "run")]) == 2
