@@ -3,21 +3,35 @@
 `KERNELS` is what was chosen: the compiled kernels, or None when they are not installed and everything runs on plain PyTorch.
 """
 
-import torch
-from torch import Tensor
-
 from ernie45.config import Environment
-from ernie45.ops import eager, native, quantised
-from ernie45.ops.eager import causal_attention, experts, over_experts, rms_norm, rotate_pairs, route, swiglu
+from ernie45.ops import native, quantised
+from ernie45.ops.eager import causal_attention, experts, linear, over_experts, rms_norm, rotate_pairs, route, swiglu
 from ernie45.ops.native import Native
 from ernie45.ops.quantised import PackedWeight, dequantise, dequantise_rows
 from ernie45.ops.reference import Routing
 
 __all__ = [
-    "KERNELS", "PackedWeight", "Routing", "causal_attention", "dequantise", "dequantise_rows", "describe", "experts", "linear",
-    "over_experts", "packed_feed_forward", "packed_linear", "packed_linear_add", "packed_qkv", "packed_swiglu", "paged_attention", "rms_norm",
-    "rotate_pairs", "route", "swiglu",
-]  # fmt: skip
+    "KERNELS",
+    "PackedWeight",
+    "Routing",
+    "causal_attention",
+    "dequantise",
+    "dequantise_rows",
+    "describe",
+    "experts",
+    "linear",
+    "over_experts",
+    "packed_feed_forward",
+    "packed_linear",
+    "packed_linear_add",
+    "packed_qkv",
+    "packed_swiglu",
+    "paged_attention",
+    "rms_norm",
+    "rotate_pairs",
+    "route",
+    "swiglu",
+]
 
 KERNELS: Native | None = native.load(Environment.read().isa, native.find_library())
 
@@ -30,8 +44,6 @@ packed_swiglu = _chosen.packed_swiglu
 packed_feed_forward = _chosen.packed_feed_forward
 paged_attention = _chosen.paged_attention
 
-_FEW_ROWS = 8  # so many rows share one reading of a bfloat16 weight; beyond, torch's matrix product is faster
-
 
 def describe() -> str:
     """One line that says what computes, for a person."""
@@ -39,12 +51,3 @@ def describe() -> str:
         return "plain PyTorch (no native kernels: they are not installed, `make kernels` builds them, or ERNIE45_ISA=python)"
     others = ", ".join(name for name in KERNELS.available if name != KERNELS.isa)
     return f"native kernels, {KERNELS.isa} (this machine also runs {others})" if others else f"native kernels, {KERNELS.isa}"
-
-
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, [T, I] -> [T, O]."""
-    few = KERNELS is not None and x_TI.shape[0] <= _FEW_ROWS and weight_OI.dtype == torch.bfloat16 == x_TI.dtype
-    if few and x_TI.stride(-1) == 1 and weight_OI.is_contiguous() and not torch.is_grad_enabled():
-        out_TO = KERNELS.bf16_linear(x_TI, weight_OI)
-        return out_TO if bias_O is None else out_TO + bias_O
-    return eager.linear(x_TI, weight_OI, bias_O)

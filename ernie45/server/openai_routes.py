@@ -47,7 +47,7 @@ def add_openai(app: FastAPI, service: Service) -> None:
 
 
 def _card(model: ServedModel, name: str) -> dict[str, Any]:
-    card = {"id": name, "object": "model", "created": model.created, "owned_by": "ernie45", "root": model.name}
+    card: dict[str, Any] = {"id": name, "object": "model", "created": model.created, "owned_by": "ernie45", "root": model.name}
     card["max_model_len"] = model.info.limits.max_length if model.info else None
     template = model.text.template if model.text else None
     if template is not None and template.family is not None:  # of a folder's own template nobody knows what it can say
