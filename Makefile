@@ -26,21 +26,21 @@ define install
     grep -v '^WARNING: Location' $(VENV)/install.log | tail -n 12 >&2; echo "the whole of it: $(VENV)/install.log" >&2; exit 1; }
 endef
 
-# Where there is a C++ compiler, what runs a model builds the native kernels first.
+# Where there is a C++ compiler, what runs a model builds the native kernels first; tests and figures insist on them, people need not.
 NATIVE := $(if $(shell command -v $(CXX)),$(VENV)/.kernels)
 KERNEL_FILES := $(shell find kernels -name build -prune -o -type f -print)
 
-.PHONY: help chat serve test lint kernels sanitise docs bench clean browser always
+.PHONY: help chat serve test lint kernels sanitise docs bench clean native browser always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
-chat: $(VENV)/.run $(NATIVE)  ## set everything up, then talk to the starter model (other models: ARGS='MODEL --prompt ...')
+chat: $(VENV)/.run native  ## set everything up, then talk to the starter model (other models: ARGS='MODEL --prompt ...')
 	@$(BIN)/ernie chat $(ARGS)
 
-serve: $(VENV)/.run $(NATIVE)  ## set everything up, then serve the starter model on http://127.0.0.1:8000 (others: ARGS='MODEL --port ...')
+serve: $(VENV)/.run native  ## set everything up, then serve the starter model on http://127.0.0.1:8000 (others: ARGS='MODEL --port ...')
 	@$(BIN)/ernie serve $(ARGS)
 
 test: $(VENV)/.test $(NATIVE) browser  ## set up what the tests need, then run all of them
@@ -60,6 +60,10 @@ bench: $(VENV)/.bench $(NATIVE)  ## measure speed and memory beside transformers
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 kernels: $(VENV)/.kernels  ## build and install the native kernels (needs a C++20 compiler; without them everything runs, slower)
+
+native: $(VENV)/.run
+	@[ -z "$(NATIVE)" ] || $(MAKE) --no-print-directory $(VENV)/.kernels || \
+	    echo "==> the native kernels could not be built ($(VENV)/install.log says why); everything runs without them, quantised models slower" >&2
 
 sanitise:  ## run the kernels' own check under the address and undefined-behaviour sanitisers
 	cmake -S kernels -B build/sanitise -DERNIE45_SANITISE=ON

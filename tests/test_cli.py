@@ -71,8 +71,11 @@ def test_every_word_explains_each_of_its_options(capsys, word):
     assert dataclasses.is_dataclass(config)
     assert config.__dataclass_params__.frozen
     assert callable(module.run)
-    positional = {"--model", "--path"}
-    assert all(flag in text for flag, _ in flags_of(config) if flag not in positional)
+    positional = {"--model", "--models", "--path"}
+    for flag, _ in flags_of(config):
+        section, _, name = flag.rpartition(".") if "." in flag else ("--", "", flag[2:])
+        off = f"{section}.no-{name}" if "." in flag else f"--no-{name}"  # a switch that is on is shown by what turns it off
+        assert flag in positional or flag in text or off in text, flag
 
 
 def test_the_version_is_said(capsys):

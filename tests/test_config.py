@@ -1,6 +1,6 @@
 """Settings from plain data and from the process environment: what is known is honoured, everything else is answered."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -66,7 +66,10 @@ def test_the_environment_is_read_once_and_whole():
         "ERNIE45_STARTER_WHEEL": "/w",
     }
     got = Environment.read(env)
-    assert got == Environment(cache_dir=Path("/c"), offline=True, hub_token="t", no_color=True, isa="avx2", starter_wheel=Path("/w"))
+    read = Environment(cache_dir=Path("/c"), offline=True, hub_token="t", no_color=True, isa="avx2", starter_wheel=Path("/w"))
+    assert replace(got, for_children={}) == read
+    assert got.for_children == env, "a child process sees the same settings"
+    assert Environment.read({**env, "AWS_SECRET": "s", "ERNIE45_API_KEYS": "k"}).for_children == env, "and nothing else"
     assert Environment.read({"XDG_CACHE_HOME": "/x"}).cache_dir == Path("/x/ernie45")
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is 'maybe'; set it to 1 or 0"):
         Environment.read({"HF_HUB_OFFLINE": "maybe"})

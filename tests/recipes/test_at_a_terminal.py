@@ -139,4 +139,5 @@ def test_commands_complete(start):
     terminal.type("\t")
     terminal.type("\r")
     terminal.wait("compute type")
+    terminal.wait(PROMPT)
     leave(terminal)

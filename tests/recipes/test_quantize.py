@@ -53,7 +53,9 @@ def test_a_folder_with_a_report_and_a_picture(folder, tmp_path, environment, cap
     assert report["quality"]["tokens"] == 4 * 63
     assert report["calibration"]["tokens"] == 512
     assert report["bytes"] < report["bytes_before"] / 2
-    assert 1.0 < report["ratio"] < 1.1
+    # a random model predicts nothing, so rounding may move its perplexity either way; that it moved shows in the divergence
+    assert 0.9 < report["ratio"] < 1.1
+    assert report["quality"]["divergence"] > 0
     svg = (out / PICTURE).read_text()
     assert svg.startswith("<svg")
     assert svg.count("<polyline") == 5
