@@ -30,12 +30,16 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """tokens, positions and slots are int64 [T]; spans are in the order of the plan's rows."""
+    """tokens, positions and slots are int64 [T]; spans are in the order of the plan's rows.
+
+    decode: when every row is one token, the page tables [T, P] (padded with page 0) and the lengths [T], both int64; else None.
+    """
 
     tokens_T: Tensor
     positions_T: Tensor
     slots_T: Tensor
     spans: tuple[Span, ...]
+    decode: tuple[Tensor, Tensor] | None = None
 
 
 class BatchBuilder:
@@ -67,12 +71,19 @@ class BatchBuilder:
             mask = causal_mask(count, end, self._dtype) if count > 1 and row.start > 0 else None
             spans.append(Span(first, first + count, row.start, end, table[1], table[2], mask))
         self._tables = tables
-        return Batch(torch.tensor(tokens), torch.tensor(positions), torch.tensor(slots), tuple(spans))
+        decode = _decode_tables(plan) if len(tokens) == len(plan.rows) else None
+        return Batch(torch.tensor(tokens), torch.tensor(positions), torch.tensor(slots), tuple(spans), decode)
 
 
 def causal_mask(rows: int, length: int, dtype: torch.dtype) -> Tensor:
     """[rows, length] of 0 and -inf: the last `rows` of `length` positions see themselves and everything before."""
     return torch.full((rows, length), float("-inf"), dtype=dtype).triu_(length - rows + 1)
+
+
+def _decode_tables(plan: Plan) -> tuple[Tensor, Tensor]:
+    longest = max(len(row.pages) for row in plan.rows)
+    pages = [[*row.pages, *[0] * (longest - len(row.pages))] for row in plan.rows]
+    return torch.tensor(pages), torch.tensor([row.start + 1 for row in plan.rows])
 
 
 def _table(pages: tuple[int, ...]) -> tuple[tuple[int, ...], int, Tensor | None]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ernie45 import ops
 from ernie45.engine.batch import Batch, Span
 from ernie45.errors import ConfigError
 from ernie45.models.config import TextConfig
@@ -53,6 +54,7 @@ class PagedAttend:
     def __init__(self, cache: PagedCache, batch: Batch) -> None:
         self._cache = cache
         self._batch = batch
+        self._native = ops.KERNELS is not None
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Causal attention of each row over its sequence so far, [T, N, H] -> [T, N, H]; scale 1 / sqrt(H)."""
@@ -60,6 +62,9 @@ class PagedAttend:
         keys.index_copy_(0, self._batch.slots_T, k_TKH)
         values.index_copy_(0, self._batch.slots_T, v_TKH)
         spans = self._batch.spans
+        # the kernel takes head sizes of whole vectors, and one call for all rows in place of one each
+        if self._batch.decode is not None and self._native and q_TNH.shape[-1] % 16 == 0:
+            return ops.paged_attention(q_TNH.contiguous(), keys, values, *self._batch.decode, self._cache.page_size)
         if len(spans) == 1:
             return self._attend(spans[0], q_TNH, keys, values)
         out_TNH = torch.empty_like(q_TNH)
