@@ -38,7 +38,9 @@ class Ernie45:
         from ernie45.engine.core import Engine, EngineConfig
         from ernie45.engine.request import Request, SamplingParams
 
-        engine = Engine(self.decoder, EngineConfig(max_running=len(prompts), prefix_sharing=False))
+        # all prompts at once, as the peers are given them
+        whole = sum(map(len, prompts))
+        engine = Engine(self.decoder, EngineConfig(max_running=len(prompts), prefix_sharing=False, token_budget=max(512, whole)))
         params = SamplingParams(temperature=0.0, max_tokens=output + 1, ignore_eos=True)
         for i, prompt in enumerate(prompts):
             engine.submit(Request(id=str(i), prompt=tuple(prompt), params=params, eos_ids=()))
