@@ -12,9 +12,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 
-def root_digest(salt: str) -> bytes:
-    """The parent of a first page. Sequences with different salts never share."""
-    return hashlib.sha256(b"ernie45 prefix\0" + salt.encode("utf-8", "surrogatepass")).digest()
+def root_digest(salt: str, adapter: str = "") -> bytes:
+    """The parent of a first page. Sequences with different salts, or of different adapters, never share."""
+    network = hashlib.sha256(adapter.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(b"ernie45 prefix\0" + network + salt.encode("utf-8", "surrogatepass")).digest()
 
 
 def page_digest(parent: bytes, tokens: Sequence[int]) -> bytes:

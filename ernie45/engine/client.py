@@ -19,6 +19,7 @@ from ernie45.engine.core import Engine, EngineConfig
 from ernie45.engine.request import Request, SamplingParams
 from ernie45.engine.scheduler import Load, SchedulerConfig
 from ernie45.errors import CheckpointError, RequestError
+from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.models.load import OpenModel, load
 from ernie45.models.text import Decoder
 from ernie45.tokens.gguf_vocabulary import tokenizer_from_gguf
@@ -92,12 +93,16 @@ class LLM:
         token_budget: int = 512,
         max_running: int = 32,
         prefix_sharing: bool = True,
+        adapters: str | Path | None = None,
+        max_adapters: int = 8,
+        adapter_bytes: int = 1 << 30,
         progress: Progress | None = None,
         environment: Environment | None = None,
     ) -> None:
         """model: folder, .gguf file, published name, "starter", or a decoder (then with `tokenizer` and `template`, or ids only).
 
-        chat_format names a known chat format for a model without a template of its own. The engine's settings: see `EngineConfig`.
+        chat_format names a known chat format for a model without a template of its own. adapters: a folder of PEFT adapters, which the
+        methods below name by their folders' names. The engine's settings: see `EngineConfig`.
         Raises CheckpointError, TokenizerError or ConfigError.
         """
         config = EngineConfig(
@@ -107,7 +112,10 @@ class LLM:
             token_budget=token_budget,
             max_running=max_running,
             prefix_sharing=prefix_sharing,
+            max_adapters=max_adapters,
+            adapter_bytes=adapter_bytes,
         )
+        folder = None if adapters is None else AdapterFolder(Path(adapters))
         self.tokenizer, self.template = tokenizer, template
         self.compute, self.name = "as the decoder was given", "decoder"
         self._without_template = "this model was given without a chat template"
@@ -117,7 +125,7 @@ class LLM:
             loaded = load(model, dtype=dtype, mtp=False, progress=progress, environment=environment)
             decoder, self.compute, self.name = loaded.decoder, str(loaded.compute), str(model)
             self._read_text_side(loaded.opened, chat_format)
-        self._engine = Engine(decoder, config)
+        self._engine = Engine(decoder, config, adapters=folder)
         self._dtype = decoder.dtype
         self._live: dict[str, Answer] = {}
         self._asked = 0
@@ -151,13 +159,15 @@ class LLM:
             raise RequestError(f"{self._without_template}; use generate, or name a chat_format", "messages")
         return self.template.render([Message("user", messages)] if isinstance(messages, str) else messages, thinking=thinking, tools=tools)
 
-    def generate(self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None, *, adapter: str = ""
+    ) -> list[Completion]:
         """Continues each prompt (text, or ids); one completion per prompt, in order. Raises RequestError before anything is computed."""
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         settings = [params or SamplingParams()] * len(several) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(settings) != len(several):
             raise RequestError(f"there are {len(several)} prompts and {len(settings)} params; give one for all, or one for each", "params")
-        answers = [self._plain(prompt, setting) for prompt, setting in zip(several, settings, strict=True)]
+        answers = [self._plain(prompt, setting, adapter) for prompt, setting in zip(several, settings, strict=True)]
         try:
             for answer in answers:
                 self._submit(answer)
@@ -174,9 +184,10 @@ class LLM:
         *,
         thinking: bool | int | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        adapter: str = "",
     ) -> Completion:
         """Answers a conversation (a text is one user message). thinking: on, off, or the most tokens of reasoning."""
-        with self.stream(messages, params, thinking=thinking, tools=tools) as stream:
+        with self.stream(messages, params, thinking=thinking, tools=tools, adapter=adapter) as stream:
             for _ in stream.steps():
                 pass
             return stream.completion
@@ -188,11 +199,12 @@ class LLM:
         *,
         thinking: bool | int | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        adapter: str = "",
     ) -> Stream:
         """As `chat`, piece by piece. The request is checked and queued at once; several streams may be open, each drives all."""
         prompt = self.render(messages, thinking=thinking, tools=tools)
         assert self.template is not None
-        request = self._request(prompt.ids, params, self.template.stop_ids)
+        request = self._request(prompt.ids, params, self.template.stop_ids, adapter)
         answer = Answer(
             request,
             self._engine.check(request),
@@ -205,9 +217,9 @@ class LLM:
         self._submit(answer)
         return Stream(self, answer)
 
-    def stream_text(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Stream:
+    def stream_text(self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, adapter: str = "") -> Stream:
         """As `generate` for one prompt, piece by piece."""
-        answer = self._plain(prompt, params or SamplingParams())
+        answer = self._plain(prompt, params or SamplingParams(), adapter)
         self._submit(answer)
         return Stream(self, answer)
 
@@ -236,7 +248,7 @@ class LLM:
         self._engine.submit(answer.request)
         self._live[answer.request.id] = answer
 
-    def _plain(self, prompt: str | Sequence[int], params: SamplingParams) -> Answer:
+    def _plain(self, prompt: str | Sequence[int], params: SamplingParams, adapter: str) -> Answer:
         """An answer to a prompt that no template has touched. Raises RequestError."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -245,15 +257,15 @@ class LLM:
         else:
             ids = prompt
         eos = self.tokenizer.eos_ids if self.tokenizer is not None and self.tokenizer.eos_ids else self._engine.model.eos_ids
-        request = self._request(ids, params, eos)
+        request = self._request(ids, params, eos, adapter)
         return Answer(request, self._engine.check(request), time.perf_counter(), tokenizer=self.tokenizer)
 
-    def _request(self, ids: Sequence[int], params: SamplingParams | None, eos: tuple[int, ...]) -> Request:
+    def _request(self, ids: Sequence[int], params: SamplingParams | None, eos: tuple[int, ...], adapter: str) -> Request:
         params = SamplingParams() if params is None else params
         if self.tokenizer is None and isinstance(params, SamplingParams) and params.stop:
             raise RequestError("this model was given without a tokenizer, so it cannot find stop strings; use stop_token_ids", "stop")
         self._asked += 1
-        return Request(id=str(self._asked), prompt=cast(tuple[int, ...], ids), params=params, eos_ids=eos)
+        return Request(id=str(self._asked), prompt=cast(tuple[int, ...], ids), params=params, eos_ids=eos, adapter=adapter)
 
     def _read_text_side(self, opened: OpenModel, chat_format: str | None) -> None:
         """Tokenizer and template from the model's folder, or from its GGUF file's metadata."""

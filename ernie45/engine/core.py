@@ -8,10 +8,11 @@ while not engine.idle:
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ernie45.engine.adapters import Adapters
 from ernie45.engine.cache import PagedCache, bytes_per_token
 from ernie45.engine.grammar import Grammars
 from ernie45.engine.output import Output
@@ -20,9 +21,11 @@ from ernie45.engine.runner import Runner
 from ernie45.engine.scheduler import Load, Scheduler, SchedulerConfig
 from ernie45.errors import ConfigError, RequestError
 from ernie45.machine import available_memory
+from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.models.config import TextConfig
 from ernie45.models.text import Decoder, check_tokens
 
+_EMBEDDING = "\0embedding"  # who holds the adapter of a text to embed
 _CACHE_SHARE = 0.5  # of the available memory, at most, for an automatic cache: activations and the caller need some too
 
 
@@ -35,6 +38,7 @@ class EngineConfig:
     max_length      longest sequence, prompt and output; None = what the model and the cache can hold
     token_budget    tokens computed per step; larger reads prompts faster, smaller keeps answers smooth while prompts are read
     max_running     sequences served at the same time
+    max_adapters    adapters in memory at the same time, and adapter_bytes their bytes altogether
     """
 
     page_size: int = 32
@@ -43,9 +47,11 @@ class EngineConfig:
     token_budget: int = 512
     max_running: int = 32
     prefix_sharing: bool = True
+    max_adapters: int = 8
+    adapter_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "num_pages", "max_length", "token_budget", "max_running"):
+        for name in ("page_size", "num_pages", "max_length", "token_budget", "max_running", "max_adapters", "adapter_bytes"):
             value = getattr(self, name)
             if value is None and name in ("num_pages", "max_length"):
                 continue
@@ -89,21 +95,24 @@ class Engine:
         *,
         available: int | None = None,
         grammars: Grammars | None = None,
+        adapters: AdapterFolder | None = None,
         new_seed: Callable[[], int] = lambda: secrets.randbits(63),
     ) -> None:
         """available: bytes of memory, asked from the system when None. grammars: compiler for requests with a grammar; None refuses them.
 
-        new_seed: for requests without a seed.
+        adapters: what requests may name; None refuses all. new_seed: for requests without a seed.
         """
         free = available_memory() if available is None else available
-        self.limits = (config or EngineConfig()).resolve(decoder.config, decoder.dtype, free)
+        config = config or EngineConfig()
+        self.limits = config.resolve(decoder.config, decoder.dtype, free)
         self.model = decoder.config
         self._new_seed = new_seed
         self._grammars = grammars
         self._scheduler = Scheduler(self.limits)
         self._untold: list[Output] = []  # ends of requests whose step broke
         cache = PagedCache(decoder.config, self.limits.num_pages, self.limits.page_size, decoder.dtype)
-        self._runner = Runner(decoder, cache)
+        self._adapters = Adapters(decoder, adapters, config.max_adapters, config.adapter_bytes) if adapters is not None else None
+        self._runner = Runner(decoder, cache, self._adapters)
 
     @property
     def idle(self) -> bool:
@@ -128,12 +137,14 @@ class Engine:
             if self._grammars is None:
                 raise RequestError("this engine was made without a tokenizer, so it cannot follow a grammar", "grammar")
             matcher = self._grammars.matcher(request.grammar, sorted(request.end_ids))
+        if request.adapter and not self._scheduler.has(request.id):
+            request = replace(request, adapter=self._hold(request.id, request.adapter))
         self._scheduler.add(request)
         self._runner.admit(request, self._new_seed() if request.params.seed is None else request.params.seed, matcher)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request: nothing more comes of it, and its pages are free. False when it was not alive."""
-        self._runner.forget(request_id)
+        self._forget(request_id)
         self._untold = [output for output in self._untold if output.request_id != request_id]
         return self._scheduler.cancel(request_id)
 
@@ -151,7 +162,7 @@ class Engine:
             result = self._runner.run(plan)
         except BaseException:
             for progress in self._scheduler.abandon(plan):
-                self._runner.forget(progress.request_id)
+                self._forget(progress.request_id)
                 outputs.append(Output(progress.request_id, (), (), (), progress.finish, progress.cached_tokens))
             self._untold = outputs
             raise
@@ -161,17 +172,35 @@ class Engine:
             logprobs = result.logprobs.get(name, ())
             outputs.append(Output(name, progress.tokens, logprobs, scored.pop(name, ()), progress.finish, progress.cached_tokens))
             if progress.finish is not None:
-                self._runner.forget(name)
+                self._forget(name)
         outputs += [Output(name, (), (), entries, None, 0) for name, entries in scored.items()]
         return tuple(outputs)
 
-    def embed(self, tokens: Sequence[int]) -> list[float]:
+    def embed(self, tokens: Sequence[int], adapter: str = "") -> list[float]:
         """Mean over a text's tokens of the last hidden states behind the final norm, scaled to length 1; [D].
 
         Computed whole and apart from the cache. Raises `RequestError` for a text that is empty, too long or not of this vocabulary.
         """
         check_tokens(tokens, self.model)
-        return self._runner.embed(tokens)
+        try:
+            if adapter:
+                self._hold(_EMBEDDING, adapter)
+            return self._runner.embed(tokens, _EMBEDDING)
+        finally:
+            self._drop(_EMBEDDING)
+
+    def _hold(self, request_id: str, adapter: str) -> str:
+        if self._adapters is None:
+            raise RequestError("this engine was made without adapters", "model")
+        return self._adapters.hold(request_id, adapter)
+
+    def _drop(self, request_id: str) -> None:
+        if self._adapters is not None:
+            self._adapters.drop(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._runner.forget(request_id)
+        self._drop(request_id)
 
     def verify(self) -> None:
         """Proves that pages and requests agree; meant for idle moments and tests."""

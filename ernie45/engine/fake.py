@@ -114,6 +114,8 @@ class FakeEngine:
         matcher = self._grammars.matcher(request.grammar, sorted(request.end_ids)) if request.grammar else None
         self._scheduler.add(request)
         seed = self._new_seed() if request.params.seed is None else request.params.seed
+        if request.adapter:  # another voice for each
+            seed ^= int.from_bytes(hashlib.blake2b(request.adapter.encode(), digest_size=4).digest())
         text = scripted(self.tokenizer.decode(request.prompt, skip_special=False))
         script = None if text is None else self.tokenizer.encode(text, allow_special=True)
         if script is not None and self.tokenizer.id_of("</think>") in request.prompt[-3:]:
@@ -152,11 +154,11 @@ class FakeEngine:
                 del self._speakers[progress.request_id]
         return tuple(outputs)
 
-    def embed(self, tokens: Sequence[int]) -> list[float]:
+    def embed(self, tokens: Sequence[int], adapter: str = "") -> list[float]:
         """A vector of length 1 that depends on all tokens."""
         if not tokens:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
-        digest = hashlib.shake_256(struct.pack(f"<{len(tokens)}I", *tokens)).digest(WIDTH)
+        digest = hashlib.shake_256(adapter.encode() + struct.pack(f"<{len(tokens)}I", *tokens)).digest(WIDTH)
         values = [byte - 127.5 for byte in digest]
         norm = sum(value * value for value in values) ** 0.5
         return [value / norm for value in values]

@@ -116,10 +116,10 @@ class EngineProcess:
         self._alive.discard(request_id)
         self._send(Cancel(request_id))
 
-    def embed(self, id: str, tokens: tuple[int, ...]) -> None:
+    def embed(self, id: str, tokens: tuple[int, ...], adapter: str = "") -> None:
         """Hands a text over; `Embedded` or `Refused` answers."""
         self._note(id)
-        self._send(Embed(id, tokens))
+        self._send(Embed(id, tokens, adapter))
 
     async def stop(self) -> None:
         """Closes the socket, which ends the process after its step; by force when that takes too long."""

@@ -106,6 +106,7 @@ class Request:
     priority    smaller goes first; equal ones go in order of arrival
     arrival     seconds on the caller's clock, carried for its reports
     cache_salt  only requests with the same salt share prompt pages
+    adapter     the adapter the model answers with; empty = none. Only requests with the same one share prompt pages
     grammar     what the answer must follow, as `engine.grammar` reads it; empty = anything. It ends the answer when it is complete, before
                 min_tokens too
     """
@@ -117,10 +118,11 @@ class Request:
     priority: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
+    adapter: str = ""
     grammar: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("id", "cache_salt", "grammar"):
+        for name in ("id", "cache_salt", "adapter", "grammar"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(f"{name} must be a string, not {getattr(self, name)!r}", name)
         if not isinstance(self.params, SamplingParams):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ernie45.engine.adapters import Adapters
 from ernie45.engine.batch import BatchBuilder
 from ernie45.engine.cache import PagedAttend, PagedCache
 from ernie45.engine.grammar import Matcher
@@ -38,8 +39,9 @@ class StepResult:
 class Runner:
     """Executes plans of requests that were announced by `admit`, and holds what sampling must remember of them."""
 
-    def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
+    def __init__(self, decoder: Decoder, cache: PagedCache, adapters: Adapters | None = None) -> None:
         self._decoder = decoder
+        self._adapters = adapters
         self._cache = cache
         self._batches = BatchBuilder(cache.page_size, cache.dtype)
         self._states: dict[str, SampleState] = {}
@@ -54,7 +56,11 @@ class Runner:
     def run(self, plan: Plan) -> StepResult:
         """Computes a plan that has rows."""
         batch = self._batches.build(plan)
-        h_TD = self._decoder(self._decoder.embed(batch.tokens_T), batch.positions_T, PagedAttend(self._cache, batch))
+        decoder = self._decoder
+        if self._adapters is not None:
+            spans = [(span.first, span.end) for span in batch.spans]
+            decoder = self._adapters.network([row.request_id for row in plan.rows], spans)
+        h_TD = decoder(decoder.embed(batch.tokens_T), batch.positions_T, PagedAttend(self._cache, batch))
         scored = {
             row.request_id: found
             for row, span in zip(plan.rows, batch.spans, strict=True)
@@ -81,9 +87,10 @@ class Runner:
         return StepResult(sampled, frozenset(failed), logprobs, scored)
 
     @torch.inference_mode()
-    def embed(self, tokens: Sequence[int]) -> list[float]:
-        """One text as a vector of length 1, [D]; see `Engine.embed`."""
-        h_TD = self._decoder(self._decoder.embed(torch.tensor(tokens)), torch.arange(len(tokens)), PackedCausal([len(tokens)]))
+    def embed(self, tokens: Sequence[int], request_id: str) -> list[float]:
+        """One text as a vector of length 1, [D]; see `Engine.embed`. request_id: who may hold an adapter for it."""
+        decoder = self._decoder if self._adapters is None else self._adapters.network([request_id], [(0, len(tokens))])
+        h_TD = decoder(decoder.embed(torch.tensor(tokens)), torch.arange(len(tokens)), PackedCausal([len(tokens)]))
         mean_D = self._decoder.norm(h_TD).float().mean(dim=0)
         return (mean_D / mean_D.norm().clamp_min(1e-12)).tolist()
 

@@ -169,6 +169,10 @@ class Scheduler:
         """As `SchedulerConfig.check_fits`."""
         return self.config.check_fits(request)
 
+    def has(self, request_id: str) -> bool:
+        """Whether a request of this id is alive."""
+        return request_id in self._alive
+
     def add(self, request: Request) -> None:
         """Puts a request into the queue. Raises `RequestError` when its id is alive or it can never fit."""
         if request.id in self._alive:
@@ -325,7 +329,7 @@ class Scheduler:
     def _extend_digests(self, sequence: _Sequence, count: int) -> None:
         size, digests = self.config.page_size, sequence.digests
         while len(digests) < count:
-            parent = digests[-1] if digests else root_digest(sequence.request.cache_salt)
+            parent = digests[-1] if digests else root_digest(sequence.request.cache_salt, sequence.request.adapter)
             digests.append(page_digest(parent, sequence.tokens[len(digests) * size : (len(digests) + 1) * size]))
 
     def _accept(self, sequence: _Sequence, sampled: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:

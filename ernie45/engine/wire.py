@@ -26,6 +26,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """What an engine process is to load, and how. None = automatic.
 
     text_folder   an empty folder that may be filled with tokenizer files, for a model (GGUF) that has none of its own
+    adapters      the folder of adapters, empty for none
     step_seconds  of the fake engine
     """
 
@@ -39,6 +40,9 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     token_budget: int = 512
     max_running: int = 32
     prefix_sharing: bool = True
+    adapters: str = ""
+    max_adapters: int = 8
+    adapter_bytes: int = 1 << 30
     step_seconds: float = 0.0
 
 
@@ -71,6 +75,7 @@ class Embed(msgspec.Struct, frozen=True, tag="embed"):
 
     id: str
     tokens: tuple[int, ...]
+    adapter: str = ""
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):

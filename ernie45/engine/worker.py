@@ -38,6 +38,7 @@ from ernie45.engine.wire import (
 from ernie45.errors import ErnieError, RequestError
 
 if TYPE_CHECKING:
+    from ernie45.models.adapter_folder import AdapterFolder
     from ernie45.models.load import OpenModel
 
 _READ = 1 << 20
@@ -55,7 +56,7 @@ class Steps(Protocol):
     def submit(self, request: Request) -> None: ...
     def cancel(self, request_id: str) -> bool: ...
     def step(self) -> tuple[Output, ...]: ...
-    def embed(self, tokens: tuple[int, ...]) -> list[float]: ...
+    def embed(self, tokens: tuple[int, ...], adapter: str = "") -> list[float]: ...
     def verify(self) -> None: ...
 
 
@@ -170,7 +171,7 @@ class Worker:
 
     def _embed(self, message: Embed) -> None:
         try:
-            self._channel.send(Embedded(message.id, tuple(self._engine.embed(message.tokens))))
+            self._channel.send(Embedded(message.id, tuple(self._engine.embed(message.tokens, message.adapter))))
         except RequestError as error:
             self._channel.send(Refused(message.id, str(error), error.field))
 
@@ -238,10 +239,13 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         token_budget=spec.token_budget,
         max_running=spec.max_running,
         prefix_sharing=spec.prefix_sharing,
+        max_adapters=spec.max_adapters,
+        adapter_bytes=spec.adapter_bytes,
     )
+    folder_of_adapters = AdapterFolder(Path(spec.adapters)) if spec.adapters else None
     free = available_memory()
     tokenizer = load_tokenizer(folder)
-    engine = Engine(loaded.decoder, config, available=free, grammars=Grammars(tokenizer))
+    engine = Engine(loaded.decoder, config, available=free, grammars=Grammars(tokenizer), adapters=folder_of_adapters)
     limits, decoder = engine.limits, loaded.decoder
     size = limits.num_pages * limits.page_size * bytes_per_token(decoder.config, decoder.dtype)
     weights = sum(p.numel() * p.element_size() for p in decoder.parameters())

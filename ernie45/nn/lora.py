@@ -127,7 +127,7 @@ class LoraExperts(nn.Module):
         up_EFD, down_EDF = self.base.gate_up.unbind(), self.base.down.unbind()
         up_pairs, down_pairs = self.gate_up.pairs(), self.down.pairs()
 
-        def expert(e: int, part_TD: Tensor) -> Tensor:
+        def expert(e: int, rows_T: Tensor, part_TD: Tensor) -> Tensor:
             inner_TF = ops.swiglu(_with_pairs(part_TD, up_EFD[e], up_pairs[e], self.gate_up.scale))
             return _with_pairs(inner_TF, down_EDF[e], down_pairs[e], self.down.scale)
 

@@ -40,6 +40,14 @@ class Experts(nn.Module):
         """[T, D] -> [T, D], the weighted sum of each token's experts."""
         return ops.experts(x_TD, routing, self.gate_up, self.down)
 
+    def expert_gate_up(self, number: int, x_TD: Tensor) -> Tensor:
+        """The first product of one expert, [T, D] -> [T, 2F]."""
+        return ops.linear(x_TD, self.gate_up[number])
+
+    def expert_down(self, number: int, x_TF: Tensor) -> Tensor:
+        """The second product of one expert, [T, F] -> [T, D]."""
+        return ops.linear(x_TF, self.down[number])
+
 
 class MixtureOfExperts(nn.Module):
     """Routed experts plus, where `shared_size` is not 0, one ungated SwiGLU that every token passes."""

@@ -54,17 +54,20 @@ def experts(x_TD: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tenso
     """Weighted sum of the chosen experts' SwiGLU, [T, D] -> [T, D]."""
     # unbound once: the gradient of `stack[e]` is a whole stack of zeros for every expert, that of `unbind` is one stack
     ups, downs = gate_up_EFD.unbind(), down_EDF.unbind()
-    return over_experts(x_TD, routing, len(ups), lambda e, part_TD: linear(swiglu(linear(part_TD, ups[e])), downs[e]))
+    return over_experts(x_TD, routing, len(ups), lambda e, rows_T, part_TD: linear(swiglu(linear(part_TD, ups[e])), downs[e]))
 
 
-def over_experts(x_TD: Tensor, routing: Routing, num_experts: int, expert: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Sort the (token, expert) pairs by expert, run each chosen expert once over its own rows, add the weighted rows back."""
+def over_experts(x_TD: Tensor, routing: Routing, num_experts: int, expert: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
+    """Sort the (token, expert) pairs by expert, run each chosen expert once over its own rows, add the weighted rows back.
+
+    `expert` gets its number, the numbers of its rows, and the rows.
+    """
     chosen = routing.experts.flatten()
     order = chosen.argsort(stable=True)
     rows = order // routing.experts.shape[1]
     counts = torch.bincount(chosen, minlength=num_experts).tolist()
-    parts = x_TD[rows].split(counts)
-    done = [expert(e, part) for e, part in enumerate(parts) if counts[e]]
+    parts = zip(rows.split(counts), x_TD[rows].split(counts), strict=True)
+    done = [expert(e, rows_T, part_TD) for e, (rows_T, part_TD) in enumerate(parts) if counts[e]]
     weights = routing.weights.flatten()[order].to(x_TD.dtype)
     return torch.zeros_like(x_TD).index_add(0, rows, torch.cat(done) * weights[:, None])
 

@@ -39,6 +39,12 @@ class QuantBlock(nn.Module):
         self.attn_norm, self.attn = block.attn_norm, block.attn
         self.ffn_norm, self.ffn = block.ffn_norm, block.ffn
 
+    def plain(self) -> Block:
+        """A block of the same parts that calls each of them by itself, so that something may stand in its place."""
+        block = Block(self.attn_norm.weight.shape[0], self.attn_norm.eps, self.attn, self.ffn)
+        block.attn_norm, block.ffn_norm = self.attn_norm, self.ffn_norm
+        return block
+
     def forward(self, x_TD: Tensor, turns_TP: Tensor, attend: Attend) -> Tensor:
         """[T, D] -> [T, D]."""
         attn, ffn = self.attn, self.ffn

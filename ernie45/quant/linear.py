@@ -91,6 +91,14 @@ class QuantExperts(nn.Module):
             PackedWeight(self.down_packed[number], self.down_scale[number], bits, self.size),
         )
 
+    def expert_gate_up(self, number: int, x_TD: Tensor) -> Tensor:
+        """The first product of one expert, [T, D] -> [T, 2F]."""
+        return ops.packed_linear(x_TD, self.expert(number)[0])
+
+    def expert_down(self, number: int, x_TF: Tensor) -> Tensor:
+        """The second product of one expert, [T, F] -> [T, D]."""
+        return ops.packed_linear(x_TF, self.expert(number)[1])
+
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """[T, D] -> [T, D]: pairs of token and expert sorted by expert, each expert run once over its own rows."""
         chosen = routing.experts.flatten()

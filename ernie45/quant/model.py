@@ -61,6 +61,13 @@ def fuse(network: nn.Module) -> None:
             _replace(network, name, QuantBlock(module))
 
 
+def unfuse(network: nn.Module) -> None:
+    """What `fuse` did, undone."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, QuantBlock):
+            _replace(network, name, module.plain())
+
+
 def _decided(network: nn.Module, spec: QuantSpec) -> list[tuple[str, Scheme]]:
     names = [name for name, _ in quantisable(network)]
     spec.check(names)
