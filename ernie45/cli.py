@@ -42,6 +42,7 @@ WORDS: dict[str, Word] = {
     "pretrain": Word("Learn", "ernie45.recipes.pretrain", "PretrainConfig", "learn from a corpus, from nothing or from a model"),
     "sft": Word("Learn", "ernie45.recipes.sft", "SftConfig", "teach a model from conversations: all weights, or adapters"),
     "align": Word("Learn", "ernie45.recipes.align", "AlignConfig", "teach a model to prefer the better of two answers"),
+    "watch": Word("Learn", "ernie45.recipes.watch", "WatchConfig", "show training runs on a web page while they learn"),
     "export": Word("Make", "ernie45.recipes.export", "ExportConfig", "write a model as a GGUF file for llama.cpp and its kin"),
 }
 

@@ -9,6 +9,7 @@ import tyro
 
 from ernie45.config import Environment
 from ernie45.nn.lora import LoraConfig, without_adapters
+from ernie45.recipes.events import Events
 from ernie45.recipes.learning import (
     BadRows,
     LearningConfig,
@@ -22,6 +23,7 @@ from ernie45.recipes.learning import (
     prepare,
     write_result,
 )
+from ernie45.recipes.samples import Samples
 from ernie45.train.checkpoint import fingerprint
 from ernie45.train.loop import RunConfig, train
 from ernie45.train.optim import Optimiser, OptimiserConfig
@@ -30,7 +32,7 @@ from ernie45.train.preference_losses import PreferenceConfig
 from ernie45.train.records import read_records
 from ernie45.train.schedule import ScheduleConfig
 
-_WITHOUT_EFFECT = ("out", "save_every", "dry_run", "skip_bad", "recompute")
+_WITHOUT_EFFECT = ("out", "save_every", "dry_run", "skip_bad", "recompute", "samples", "sample_tokens", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,11 @@ def align(config: AlignConfig, environment: Environment) -> Path | None:
     ids = digest_of_ids((*pair.prefix, -1, *pair.chosen, -1, *pair.rejected) for pair in data.examples)
     same = plain_settings(config, *_WITHOUT_EFFECT) | {"steps": steps, "ids": ids}
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
-    progress = train(learner, pupil.decoder, data, config.schedule, length, config.out, fingerprint(same), on_report=Watcher(steps))
+    samples = Samples(pupil.decoder, pupil.tokenizer, pupil.template(config.chat_format), config.out, config.samples, config.sample_tokens)
+    with Watcher(steps, Events(config.out) if config.tensorboard else None) as watcher:
+        progress = train(
+            learner, pupil.decoder, data, config.schedule, length, config.out, fingerprint(same), on_report=watcher, on_saved=samples
+        )
     how = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all weights"
     card = (
         f"# Aligned from {config.model}\n\nPreference training ({config.preference.loss}) with ernie45: {how}, {progress.step:,} steps, "

@@ -1,7 +1,8 @@
 """What the training recipes share: opening a model to train, saying the plan, showing the steps, writing the result.
 
-A run folder holds `settings.json` (every setting, resolved), `log.jsonl` (a line a step), `checkpoints/`, and at the end `model/`, which
-chats and loads everywhere, and `adapter/` (PEFT) where adapters were trained.
+A run folder holds `settings.json` (every setting, resolved), `plan.json` (its length), `log.jsonl` (a line a step), `samples.jsonl` (what
+the model wrote at its checkpoints), `checkpoints/`, and at the end `model/`, which chats and loads everywhere, and `adapter/` (PEFT) where
+adapters were trained. `ernie watch` shows it.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from ernie45.models.load import LoadedModel, load
 from ernie45.models.save import save_model
 from ernie45.models.text import Decoder
 from ernie45.nn.lora import LoraConfig, adapt, merge
+from ernie45.recipes.events import Events
 from ernie45.tokens.template import ChatTemplate, load_template
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
 from ernie45.train.optim import OptimiserConfig
@@ -57,6 +59,12 @@ class LearningConfig:
     """Steps between checkpoints."""
     skip_bad: bool = False
     """Count rows that cannot be learned from instead of ending."""
+    samples: tuple[str, ...] = ()
+    """Texts that the model continues, or questions that it answers, at each checkpoint."""
+    sample_tokens: int = 64
+    """Most tokens of one sample."""
+    tensorboard: bool = False
+    """Write the numbers as TensorBoard events too, into `tensorboard/` of the run."""
     dry_run: bool = False
     """Say what would be done, and stop."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
@@ -67,7 +75,7 @@ class LearningConfig:
     """What is learned beside the next token."""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("epochs", 1), ("batch_tokens", 2), ("accumulate", 1), ("save_every", 1)):
+        for name, least in (("steps", 1), ("epochs", 1), ("batch_tokens", 2), ("accumulate", 1), ("save_every", 1), ("sample_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, not {value}")
@@ -146,13 +154,22 @@ def plan_text(decoder: Decoder, facts: Mapping[str, object]) -> str:
 
 
 class Watcher:
-    """Shows steps on the error stream: one line that moves at a terminal, every tenth step elsewhere."""
+    """Shows steps on the error stream: one line that moves at a terminal, every tenth step elsewhere; hands them to `events` too."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.live = steps, sys.stderr.isatty()
+    def __init__(self, steps: int, events: Events | None = None) -> None:
+        self.steps, self.events, self.live = steps, events, sys.stderr.isatty()
+
+    def __enter__(self) -> "Watcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.events is not None:
+            self.events.close()
 
     def __call__(self, report: StepReport) -> None:
         """Show one step."""
+        if self.events is not None:
+            self.events(report)
         last = report.step + 1 == self.steps
         if not self.live and not last and report.step % _QUIET_STEPS:
             return

@@ -11,7 +11,9 @@ import tyro
 from ernie45.config import Environment
 from ernie45.errors import ConfigError, DataError
 from ernie45.models.load import find_model
+from ernie45.recipes.events import Events
 from ernie45.recipes.learning import BadRows, LearningConfig, Pupil, Watcher, open_pupil, plain_settings, plan_text, prepare, write_result
+from ernie45.recipes.samples import Samples
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
 from ernie45.train.checkpoint import fingerprint
 from ernie45.train.loop import RunConfig, train
@@ -22,7 +24,7 @@ from ernie45.train.shards import open_corpus, write_corpus
 from ernie45.train.step import LossConfig, Step
 from ernie45.train.stream import Source, Stream
 
-_WITHOUT_EFFECT = ("out", "save_every", "dry_run", "skip_bad", "recompute", "prepare", "epochs")
+_WITHOUT_EFFECT = ("out", "save_every", "dry_run", "skip_bad", "recompute", "prepare", "epochs", "samples", "sample_tokens", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +122,20 @@ def pretrain(config: PretrainConfig, environment: Environment) -> Path | None:
     digests = [source.corpus.facts.sha256_tokens for source in sources]
     same = plain_settings(config, *_WITHOUT_EFFECT) | {"steps": steps, "corpora": digests}
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
-    progress = train(
-        learner, pupil.decoder, stream, config.schedule, length, config.out, fingerprint(same), average=average, on_report=Watcher(steps)
-    )
+    samples = Samples(pupil.decoder, pupil.tokenizer, None, config.out, config.samples, config.sample_tokens)
+    with Watcher(steps, Events(config.out) if config.tensorboard else None) as watcher:
+        progress = train(
+            learner,
+            pupil.decoder,
+            stream,
+            config.schedule,
+            length,
+            config.out,
+            fingerprint(same),
+            average=average,
+            on_report=watcher,
+            on_saved=samples,
+        )
     learner.watch.close()
     start = "random weights" if config.fresh else config.model
     names = ", ".join(source.name for source in sources)

@@ -8,6 +8,7 @@ import tyro
 
 from ernie45.config import Environment
 from ernie45.nn.lora import LoraConfig
+from ernie45.recipes.events import Events
 from ernie45.recipes.learning import (
     BadRows,
     LearningConfig,
@@ -21,6 +22,7 @@ from ernie45.recipes.learning import (
     prepare,
     write_result,
 )
+from ernie45.recipes.samples import Samples
 from ernie45.train.checkpoint import fingerprint
 from ernie45.train.examples import PackedExamples, make_examples
 from ernie45.train.loop import RunConfig, train
@@ -28,7 +30,7 @@ from ernie45.train.optim import Optimiser
 from ernie45.train.records import read_records
 from ernie45.train.step import Step
 
-_WITHOUT_EFFECT = ("out", "save_every", "dry_run", "skip_bad", "recompute")
+_WITHOUT_EFFECT = ("out", "save_every", "dry_run", "skip_bad", "recompute", "samples", "sample_tokens", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,11 @@ def sft(config: SftConfig, environment: Environment) -> Path | None:
     learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute)
     same = plain_settings(config, *_WITHOUT_EFFECT) | {"steps": steps, "ids": digest_of_ids(example.ids for example in data.examples)}
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
-    progress = train(learner, pupil.decoder, data, config.schedule, length, config.out, fingerprint(same), on_report=Watcher(steps))
+    samples = Samples(pupil.decoder, pupil.tokenizer, pupil.template(config.chat_format), config.out, config.samples, config.sample_tokens)
+    with Watcher(steps, Events(config.out) if config.tensorboard else None) as watcher:
+        progress = train(
+            learner, pupil.decoder, data, config.schedule, length, config.out, fingerprint(same), on_report=watcher, on_saved=samples
+        )
     learner.watch.close()
     how = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all weights"
     card = (

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ class Caller:
 
 
 ANONYMOUS = Caller("anonymous")
+
+
+def host_name(host: str) -> str:
+    """The name in a `Host` header, without its port, in small letters; an IPv6 address keeps its brackets."""
+    return re.sub(r":\d+$", "", host).lower() if not host.endswith("]") else host.lower()
 
 
 class Keys:

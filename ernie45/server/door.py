@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ernie45.server.access import ANONYMOUS, Caller, Keys
+from ernie45.server.access import ANONYMOUS, Caller, Keys, host_name
 from ernie45.server.failures import Failure, broken
 from ernie45.server.pages import is_public
 from ernie45.server.service import Service
@@ -87,8 +87,7 @@ class Door:
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Raises `Failure`: 400 or 403 for a host or origin that may not, 401 without a key."""
         host = headers.get("host", "")
-        name = host if host.endswith("]") else host.rpartition(":")[0] if re.search(r":\d+$", host) else host
-        if self._hosts is not None and name.lower() not in self._hosts:
+        if self._hosts is not None and host_name(host) not in self._hosts:
             raise Failure(403, "this host name is not one of the server's; --allowed-hosts names more", code="host_not_allowed")
         origin = headers.get("origin")
         if origin is not None and origin not in self._origins and origin.partition("://")[2] != host:

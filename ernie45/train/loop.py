@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -17,7 +17,7 @@ from ernie45.train.optim import MovingAverage, Optimiser
 from ernie45.train.schedule import ScheduleConfig
 from ernie45.train.step import StepReport
 
-LOG = "log.jsonl"
+LOG, PLAN = "log.jsonl", "plan.json"
 MAX_SKIPPED = 5
 """Steps in a row whose gradient may be not finite before the run ends: then it is no outlier, the run has diverged."""
 
@@ -66,13 +66,16 @@ def train(
     *,
     average: MovingAverage | None = None,
     on_report: Callable[[StepReport], None] = lambda report: None,
+    on_saved: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Run to the end from the newest checkpoint in `folder`, or from the start. Returns where it stands.
 
-    In one process a run that was killed and resumed gives the losses of one that was not, bit for bit.
+    on_report is called after each step, on_saved after each checkpoint. In one process a run that was killed and resumed gives the
+    losses of one that was not, bit for bit.
     Raises RunError when another run works in the folder, the checkpoint does not fit, or losses stay not finite.
     """
     with locked(folder):
+        (folder / PLAN).write_text(json.dumps(asdict(config)) + "\n", "utf-8")
         checkpoints = Checkpoints(folder / "checkpoints", fingerprint, config.keep)
         progress = checkpoints.load_last(model, learner.optimiser, average) or Progress()
         skipped = 0
@@ -93,6 +96,7 @@ def train(
                     )
                 if not skipped and (progress.step % config.save_every == 0 or progress.step == config.steps):
                     checkpoints.save(progress, model, learner.optimiser, average)
+                    on_saved(progress)
     return progress
 
 

@@ -48,7 +48,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What happened in one step. Losses are means per learned label; `load` is the largest expert load over the mean, a layer."""
+    """What happened in one step. Losses are means per learned label; `load` is each expert's choices over an even share, layer by layer."""
 
     step: int
     loss: float
@@ -62,7 +62,7 @@ class StepReport:
     balance_loss: float | None = None
     orthogonal_loss: float | None = None
     z_loss: float | None = None
-    load: tuple[float, ...] | None = None
+    load: tuple[tuple[float, ...], ...] | None = None
     margin: float | None = None
     """Preferences: mean of beta x (how much more than the reference the chosen answer is preferred)."""
     accuracy: float | None = None
@@ -113,7 +113,7 @@ class Step:
             balance_loss=sums["balance"] if self.losses.balance else None,
             z_loss=sums["z"] if self.losses.z else None,
             orthogonal_loss=orthogonal,
-            load=tuple(round((counts.max() / counts.double().mean()).item(), 3) for counts in load) if load else None,
+            load=tuple(tuple(round(share, 3) for share in (counts / counts.double().mean()).tolist()) for counts in load) if load else None,
         )
 
     @property

@@ -1,13 +1,17 @@
 """`ernie sft`, `align` and `pretrain` as people use them: from rows in a file to a model that loads everywhere."""
 
 import json
+import struct
 
 import pytest
 import tokenizers
 import torch
+from tensorboardX.proto import event_pb2
 from transformers import AutoModelForCausalLM
 
 from ernie45.cli import main
+from ernie45.engine.client import LLM
+from ernie45.engine.request import SamplingParams
 from ernie45.errors import CheckpointError, ConfigError, DataError, RunError
 from ernie45.models.adapters import load_adapter
 from ernie45.models.load import load_model
@@ -109,6 +113,37 @@ def test_sft_learns_and_its_model_loads_everywhere(model, rows, tmp_path, rank, 
         torch.testing.assert_close(base.prompt_logits(ids), ours, atol=2e-4, rtol=1e-4)
 
 
+def written_events(folder):
+    """(step, tag, value) of every TensorBoard event: records are a length, its check, the bytes, their check."""
+    (path,) = folder.glob("events.*")
+    data, at, found = path.read_bytes(), 0, []
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        at += length + 16
+    return found
+
+
+def test_a_run_leaves_samples_and_events(model, rows, tmp_path):
+    """The texts are those of the weights at that step: the last ones are what the finished model says."""
+    out = tmp_path / "run"
+    ask = ["--samples", "What is up?", "Hi", "--sample-tokens", "6", "--tensorboard", "--save-every", "3"]
+    ernie("sft", model, "--data", rows, "--out", out, "--lora.rank", 4, *COMMON, *ask)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    steps = json.loads((out / "plan.json").read_text())["steps"]
+    assert [(row["step"], row["prompt"]) for row in samples][-2:] == [(steps, "What is up?"), (steps, "Hi")]
+    assert len(samples) == 2 * -(-steps // 3)
+    llm = LLM(out / "model", dtype="float32")
+    assert [llm.chat(row["prompt"], SamplingParams(max_tokens=6, temperature=0.0)).text for row in samples[-2:]] == [
+        row["text"] for row in samples[-2:]
+    ]
+    seen = {(step, tag): value for step, tag, value in written_events(out / "tensorboard")}
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [seen[row["step"], "loss/loss"] for row in log] == pytest.approx([row["loss"] for row in log], rel=1e-6)
+    assert ((0, "load/0") in seen) == ("load" in log[0])
+
+
 def test_align_raises_the_margin_of_the_better_answer(model, pairs, tmp_path):
     for rank in (0, 4):
         out = tmp_path / f"run-{rank}"
@@ -148,15 +183,13 @@ def test_a_stopped_run_goes_on_where_it_stood(model, rows, tmp_path, monkeypatch
     class Stop(Exception):
         pass
 
-    def watcher(steps):
-        def seen(report):
+    class Stopper(sft.Watcher):
+        def __call__(self, report):
             if report.step == 4:
                 raise Stop
 
-        return seen
-
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "Watcher", watcher)
+        patch.setattr(sft, "Watcher", Stopper)
         with pytest.raises(Stop):
             ernie("sft", model, *words, "--out", cut)
     ernie("sft", model, *words, "--out", cut)

@@ -131,6 +131,20 @@ def visit(browser, running_server, server):
 
 
 @pytest.fixture
+def look_at(browser):
+    """As `visit`, for a page that has a server of its own: `look_at(address, **context options)`."""
+    visits = []
+
+    def start(address, **options):
+        visits.append(Visit(browser, address, **options))
+        return visits[-1].open()
+
+    yield start
+    for one in visits:
+        one.finish()
+
+
+@pytest.fixture
 def page(visit):
     """The chat, with the models already known."""
     opened = visit()
