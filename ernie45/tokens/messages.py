@@ -6,7 +6,7 @@ Values only: an image here is a number of tokens and where it came from, never p
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ernie45.errors import TokenizerError, did_you_mean
 
@@ -22,18 +22,24 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """An image part: how many tokens it takes in the prompt (None: not measured yet), and its address for whoever loads it."""
+    """An image part: how many tokens it takes in the prompt (None: not measured yet), and its address for whoever loads it.
+
+    detail "low" asks for a smaller picture of fewer tokens; "auto" and "high" are the model's usual size.
+    """
 
     tokens: int | None = None
     source: str = ""
+    detail: Literal["auto", "high", "low"] = "auto"
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video part, as `Image`."""
+    """A video part, as `Image`. fps: frames a second to look at;  frames: so many instead; None leaves it to whoever loads it."""
 
     tokens: int | None = None
     source: str = ""
+    fps: float | None = None
+    frames: int | None = None
 
 
 Part = Text | Image | Video
@@ -174,14 +180,30 @@ def _part(value: object, where: str) -> Part:
         if not isinstance(value.get("text"), str):
             raise TokenizerError(f"{where}: a text part needs 'text', not {value.get('text')!r:.60}")
         return Text(value["text"])
-    made = {"image": Image, "image_url": Image, "video": Video, "video_url": Video}.get(kind)
-    if made is None:
+    if kind not in ("image", "image_url", "video", "video_url"):
         raise TokenizerError(f"{where}: type {kind!r:.60} is not known; allowed: text, image_url, image, video_url, video")
-    source = value.get(kind, "")
-    source = source.get("url", "") if isinstance(source, Mapping) else source
+    return _medium(kind, value, where)
+
+
+def _medium(kind: str, value: Mapping[str, Any], where: str) -> Image | Video:
+    """An image or video part: OpenAI's `image_url` and `video_url` with an object, the same as a bare address, or a block with `source`."""
+    given = value.get(kind, value.get("source", ""))
+    table: Mapping[str, Any] = given if isinstance(given, Mapping) else {"url": given}
+    if table.get("type") == "base64":
+        table = {"url": f"data:{table.get('media_type')};base64,{table.get('data')}"}
+    source = table.get("url", "")
     if not isinstance(source, str):
         raise TokenizerError(f"{where}: '{kind}' must be an address, or an object with 'url', not {type(source).__name__}")
-    return made(tokens=value.get("tokens"), source=source)
+    allowed = {"url", "type", *(("detail",) if kind.startswith("image") else ("fps", "num_frames"))}
+    for name in table:
+        if name not in allowed:
+            raise TokenizerError(f"{where}: '{name}' is not a setting of a part of type {kind}{did_you_mean(str(name), allowed)}")
+    if kind.startswith("video"):
+        return Video(value.get("tokens"), source, table.get("fps"), table.get("num_frames"))
+    detail = table.get("detail") or "auto"
+    if detail not in ("auto", "high", "low"):
+        raise TokenizerError(f"{where}: detail is {detail!r:.40}; allowed: auto, high, low")
+    return Image(value.get("tokens"), source, detail)
 
 
 def _tool_call(value: object, where: str) -> ToolCall:

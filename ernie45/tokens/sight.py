@@ -1,0 +1,134 @@
+"""Conversations with images and videos -> the same with token counts, for the template, and the pictures themselves, for the engine.
+
+Where a picture may come from is a decision of whoever opened the door: a program that runs on one's own machine reads paths, a server
+reads nothing but what the request itself carries, unless it was told otherwise.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from ernie45.errors import RequestError
+from ernie45.tokens.images import ImageLimits, read_image
+from ernie45.tokens.messages import Image, Message, Part, Text, Video, as_messages
+from ernie45.tokens.pictures import Picture, PixelRules
+from ernie45.tokens.video import FrameChoice, VideoLimits, read_video
+
+LOW_DETAIL = 256
+"""Tokens of an image whose part asks for detail "low", at most."""
+
+_BASE64_GROUP = 4  # letters for three bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where a picture's bytes may come from. What the address itself carries (data:) always may.
+
+    paths   any file this process can read, by path or file: address
+    folder  files in this folder, by file: address; links out of it are not followed
+    fetch   what reads http: and https: addresses: (address, most bytes) -> bytes
+    """
+
+    paths: bool = False
+    folder: Path | None = None
+    fetch: Callable[[str, int], bytes] | None = None
+
+    def read(self, source: str, most: int) -> bytes:
+        """The bytes behind an address, at most `most`. Raises `RequestError`."""
+        scheme = source.partition(":")[0].lower()
+        if scheme == "data":
+            return _inline(source, most)
+        if scheme in ("http", "https"):
+            if self.fetch is None:
+                raise RequestError("addresses of other machines are not fetched here; send the file itself as a data: address")
+            return self.fetch(source, most)
+        if scheme == "file" or self.paths:
+            return self._file(unquote(urlsplit(source).path) if scheme == "file" else source, most)
+        raise RequestError(f"{source[:80]!r} is no address that is read here; send the file itself as data:image/png;base64,...")
+
+    def _file(self, name: str, most: int) -> bytes:
+        if not self.paths and self.folder is None:
+            raise RequestError("files of this machine are not read here; send the file itself as a data: address")
+        path = Path(name).expanduser() if self.paths else Path(name).resolve()
+        if not self.paths and self.folder is not None and not path.is_relative_to(self.folder.resolve()):
+            raise RequestError("only files in the folder that was opened for media are read")
+        try:
+            if path.stat().st_size > most or not path.is_file():
+                raise RequestError(f"{name} is no file, or larger than {most:,} bytes")
+            return path.read_bytes()
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _inline(source: str, most: int) -> bytes:
+    head, comma, body = source.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise RequestError("a data: address must read data:TYPE;base64,..., as in data:image/png;base64,iVBORw0...")
+    if len(body) > (most // 3 + 1) * _BASE64_GROUP:
+        raise RequestError(f"the data: address carries more than {most:,} bytes")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"the data: address is not base64: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """How one model's pictures are read. pictures: at most so many a conversation;  tokens: of all of them together."""
+
+    rules: PixelRules
+    sources: Sources = field(default_factory=Sources)
+    images: ImageLimits = field(default_factory=ImageLimits)
+    videos: VideoLimits = field(default_factory=VideoLimits)
+    choice: FrameChoice = field(default_factory=FrameChoice)
+    pictures: int = 64
+    tokens: int = 131_072
+
+    def look(self, messages: Sequence[Message | Mapping[str, Any]]) -> tuple[tuple[Message, ...], tuple[Picture, ...]]:
+        """A conversation whose media know their tokens, and its pictures in order.
+
+        Raises `RequestError` naming the part, `TokenizerError` as `as_messages`, `MissingExtra`.
+        """
+        checked = as_messages(messages)
+        if sum(len(message.media) for message in checked) > self.pictures:
+            raise RequestError(f"the conversation holds more than {self.pictures} images and videos", "messages")
+        seen: list[Picture] = []
+        measured = tuple(
+            replace(message, content=tuple(self._part(part, f"messages[{i}].content[{n}]", seen) for n, part in enumerate(message.parts)))
+            if message.media
+            else message
+            for i, message in enumerate(checked)
+        )
+        return measured, tuple(seen)
+
+    def _part(self, part: Part, where: str, seen: list[Picture]) -> Part:
+        if isinstance(part, Text):
+            return part
+        try:
+            picture = self.image(part) if isinstance(part, Image) else self.video(part)
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}", where) from None
+        seen.append(picture)
+        if (total := sum(picture.tokens for picture in seen)) > self.tokens:
+            raise RequestError(f"{where}: the images and videos up to here take {total:,} tokens; at most {self.tokens:,}", where)
+        return replace(part, tokens=picture.tokens)
+
+    def image(self, part: Image) -> Picture:
+        """An image part's picture. Raises `RequestError`."""
+        rules = self.rules
+        if part.detail == "low":
+            rules = replace(rules, image_max=max(rules.image_min, min(rules.image_max, LOW_DETAIL * rules.factor**2)))
+        return read_image(self.sources.read(part.source, self.images.file_bytes), rules, self.images)
+
+    def video(self, part: Video) -> Picture:
+        """A video part's picture. Raises `RequestError`."""
+        choice = self.choice
+        if part.fps is not None:
+            choice = replace(choice, fps=part.fps, count=None)
+        if part.frames is not None:
+            choice = replace(choice, count=part.frames)
+        return read_video(self.sources.read(part.source, self.videos.file_bytes), self.rules, choice, self.videos).picture
