@@ -25,7 +25,7 @@ class Peer(Protocol):
 
 
 class Ernie45:
-    """This project, through its engine: scheduler, paged cache and sampler included."""
+    """This project, as `ernie bench latency` times it: all prompts at once, as the peers are given them."""
 
     def __init__(self, folder: Path, dtype: str, batch: int) -> None:
         from ernie45 import __version__
@@ -35,28 +35,10 @@ class Ernie45:
         self.decoder = load_model(folder, dtype=dtype)
 
     def run(self, prompts: list[list[int]], output: int) -> tuple[float, float]:
-        from ernie45.engine.core import Engine, EngineConfig
-        from ernie45.engine.request import Request, SamplingParams
+        from ernie45.recipes.bench.latency import time_run
 
-        # all prompts at once, as the peers are given them
-        whole = sum(map(len, prompts))
-        engine = Engine(self.decoder, EngineConfig(max_running=len(prompts), prefix_sharing=False, token_budget=max(512, whole)))
-        params = SamplingParams(temperature=0.0, max_tokens=output + 1, ignore_eos=True)
-        for i, prompt in enumerate(prompts):
-            engine.submit(Request(id=str(i), prompt=tuple(prompt), params=params, eos_ids=()))
-        waiting, done = {str(i) for i in range(len(prompts))}, 0
-        start = time.perf_counter()
-        while waiting:
-            for step in engine.step():
-                waiting.discard(step.request_id)
-                done += len(step.tokens)
-        first = time.perf_counter()
-        early = done - len(prompts)  # tokens that early prompts wrote while later ones were still read
-        while not engine.idle:
-            engine.step()
-        end = time.perf_counter()
-        share = (len(prompts) * output - early) / (len(prompts) * output)
-        return first - start, (end - first) / share
+        timing = time_run(self.decoder, prompts, output, sum(map(len, prompts)))
+        return timing.first_token_s, timing.decode_s
 
 
 class Transformers:

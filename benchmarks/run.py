@@ -9,11 +9,15 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ernie45.config import Environment
 from ernie45.models.compute import cpu_has_bfloat16
 from ernie45.models.counts import count_parameters
+from ernie45.recipes.bench.limits import measure_limits
+from ernie45.recipes.bench.make import MakeConfig, every_shape, make
 
 HERE = Path(__file__).parent
 FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "load_s", "peak_mb_loaded", "peak_mb")
@@ -64,12 +68,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     args, options = parser.parse_known_args()
-    from benchmarks.machine import measure
-    from benchmarks.shapes import SHAPES, make_checkpoint
-
     results_folder = HERE / "results"
-    folder = make_checkpoint(args.shape, results_folder / "checkpoints" / args.shape)
-    limits = measure(args.threads)
+    folder = results_folder / "checkpoints" / args.shape
+    if not folder.exists():
+        make(MakeConfig(shape=args.shape, out=folder), Environment.read())
+    limits = asdict(measure_limits(args.threads))
     results = []
     for dtype in args.dtypes.split(","):
         for batch in map(int, args.batches.split(",")):
@@ -83,16 +86,15 @@ def main() -> None:
                         file=sys.stderr,
                     )
             results += [median_of(rows) for rows in rounds.values()]
-    text = table(results, limits, count_parameters(SHAPES[args.shape]).active_with_head)
+    text = table(results, limits, count_parameters(every_shape()[args.shape]).active_with_head)
     stamp = time.strftime("%Y-%m-%d-%H%M%S")
     (results_folder / f"{stamp}.json").write_text(json.dumps({"limits": limits, "shape": args.shape, "results": results}, indent=1))
     print(f"{args.shape} shape, random weights, {limits['cpu']}, {args.threads} threads, torch {limits['torch']}")
     print(
-        f"machine: {limits['read_gb_per_s']:.1f} GB/s read, float32 {limits['peak_float32_gflops']:.0f} GFLOP/s, "
-        f"bfloat16 {limits['peak_bfloat16_gflops']:.0f} GFLOP/s\n\n{text}"
+        f"machine: {limits['read_gb_per_s']:.1f} GB/s read, float32 {limits['float32_gflops']:.0f} GFLOP/s, "
+        f"bfloat16 {limits['bfloat16_gflops']:.0f} GFLOP/s\n\n{text}"
     )
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parent))
     main()

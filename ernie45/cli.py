@@ -25,7 +25,7 @@ EXIT_INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Word:
-    """One command: where its recipe lives, which class holds its settings, and what it does in one line."""
+    """One command: where its recipe lives, which class holds its settings, and what it does in one line. Some are two words long."""
 
     group: str
     module: str
@@ -43,6 +43,10 @@ WORDS: dict[str, Word] = {
     "sft": Word("Learn", "ernie45.recipes.sft", "SftConfig", "teach a model from conversations: all weights, or adapters"),
     "align": Word("Learn", "ernie45.recipes.align", "AlignConfig", "teach a model to prefer the better of two answers"),
     "watch": Word("Learn", "ernie45.recipes.watch", "WatchConfig", "show training runs on a web page while they learn"),
+    "bench latency": Word(
+        "Measure", "ernie45.recipes.bench.latency", "LatencyConfig", "how fast a model runs here, beside what the machine can do"
+    ),
+    "bench make": Word("Measure", "ernie45.recipes.bench.make", "MakeConfig", "write a checkpoint of random weights in a published shape"),
     "export": Word("Make", "ernie45.recipes.export", "ExportConfig", "write a model as a GGUF file for llama.cpp and its kin"),
 }
 
@@ -77,14 +81,21 @@ def dispatch(args: Sequence[str]) -> int:
     if args[0] in ("-V", "--version"):
         print(f"ernie45 {__version__}")
         return 0
-    word, rest = args[0], list(args[1:])
-    if word == "help":
-        if not rest:
-            print(overview())
-            return 0
-        word, rest = rest[0], ["--help"]
+    asked_for_help = args[0] == "help"
+    word, rest = split_word(args[1:] if asked_for_help else args)
+    if not word:
+        print(overview())
+        return 0
+    if asked_for_help:
+        rest = ["--help"]
     if word.startswith("-"):
         raise ConfigError(f"ernie has no option {word}; it takes a word first, such as `ernie chat`; see `ernie --help`")
+    kin = [name for name in WORDS if name.startswith(f"{word} ")]
+    if kin and rest[:1] in (["-h"], ["--help"]):
+        print("\n".join(f"ernie {name:<{max(map(len, kin))}}   {WORDS[name].summary}" for name in kin))
+        return 0
+    if kin:
+        raise ConfigError(f"`ernie {word}` takes one more word: {', '.join(name.removeprefix(f'{word} ') for name in kin)}")
     if word not in WORDS:
         raise ConfigError(f"'{word}' is no command of ernie{did_you_mean(word, WORDS)}; see `ernie --help`")
     entry = WORDS[word]
@@ -93,6 +104,12 @@ def dispatch(args: Sequence[str]) -> int:
     if config is None:
         return 0
     return module.run(config, Environment.read())
+
+
+def split_word(args: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that `args` begin with, of two words or of one, and what follows it; an unknown first word stands for itself."""
+    pair = " ".join(args[:2])
+    return (pair, list(args[2:])) if pair in WORDS else (" ".join(args[:1]), list(args[1:]))
 
 
 def overview() -> str:

@@ -62,16 +62,22 @@ def test_help_is_quick():
     assert min(seconds() for _ in range(8)) < 0.15
 
 
+def test_words_of_two_parts_are_listed_by_their_first(capsys):
+    for arguments in (["bench", "--help"], ["help", "bench"]):
+        assert main(arguments) == 0
+        assert capsys.readouterr().out.startswith("ernie bench ")
+
+
 @pytest.mark.parametrize("word", sorted(WORDS))
 def test_every_word_explains_each_of_its_options(capsys, word):
-    assert main(["help", word]) == 0
+    assert main(["help", *word.split()]) == 0
     text = capsys.readouterr().out
     module = __import__(WORDS[word].module, fromlist=["run"])
     config = getattr(module, WORDS[word].config)
     assert dataclasses.is_dataclass(config)
     assert config.__dataclass_params__.frozen
     assert callable(module.run)
-    positional = {"--model", "--models", "--path", "--runs"}
+    positional = {"--model", "--models", "--path", "--runs", "--shape"}
     for flag, _ in flags_of(config):
         section, _, name = flag.rpartition(".") if "." in flag else ("--", "", flag[2:])
         off = f"{section}.no-{name}" if "." in flag else f"--no-{name}"  # a switch that is on is shown by what turns it off
@@ -98,6 +104,9 @@ def test_the_version_is_said(capsys):
         (["chat", "one", "two"], "two"),
         (["chat", "--thinking", "perhaps", "--prompt", "x"], "on, off, or a number"),
         (["inspect"], "FOLDER"),
+        (["bench"], "`ernie bench` takes one more word: latency, make"),
+        (["bench", "lateny"], "takes one more word"),
+        (["bench", "make", "--shceme", "w4a8"], "did you mean '--scheme'"),
         (["chat", "--config"], "--config needs a YAML file"),
         (["chat", "--config", "nowhere.yaml"], "cannot read the config file nowhere.yaml"),
     ],

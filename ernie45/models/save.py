@@ -6,6 +6,8 @@ The folder appears complete or not at all, and tensors are cut out of the parame
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,15 +49,11 @@ def save_model(
     """
     if layout not in LAYOUTS or layout == "gguf":
         raise CheckpointError(f"layout '{layout}' is not a folder layout; allowed: {', '.join(name for name in LAYOUTS if name != 'gguf')}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: exists and is not an empty folder; choose another name, or remove it first")
     parameters = decoder.state_dict()
     plan = name_table(decoder.config, layout).save_plan({name: tuple(value.shape) for name, value in parameters.items()})
     pieces = {piece.file: piece for piece in plan}
     specs = [_spec(piece, parameters[piece.ours], dtype) for piece in plan]
-    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(folder) as partial:
         check_room(partial, sum(spec.nbytes for spec in specs))
         kinds = {spec.name: spec.dtype for spec in specs}
         write_safetensors(
@@ -66,6 +64,20 @@ def save_model(
         for name in COMPANIONS:
             if companions is not None and (companions / name).is_file():
                 shutil.copyfile(companions / name, partial / name)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A place to write that becomes `folder` when the block ends well, and is gone when it does not.
+
+    Raises CheckpointError when `folder` exists and is not empty, before anything is written, and when the disk refuses.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists and is not an empty folder; choose another name, or remove it first")
+    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)

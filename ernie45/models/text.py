@@ -83,13 +83,17 @@ class Decoder(nn.Module):
     def initialise(self, generator: torch.Generator, std: float = 0.02) -> "Decoder":
         """Fill the weights to train from nothing: normal with `std`, norms 1, biases and selection bias 0. Returns the decoder."""
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, std, generator=generator)
+            fill_initial(name, parameter, generator, std)
         return self
+
+
+def fill_initial(name: str, parameter: Tensor, generator: torch.Generator, std: float = 0.02) -> Tensor:
+    """Give one parameter, in place, what `Decoder.initialise` gives it, and return it."""
+    if name.endswith("norm.weight"):
+        return parameter.fill_(1.0)
+    if name.endswith("bias"):
+        return parameter.zero_()
+    return parameter.normal_(0.0, std, generator=generator)
 
 
 def check_tokens(tokens: Sequence[int], config: TextConfig) -> None:

@@ -1,0 +1,1 @@
+"""`ernie bench`: how fast a model, a machine or a server is."""

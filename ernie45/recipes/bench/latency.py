@@ -1,0 +1,262 @@
+"""`ernie bench latency MODEL`: how fast a model reads prompts and writes answers here, beside what the machine could do at most.
+
+ernie bench latency starter
+ernie bench latency FOLDER --prompt-tokens 512 --output-tokens 64 --batch 1 4 16 --json
+
+Every batch is run `--warm-up` times unmeasured and `--repeats` times measured; the figures are medians, and --json has every run. Random
+prompts, greedy answers of exactly so many tokens, no shared prefixes. The machine's limits are measured last, in the same process.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from ernie45.config import Environment
+from ernie45.errors import ConfigError
+from ernie45.recipes.terminal import progress_bar, size_text
+
+if TYPE_CHECKING:
+    from ernie45.models.text import Decoder
+
+_NONE = tyro.conf.arg(help_behavior_hint="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyConfig:
+    """Measure prompt and answer speed of a model, memory, load time and the machine's limits, without a server around it."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "starter"
+    """Folder, GGUF file, Hub name, or `starter`."""
+    prompt_tokens: int = 512
+    """Tokens of each prompt."""
+    output_tokens: int = 64
+    """Tokens each sequence writes after its first one."""
+    batch: tuple[int, ...] = (1,)
+    """Sequences at the same time; several numbers are measured one after the other."""
+    repeats: int = 3
+    """Measured runs of each batch; figures are their medians."""
+    warm_up: int = 1
+    """Unmeasured runs of each batch before."""
+    token_budget: Annotated[int | None, _NONE] = None
+    """Tokens computed per step (default: all prompts at once, up to 8192; `ernie serve` takes 512)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of whole weights and of the cache."""
+    threads: Annotated[int | None, _NONE] = None
+    """Threads that compute (default: as PyTorch chooses)."""
+    skip_limits: bool = False
+    """Do not measure what the machine can do at most, and so no shares of it."""
+    seed: int = 1
+    """Of the prompts."""
+    json: bool = False
+    """Print one JSON object with every run, and no table."""
+    out: Annotated[Path | None, _NONE] = None
+    """Write the JSON object here too."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "output_tokens", "repeats", "token_budget", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if not self.batch or min(self.batch) < 1:
+            raise ConfigError("--batch takes numbers of at least 1, such as --batch 1 4 16")
+        if self.warm_up < 0:
+            raise ConfigError(f"--warm-up is {self.warm_up}; it must be at least 0")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One run. `first_token_s` until every sequence has its first token, `decode_s` for all the tokens after it."""
+
+    first_token_s: float
+    decode_s: float
+
+
+def run(config: LatencyConfig, environment: Environment) -> int:
+    """Measure and print. Returns the exit code. Raises ErnieError subclasses for a model or settings that do not work."""
+    report = measure(config, environment)
+    text = json.dumps(report, indent=1)
+    if config.out is not None:
+        try:
+            config.out.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--out {config.out} cannot be written: {error.strerror}") from None
+    print(text if config.json else table(report))
+    return 0
+
+
+def measure(config: LatencyConfig, environment: Environment) -> dict[str, Any]:
+    """Everything that was measured, as plain data; seconds, bytes, tokens per second."""
+    with progress_bar(environment) as progress:
+        progress("loading", 0, 0)
+        import torch
+
+        from ernie45.models.load import find_model, load
+        from ernie45.recipes.bench.ceiling import Footprint
+        from ernie45.recipes.bench.limits import measure_limits
+
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        path = find_model(config.model, environment, lambda line: progress(line, 0, 0))
+        began = time.perf_counter()
+        loaded = load(path, dtype=config.dtype)
+        load_s = time.perf_counter() - began
+        decoder = loaded.decoder
+        needed = config.prompt_tokens + config.output_tokens + 1
+        if needed > decoder.config.max_positions:
+            raise ConfigError(
+                f"prompt and output are {needed} tokens with the first; the model knows positions for {decoder.config.max_positions}"
+            )
+        loaded_bytes = peak_bytes()
+        footprint = Footprint.of(decoder)
+        results: list[dict[str, Any]] = []
+        cold: float | None = None
+        rounds = config.warm_up + config.repeats
+        for batch in sorted(set(config.batch)):
+            runs: list[Timing] = []
+            prompts = _prompts(config, batch, decoder.config.vocab_size)
+            for number in range(rounds):
+                progress(f"batch {batch}", len(results) * rounds + number, len(set(config.batch)) * rounds)
+                runs.append(time_run(decoder, prompts, config.output_tokens, config.token_budget))
+            cold = runs[0].first_token_s if cold is None else cold
+            results.append(_summary(config, batch, runs[config.warm_up :]))
+        del decoder, loaded
+        limits = None
+        if not config.skip_limits:
+            progress("the machine's limits", 0, 0)
+            limits = measure_limits(torch.get_num_threads())
+            for result in results:
+                middle = config.prompt_tokens + config.output_tokens // 2
+                result["prefill_limit"] = footprint.prefill_limit(limits, config.prompt_tokens)
+                result["decode_limit"] = footprint.decode_limit(limits, result["batch"], middle)
+                for kind in ("prefill", "decode"):
+                    result[f"{kind}_share"] = result[f"{kind}_tokens_per_s"] / result[f"{kind}_limit"]
+    return {
+        "model": config.model,
+        **_about(footprint, torch.get_num_threads()),
+        "prompt_tokens": config.prompt_tokens,
+        "output_tokens": config.output_tokens,
+        "warm_up": config.warm_up,
+        "repeats": config.repeats,
+        "load_s": load_s,
+        "cold_first_token_s": cold,
+        "peak_bytes_loaded": loaded_bytes,
+        "limits": None if limits is None else asdict(limits),
+        "results": results,
+    }
+
+
+def time_run(decoder: "Decoder", prompts: list[list[int]], output_tokens: int, token_budget: int | None = None) -> Timing:
+    """Run prompts through an engine of their own: scheduler, paged cache and sampler included.
+
+    Tokens that early sequences wrote while later prompts were still read are taken off the share that the second figure stands for.
+    """
+    from ernie45.engine.core import Engine, EngineConfig
+    from ernie45.engine.request import Request, SamplingParams
+
+    length = len(prompts[0]) + output_tokens + 1
+    budget = token_budget or min(8192, max(512, sum(map(len, prompts))))
+    engine = Engine(decoder, EngineConfig(max_running=len(prompts), max_length=length, prefix_sharing=False, token_budget=budget))
+    params = SamplingParams(temperature=0.0, max_tokens=output_tokens + 1, ignore_eos=True)
+    start = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        engine.submit(Request(id=str(i), prompt=tuple(prompt), params=params, eos_ids=()))
+    waiting, written = {str(i) for i in range(len(prompts))}, 0
+    while waiting:
+        for output in engine.step():
+            waiting.discard(output.request_id)
+            written += len(output.tokens)
+    first = time.perf_counter()
+    while not engine.idle:
+        engine.step()
+    end = time.perf_counter()
+    after = len(prompts) * output_tokens
+    early = written - len(prompts)
+    return Timing(first - start, (end - first) * after / max(1, after - early))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _prompts(config: LatencyConfig, batch: int, vocab_size: int) -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randint(3, vocab_size, (batch, config.prompt_tokens), generator=generator).tolist()
+
+
+def _summary(config: LatencyConfig, batch: int, runs: list[Timing]) -> dict[str, Any]:
+    first, decode = (statistics.median(getattr(timing, name) for timing in runs) for name in ("first_token_s", "decode_s"))
+    return {
+        "batch": batch,
+        "prefill_tokens_per_s": batch * config.prompt_tokens / first,
+        "decode_tokens_per_s": batch * config.output_tokens / decode,
+        "first_token_s": first,
+        "per_token_s": decode / config.output_tokens,
+        "peak_bytes": peak_bytes(),
+        "runs": [asdict(timing) for timing in runs],
+    }
+
+
+def _about(footprint: Any, threads: int) -> dict[str, Any]:
+    from ernie45 import __version__
+    from ernie45.models.counts import count_parameters
+
+    count = count_parameters(footprint.model)
+    return {
+        "version": __version__,
+        "dtype": str(footprint.dtype).removeprefix("torch."),
+        "packed": footprint.packed,
+        "weight_bytes": footprint.always + footprint.routed,
+        "parameters": count.total,
+        "active_parameters": count.active_with_head,
+        "threads": threads,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    kind = f"packed, {report['dtype']} beside" if report["packed"] else report["dtype"]
+    lines = [
+        f"{report['model']}: {size_text(report['parameters'], '')} parameters, {kind}, {size_text(report['weight_bytes'])} of weights, "
+        f"{report['threads']} threads",
+        f"prompt {report['prompt_tokens']}, output {report['output_tokens']} tokens; "
+        f"medians of {report['repeats']} runs after {report['warm_up']} to warm up",
+        f"load {report['load_s']:.2f} s, first token of the cold model after another {report['cold_first_token_s']:.2f} s, "
+        f"{size_text(report['peak_bytes_loaded'])} at most while loading",
+    ]
+    head = ["batch", "prefill tok/s", "of limit", "decode tok/s", "of limit", "first token s", "per token ms", "peak memory"]
+    rows = [head]
+    for result in report["results"]:
+        shares = [f"{result[f'{name}_share']:.0%}" if f"{name}_share" in result else "" for name in ("prefill", "decode")]
+        rows.append(
+            [
+                str(result["batch"]),
+                f"{result['prefill_tokens_per_s']:.0f}",
+                shares[0],
+                f"{result['decode_tokens_per_s']:.1f}",
+                shares[1],
+                f"{result['first_token_s']:.3f}",
+                f"{1000 * result['per_token_s']:.1f}",
+                size_text(result["peak_bytes"]),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines += ["", *("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)]
+    if report["limits"]:
+        limits = report["limits"]
+        lines += [
+            "",
+            f"limits  {limits['read_gb_per_s']:.1f} GB/s read; {limits['float32_gflops']:.0f} GFLOP/s in float32, "
+            f"{limits['bfloat16_gflops']:.0f} in bfloat16, {limits['int8_gops']:.0f} GOP/s in int8; {limits['cpu']}",
+        ]
+    return "\n".join(lines)
