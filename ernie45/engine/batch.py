@@ -16,7 +16,6 @@ class Span:
     """One request's rows: `first` .. `end` of the step's T rows, at positions `start` .. `length` - 1 of its sequence.
 
     Its `length` keys lie in the cache's pages from `run` on when they are consecutive; else `pages` lists them and `run` is -1.
-    mask: [rows, length] added to the scores, when rows continue a sequence (start > 0) and there is more than one.
     """
 
     first: int
@@ -25,29 +24,34 @@ class Span:
     length: int
     run: int
     pages: Tensor | None
-    mask: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """tokens, positions and slots are int64 [T]; spans are in the order of the plan's rows.
 
-    decode: when every row is one token, the page tables [T, P] (padded with page 0) and the lengths [T], both int64; else None.
+    For native calls the R requests once more as int64 tensors: places [R, 3] are first, end and start of each span, pages [R, P] its page
+    table, padded with page 0.
     """
 
     tokens_T: Tensor
     positions_T: Tensor
     slots_T: Tensor
     spans: tuple[Span, ...]
-    decode: tuple[Tensor, Tensor] | None = None
+    places_R3: Tensor
+    pages_RP: Tensor
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every request computes one token."""
+        return len(self.tokens_T) == len(self.spans)
 
 
 class BatchBuilder:
     """Builds batches for one cache; remembers each request's page table as a tensor for as long as the table does not grow."""
 
-    def __init__(self, page_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, page_size: int) -> None:
         self._page_size = page_size
-        self._dtype = dtype
         self._tables: dict[str, tuple[tuple[int, ...], int, Tensor | None]] = {}
 
     def build(self, plan: Plan) -> Batch:
@@ -68,22 +72,19 @@ class BatchBuilder:
             if table is None or table[0] is not row.pages:
                 table = _table(row.pages)
             tables[row.request_id] = table
-            mask = causal_mask(count, end, self._dtype) if count > 1 and row.start > 0 else None
-            spans.append(Span(first, first + count, row.start, end, table[1], table[2], mask))
+            spans.append(Span(first, first + count, row.start, end, table[1], table[2]))
         self._tables = tables
-        decode = _decode_tables(plan) if len(tokens) == len(plan.rows) else None
-        return Batch(torch.tensor(tokens), torch.tensor(positions), torch.tensor(slots), tuple(spans), decode)
+        longest = max(len(row.pages) for row in plan.rows)
+        pages = [[*row.pages, *[0] * (longest - len(row.pages))] for row in plan.rows]
+        places = [[span.first, span.end, span.start] for span in spans]
+        return Batch(
+            torch.tensor(tokens), torch.tensor(positions), torch.tensor(slots), tuple(spans), torch.tensor(places), torch.tensor(pages)
+        )
 
 
 def causal_mask(rows: int, length: int, dtype: torch.dtype) -> Tensor:
     """[rows, length] of 0 and -inf: the last `rows` of `length` positions see themselves and everything before."""
     return torch.full((rows, length), float("-inf"), dtype=dtype).triu_(length - rows + 1)
-
-
-def _decode_tables(plan: Plan) -> tuple[Tensor, Tensor]:
-    longest = max(len(row.pages) for row in plan.rows)
-    pages = [[*row.pages, *[0] * (longest - len(row.pages))] for row in plan.rows]
-    return torch.tensor(pages), torch.tensor([row.start + 1 for row in plan.rows])
 
 
 def _table(pages: tuple[int, ...]) -> tuple[tuple[int, ...], int, Tensor | None]:

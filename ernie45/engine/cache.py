@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ernie45 import ops
-from ernie45.engine.batch import Batch, Span
+from ernie45.engine.batch import Batch, Span, causal_mask
 from ernie45.errors import ConfigError
 from ernie45.models.config import TextConfig
 
@@ -21,7 +21,7 @@ def bytes_per_token(config: TextConfig, dtype: torch.dtype) -> int:
 
 
 class PagedCache:
-    """Keys and values of all layers, [num_slots, K, H] each, num_slots = num_pages * page_size.
+    """Keys and values of all layers, [num_slots, K, H] each, num_slots = num_pages * page_size; `store` is all of it, [layers, 2, ...].
 
     The memory is an anonymous mapping: it reads as zero, and a page of it costs nothing until it is first written. A generous cache
     therefore takes only what its requests use.
@@ -31,9 +31,9 @@ class PagedCache:
         self.page_size = page_size
         self.dtype = dtype
         shape = (config.num_layers, 2, num_pages * page_size, config.num_kv_heads, config.head_size)
-        store = torch.frombuffer(_lazy_memory(num_pages * page_size * bytes_per_token(config, dtype)), dtype=dtype).view(shape)
-        self.keys = tuple(layer[0] for layer in store)
-        self.values = tuple(layer[1] for layer in store)
+        self.store = torch.frombuffer(_lazy_memory(num_pages * page_size * bytes_per_token(config, dtype)), dtype=dtype).view(shape)
+        self.keys = tuple(layer[0] for layer in self.store)
+        self.values = tuple(layer[1] for layer in self.store)
 
 
 def _lazy_memory(size: int) -> mmap.mmap:
@@ -54,7 +54,14 @@ class PagedAttend:
     def __init__(self, cache: PagedCache, batch: Batch) -> None:
         self._cache = cache
         self._batch = batch
-        self._native = ops.KERNELS is not None
+        self._native = ops.KERNELS is not None and batch.decodes
+        self._lengths_R = batch.places_R3[:, 2] + 1  # of decodes
+        # rows that continue a sequence cannot use the causal order that starts at its beginning
+        self._masks = {
+            span.first: causal_mask(span.end - span.first, span.length, cache.dtype)
+            for span in batch.spans
+            if span.start > 0 and span.end - span.first > 1
+        }
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Causal attention of each row over its sequence so far, [T, N, H] -> [T, N, H]; scale 1 / sqrt(H)."""
@@ -63,8 +70,8 @@ class PagedAttend:
         values.index_copy_(0, self._batch.slots_T, v_TKH)
         spans = self._batch.spans
         # the kernel takes head sizes of whole vectors, and one call for all rows in place of one each
-        if self._batch.decode is not None and self._native and q_TNH.shape[-1] % 16 == 0:
-            return ops.paged_attention(q_TNH.contiguous(), keys, values, *self._batch.decode, self._cache.page_size)
+        if self._native and q_TNH.shape[-1] % 16 == 0:
+            return ops.paged_attention(q_TNH.contiguous(), keys, values, self._batch.pages_RP, self._lengths_R, self._cache.page_size)
         if len(spans) == 1:
             return self._attend(spans[0], q_TNH, keys, values)
         out_TNH = torch.empty_like(q_TNH)
@@ -79,7 +86,8 @@ class PagedAttend:
         if T == 1:  # the G queries of a key head become rows of one small product: each key is read once, and nothing is masked
             return F.scaled_dot_product_attention(q_TNH.reshape(1, K, N // K, H), k_KSH, v_KSH).reshape(1, N, H)
         q_NTH = q_TNH.transpose(0, 1).unsqueeze(0)
-        out_NTH = F.scaled_dot_product_attention(q_NTH, k_KSH, v_KSH, attn_mask=span.mask, is_causal=span.mask is None, enable_gqa=True)
+        mask = self._masks.get(span.first)
+        out_NTH = F.scaled_dot_product_attention(q_NTH, k_KSH, v_KSH, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return out_NTH.squeeze(0).transpose(0, 1)
 
     def _read(self, span: Span, slots: Tensor) -> Tensor:

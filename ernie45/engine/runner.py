@@ -5,18 +5,21 @@ Letters: T tokens of the step, R rows that sample, D width, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ernie45 import ops
 from ernie45.engine.adapters import Adapters
-from ernie45.engine.batch import BatchBuilder
+from ernie45.engine.batch import Batch, BatchBuilder
 from ernie45.engine.cache import PagedAttend, PagedCache
 from ernie45.engine.grammar import Matcher
 from ernie45.engine.output import TokenLogprobs
 from ernie45.engine.request import Request
-from ernie45.engine.sampler import SampleState, sample, score
+from ernie45.engine.sampler import SampleState, sample, score, take_best
 from ernie45.engine.scheduler import Plan, PlanRow
+from ernie45.models.native import native_network
 from ernie45.models.text import Decoder
 from ernie45.nn.attention import PackedCausal
 
@@ -36,6 +39,14 @@ class StepResult:
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]
 
 
+class _Computed(NamedTuple):
+    """Hidden states of all rows, float32 logits of those that sample, and where native code found them, their best tokens and logits."""
+
+    hidden_TD: Tensor
+    logits_RV: Tensor
+    best: tuple[Tensor, Tensor] | None
+
+
 class Runner:
     """Executes plans of requests that were announced by `admit`, and holds what sampling must remember of them."""
 
@@ -43,7 +54,8 @@ class Runner:
         self._decoder = decoder
         self._adapters = adapters
         self._cache = cache
-        self._batches = BatchBuilder(cache.page_size, cache.dtype)
+        self._network = native_network(decoder, ops.KERNELS) if ops.KERNELS is not None else None
+        self._batches = BatchBuilder(cache.page_size)
         self._states: dict[str, SampleState] = {}
 
     def admit(self, request: Request, seed: int, matcher: Matcher | None = None) -> None:
@@ -60,19 +72,21 @@ class Runner:
         if self._adapters is not None:
             spans = [(span.first, span.end) for span in batch.spans]
             decoder = self._adapters.network([row.request_id for row in plan.rows], spans)
-        h_TD = decoder(decoder.embed(batch.tokens_T), batch.positions_T, PagedAttend(self._cache, batch))
+        ends = [span.end - 1 for row, span in zip(plan.rows, batch.spans, strict=True) if row.samples]
+        computed = self._compute(decoder, batch, ends)
         scored = {
             row.request_id: found
             for row, span in zip(plan.rows, batch.spans, strict=True)
-            if (found := self._score_prompt(row, h_TD[span.first : span.end]))
+            if (found := self._score_prompt(row, computed.hidden_TD[span.first : span.end]))
         }
-        ends = [span.end - 1 for row, span in zip(plan.rows, batch.spans, strict=True) if row.samples]
         rows = [row for row in plan.rows if row.samples]
         if not rows:
             return StepResult({}, frozenset(), {}, scored)
         states = [self._states[row.request_id] for row in rows]
-        h_RD = h_TD if len(ends) == len(h_TD) else h_TD[ends]
-        result = sample(self._decoder.logits(h_RD).float(), states)
+        if computed.best is not None and all(state.takes_best for state in states):
+            result = take_best(*computed.best)
+        else:
+            result = sample(computed.logits_RV, states)
         sampled, logprobs, failed = {}, {}, set()
         for row, state, token, entry in zip(rows, states, result.tokens, result.logprobs, strict=True):
             if token is None:
@@ -85,6 +99,19 @@ class Runner:
             if entry is not None:
                 logprobs[row.request_id] = (entry,)
         return StepResult(sampled, frozenset(failed), logprobs, scored)
+
+    def _compute(self, decoder: Decoder, batch: Batch, ends: list[int]) -> "_Computed":
+        """`decoder` over the batch, in one native call where it is the bare one and packed, and the logits of rows `ends`."""
+        if self._network is not None and decoder is self._decoder:
+            done = self._network.step(batch.tokens_T, batch.positions_T, batch.slots_T, self._cache.store, batch.places_R3, batch.pages_RP,
+                                      self._cache.page_size, torch.tensor(ends, dtype=torch.int64))  # fmt: skip
+            if done.logits_RV is not None:
+                return _Computed(done.hidden_TD, done.logits_RV, (done.best_R, done.best_logit_R))
+            h_TD = done.hidden_TD
+        else:
+            h_TD = decoder(decoder.embed(batch.tokens_T), batch.positions_T, PagedAttend(self._cache, batch))
+        h_RD = h_TD if len(ends) == len(h_TD) else h_TD[ends]
+        return _Computed(h_TD, self._decoder.logits(h_RD).float() if ends else h_RD, None)
 
     @torch.inference_mode()
     def embed(self, tokens: Sequence[int], request_id: str) -> list[float]:

@@ -42,6 +42,13 @@ class SampleState:
             state.counts_V = torch.zeros(vocab_size)
         return state
 
+    @property
+    def takes_best(self) -> bool:
+        """True when the next token is simply that of the largest logit, and no logit is reported or changed."""
+        params = self.request.params
+        changed = params.penalised or params.logit_bias or params.bad_words or len(self.output) < params.min_tokens
+        return params.greedy and not changed and params.logprobs is None and self.matcher is None
+
     def append(self, token: int) -> bool:
         """Takes in the chosen token. False when the grammar broke on it."""
         self.output.append(token)
@@ -57,6 +64,12 @@ class Sampled:
 
     tokens: tuple[int | None, ...]
     logprobs: tuple[TokenLogprobs | None, ...]
+
+
+def take_best(best_R: Tensor, logits_R: Tensor) -> Sampled:
+    """`sample` of rows that all `takes_best`, from the place of each row's largest logit and that logit, NaN where any was none."""
+    healthy = torch.isfinite(logits_R).tolist()
+    return Sampled(tuple(token if ok else None for token, ok in zip(best_R.tolist(), healthy, strict=True)), (None,) * len(healthy))
 
 
 def sample(logits_RV: Tensor, states: Sequence[SampleState]) -> Sampled:

@@ -60,7 +60,7 @@ class QuantEmbedding(PackedMatrix):
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """[T] int64 -> [T, D]."""
-        return ops.dequantise_rows(self.weight, tokens_T)[:, : self.in_size].to(self.dtype)
+        return ops.dequantise_rows(self.weight, tokens_T)[:, : self.in_size].to(self.dtype).contiguous()
 
     def scores(self, h_RD: Tensor) -> Tensor:
         """The embedding as output head, [R, D] -> [R, V]."""

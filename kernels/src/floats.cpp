@@ -162,7 +162,7 @@ static void paged_as(const PagedJob& job, int64_t sequence, int64_t kv_head, flo
   std::memset(out, 0, sizeof(float) * size_t(G * H));
   const E* keys = static_cast<const E*>(job.keys) + kv_head * H;
   const E* values = static_cast<const E*>(job.values) + kv_head * H;
-  const int64_t* pages = job.pages + sequence * job.max_pages;
+  const int64_t* pages = job.pages + (job.table ? job.table[sequence] : sequence) * job.max_pages;
   for (int64_t at = 0, p = 0; at < length; at += job.page_size, p++) {
     const int64_t count = length - at < job.page_size ? length - at : job.page_size;
     scores_of<E>(q, G, H, keys + pages[p] * job.page_size * stride, stride, count, scores + at, S);

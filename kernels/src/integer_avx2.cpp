@@ -128,7 +128,7 @@ struct Micro {
 }  // namespace avx2
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels = avx2::table<avx2::Micro>("avx2", avx2_floats());
+  static const Kernels kernels = avx2::table<avx2::Micro>("avx2", avx2_floats(), avx2_rows());
   return kernels;
 }
 

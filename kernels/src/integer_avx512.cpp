@@ -141,7 +141,7 @@ struct Micro {
 }  // namespace avx512
 
 const Kernels& avx512_kernels() {
-  static const Kernels kernels = avx512::table<avx512::Micro>("avx512", avx512_floats());
+  static const Kernels kernels = avx512::table<avx512::Micro>("avx512", avx512_floats(), avx512_rows());
   return kernels;
 }
 

@@ -74,7 +74,7 @@ struct Micro {
 }  // namespace plain
 
 const Kernels& plain_kernels() {
-  static const Kernels kernels = plain::table<plain::Micro>("plain", plain_floats());
+  static const Kernels kernels = plain::table<plain::Micro>("plain", plain_floats(), plain_rows());
   return kernels;
 }
 

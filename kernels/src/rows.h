@@ -186,8 +186,11 @@ static inline void finish_16(const Output& o, int64_t t, int64_t column, const f
     // 16 columns never straddle a head: head sizes are multiples of 16
     if (column < o.rotated) c = turned(o.turns + (t * o.pairs + (column % (2 * o.pairs)) / 2) * 2, rounded(o.type, c));
     if (column < o.q_width) return put(o.out, o.type, t * o.q_width + column, c, n);
-    if (column < o.q_width + o.kv_width) return put(o.k, o.type, t * o.kv_width + column - o.q_width, c, n);
-    return put(o.v, o.type, t * o.kv_width + column - o.q_width - o.kv_width, c, n);
+    const int64_t row = (o.slots ? o.slots[t] : t) * o.kv_width;
+    if (column < o.q_width + o.kv_width) return put(o.k, o.type, row + column - o.q_width, c, n);
+    return put(o.v, o.type, row + column - o.q_width - o.kv_width, c, n);
+  } else if (o.finish == Finish::logits) {
+    return put(o.out, Type::f32, t * o.stride + column, rounded(o.type, c), n);
   }
   put(o.out, o.type, t * o.stride + column, c, n);
 }

@@ -41,7 +41,7 @@ struct Packed {
 };
 
 // What happens to a tile of float32 results before it is stored.
-enum class Finish : int { store, add, swiglu, rotate };
+enum class Finish : int { store, add, swiglu, rotate, logits };
 
 struct Output {
   Finish finish;
@@ -53,9 +53,11 @@ struct Output {
   // Finish::rotate: columns below `rotated` turn by pairs; turn (cos, sin) of pair p of token t at turns[(t * pairs + p) * 2]
   const float* turns;
   int64_t pairs, rotated;
-  // Finish::rotate: out is q of width q_width; k and v follow, each of width kv_width
+  // Finish::rotate: out is q of width q_width; k and v follow, each of width kv_width, in row slots[t] where slots are given, else t
   void *k, *v;
   int64_t q_width, kv_width;
+  const int64_t* slots;
+  // Finish::logits: rounded to `type`, stored as float32
 };
 
 // Keys and values of one layer, [slots, K, H] each, and the requests of this pass.
@@ -66,6 +68,38 @@ struct PagedJob {
   const int64_t* pages;    // [sequences, max_pages]
   const int64_t* lengths;  // [sequences] keys in sight of the sequence's query
   int64_t max_pages, page_size, N, K, H;
+  const int64_t* table;  // row of `pages` of each sequence; null: its own number
+};
+
+// Attention of `rows` neighbouring rows of one request, for which rows * (N / K) <= kTileRows, over one key head; job.lengths counts the keys
+// that each row sees.
+struct TiledAttention {
+  bool (*takes)(const PagedJob& job);
+  size_t (*scratch)();
+  void (*attend)(const PagedJob& job, int64_t first, int64_t rows, int64_t kv_head, void* scratch);
+};
+constexpr int64_t kTileRows = 128;
+
+// A row of numbers for the experts of one token, see `RowKernels::mix`.
+struct Mixture {
+  const void *residual, *shared;  // [D] each; shared may be null
+  const void* rows;               // [pairs, D]
+  const int32_t* places;          // [count] rows of this token, ascending by expert
+  const float* weights;           // [pairs]
+  int64_t count, D;
+  Type type;
+};
+
+// Row work of a whole step that stands in no product.
+struct RowKernels {
+  void (*embed)(const Packed& w, int64_t token, int64_t width, Type type, void* out);
+  void (*norm)(const Rows& x, int64_t t, int64_t width, const void* weight, float eps, void* out);
+  // out[t * E + e] = x[t] . weight[e] in float32, experts first .. end
+  void (*scores)(const Rows& x, int64_t T, int64_t D, const float* weight, int64_t first, int64_t end, float* out, int64_t E);
+  // softmax over E scores, the top_k best with their bias: ids best first, weights that sum to one (their sum kept at least norm_min)
+  void (*choose)(float* scores, const float* bias, int64_t E, int64_t top_k, float norm_min, int32_t* ids, float* weights);
+  void (*mix)(const Mixture& m, void* out);  // out = residual + (sum of weighted rows + shared)
+  void (*best)(const float* logits, int64_t n, int64_t* place, float* value);
 };
 
 // Products with float weights and attention: sums in float32, order and rounding may differ between instruction sets.
@@ -88,6 +122,8 @@ struct Kernels {
   void (*many)(const Packed& w, const Quantised& x, int64_t block, int64_t end, const Output& out, void* scratch);
   void (*many_pairs)(const Packed& w, const Quantised& x, int64_t block, int64_t end, const Output& out, void* scratch);
   const FloatKernels* floats;
+  const RowKernels* rows;
+  const TiledAttention* tiled;  // null: there is none
 };
 
 constexpr int64_t kFewRows = 8;     // up to here weights are streamed once and never unpacked
@@ -96,12 +132,16 @@ constexpr int64_t kTokenPadding = 32;  // rows of `value` that must be readable:
 
 const Kernels& plain_kernels();
 const FloatKernels& plain_floats();
+const RowKernels& plain_rows();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& amx_kernels();
 const FloatKernels& avx2_floats();
 const FloatKernels& avx512_floats();
+const RowKernels& avx2_rows();
+const RowKernels& avx512_rows();
+const TiledAttention& amx_attention();
 #endif
 
 }  // namespace ernie

@@ -179,7 +179,7 @@ def test_cached_decode_equals_the_full_forward(decoder):
     """Three sequences in interleaved chunks over shuffled pages, one of them over consecutive ones; logits agree to float32 rounding."""
     config, size = decoder.config, 4
     cache = PagedCache(config, 32, size, torch.float32)
-    builder = BatchBuilder(size, torch.float32)
+    builder = BatchBuilder(size)
     sequences = {"a": prompts(3)[0] * 2, "b": prompts(3)[1], "c": prompts(3)[2]}
     tables = {"a": (9, 2, 30, 5, 6, 1), "b": (11, 12, 13, 14, 15), "c": (31, 29, 0, 3, 7)}
     done, got = dict.fromkeys(sequences, 0), {name: [] for name in sequences}
@@ -210,7 +210,7 @@ def test_paged_attention_equals_the_reference(dtype, tolerance, heads):
     N, K = heads
     config = dataclasses.replace(DENSE, num_heads=N, num_kv_heads=K, head_size=16, num_layers=1)
     generator = torch.Generator().manual_seed(3)
-    cache, builder = PagedCache(config, 20, 4, dtype), BatchBuilder(4, dtype)
+    cache, builder = PagedCache(config, 20, 4, dtype), BatchBuilder(4)
     cache.keys[0].fill_(float("nan"))  # whatever lies in slots that are not its own, a row never sees it
     cache.values[0].fill_(float("nan"))
     total = 18

@@ -1,0 +1,122 @@
+"""A whole network as the kernels hold it: opened from its packed matrices once, then computed a step at a time in one call.
+
+What a step computes is what the decoder over the same cache computes layer by layer, which is its plain twin; the arithmetic of the parts
+stands in `quantised`. Norms, activations and the cache share one type.
+
+Letters: T tokens of the step, R requests, P pages, A rows whose next token is wanted, D width, V vocabulary, N query heads, K key heads,
+H head size, E experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ernie45.ops.native import Native
+from ernie45.ops.quantised import PackedWeight
+
+
+class NetworkSizes(NamedTuple):
+    """What the tensors alone do not say. `eps` is that of every norm."""
+
+    num_layers: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    eps: float
+
+
+class ExpertStack(NamedTuple):
+    """Routed experts of one layer: router [E, D] and selection bias [E] in float32, stacked packed matrices, and how they are chosen."""
+
+    router_ED: Tensor
+    bias_E: Tensor
+    gate_up: tuple[Tensor, Tensor]
+    down: tuple[Tensor, Tensor]
+    bits: int
+    inner_size: int
+    top_k: int
+    norm_min: float
+
+
+class StepResult(NamedTuple):
+    """What a step brought: hidden states [T, D] before the final norm; of the wanted rows float32 logits [A, V], rounded to the network's
+    type, the place of the best [A] and its logit [A] (NaN where a logit is no number); None where the caller owns the head.
+    """
+
+    hidden_TD: Tensor
+    logits_RV: Tensor | None
+    best_R: Tensor
+    best_logit_R: Tensor
+
+
+class Network:
+    """The kernels' view of a network; it keeps the matrices it was given alive."""
+
+    def __init__(self, kernels: Native, sizes: NetworkSizes, final_norm_D: Tensor, turns_P: Tensor) -> None:
+        """`turns_P`: the rotary frequencies, float32 [H / 2]."""
+        self._isa, self._frequencies_P, self._has_head = kernels.isa, turns_P, False
+        self._data = torch.ops.ernie45.network(
+            final_norm_D, sizes.eps, sizes.num_layers, sizes.vocab_size, sizes.num_heads, sizes.num_kv_heads, sizes.head_size
+        )
+        self._kept: list[object] = [final_norm_D]
+
+    def set_embedding(self, rows: Tensor | PackedWeight) -> None:
+        """Rows [V, D] in the network's type, or packed."""
+        packed = isinstance(rows, PackedWeight)
+        torch.ops.ernie45.set_embedding(
+            self._data, rows.values if packed else rows, rows.scales if packed else None, rows.bits if packed else 0
+        )
+        self._kept.append(rows)
+
+    def set_head(self, weight: PackedWeight) -> None:
+        """The output head [V, D]. Without it a step returns no logits."""
+        torch.ops.ernie45.set_head(self._data, weight.values, weight.scales, weight.bits)
+        self._kept.append(weight)
+        self._has_head = True
+
+    def set_attention(self, layer: int, norm_D: Tensor, qkv: PackedWeight, out: PackedWeight) -> None:
+        """Attention of layer `layer` (from 0), with the norm before it."""
+        torch.ops.ernie45.set_attention(self._data, layer, norm_D, qkv.values, qkv.scales, qkv.bits, out.values, out.scales, out.bits)
+        self._kept += norm_D, qkv, out
+
+    def set_feed_forward(self, layer: int, norm_D: Tensor, gate_up: PackedWeight, down: PackedWeight) -> None:
+        """The dense feed-forward of a layer with the norm before it, or the shared experts beside its routed ones."""
+        torch.ops.ernie45.set_feed_forward(
+            self._data,
+            layer,
+            norm_D,
+            gate_up.values,
+            gate_up.scales,
+            gate_up.bits,
+            down.values,
+            down.scales,
+            down.bits,
+            gate_up.out_size // 2,
+        )
+        self._kept += norm_D, gate_up, down
+
+    def set_experts(self, layer: int, norm_D: Tensor, experts: ExpertStack) -> None:
+        """The routed experts of a layer, with the norm before them."""
+        e = experts
+        torch.ops.ernie45.set_experts(
+            self._data, layer, norm_D, e.router_ED, e.bias_E, *e.gate_up, *e.down, e.bits, e.inner_size, e.top_k, e.norm_min
+        )
+        self._kept += norm_D, experts
+
+    def step(
+        self, tokens_T: Tensor, positions_T: Tensor, slots_T: Tensor, cache: Tensor, places_R3: Tensor, pages_RP: Tensor, page_size: int,
+        answers_A: Tensor,
+    ) -> StepResult:  # fmt: skip
+        """One step: every row attends its request's keys up to itself, in the pages of `cache` [layers, 2, slots, K, H].
+
+        places: first row, end and start position of each request; rows stand in the order of requests. Integers are int64. Raises
+        RuntimeError for tokens, slots, pages or rows that do not exist.
+        """
+        angles_TP = positions_T[:, None].float() * self._frequencies_P
+        turns_TP2 = torch.stack((angles_TP.cos(), angles_TP.sin()), dim=-1)
+        hidden_TD, logits_AV, best_A, best_logit_A = torch.ops.ernie45.step(
+            self._data, tokens_T, turns_TP2, slots_T, cache, places_R3, pages_RP, page_size, answers_A, self._isa
+        )
+        return StepResult(hidden_TD, logits_AV if self._has_head else None, best_A, best_logit_A)

@@ -1,0 +1,242 @@
+// Attention over pages with AMX bfloat16 tiles (16 x 32 numbers), for prompts and single queries alike.
+//
+// The queries of all heads that share a key head, and of neighbouring tokens, make the 16 rows of a tile. Keys are read from their pages as
+// they lie; values are interleaved by pairs once for all tiles of a call. Keys are taken in blocks of 128 counted from the start of the
+// sequence, with a running maximum, and a row's result depends on its own query and keys alone: however a prompt is cut into steps, its
+// bits are the same. Sums are float32, weights are rounded to bfloat16.
+#define ERNIE_ISA attention_amx
+#include <immintrin.h>
+
+#include "rows.h"
+
+namespace ernie {
+namespace attention_amx {
+
+constexpr int64_t kBlock = 128;
+
+struct alignas(64) TileShape {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {0};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// 16 x 16 numbers of 32 bits turned over.
+static inline void transpose(__m512i* r) {
+  __m512i t[16], u[16];
+  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  for (int i = 0; i < 16; i += 4) {
+    u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int j = 0; j < 4; j++) {
+    const __m512i a = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(u[j], u[4 + j], 0xdd), d = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0xdd);
+    r[j] = _mm512_shuffle_i32x4(a, b, 0x88), r[8 + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    r[4 + j] = _mm512_shuffle_i32x4(c, d, 0x88), r[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+}
+
+// 16 rows of queries on their way: tiles of the turned queries, running maximum and sum, and what was gathered so far.
+struct Tile {
+  alignas(64) uint16_t q[4][16][32];
+  alignas(64) float most[16], sum[16];
+  alignas(64) int32_t last[16];  // the last key each row sees
+  alignas(64) float out[16][128];
+  int64_t longest;
+};
+
+struct Work {
+  alignas(64) uint16_t values[kBlock / 32][8][16][32];
+  alignas(64) float scores[kBlock][16];
+  alignas(64) uint16_t weights[kBlock / 32][16][32];
+  Tile tiles[kTileRows / 16];
+};
+
+static size_t scratch_bytes() { return sizeof(Work); }
+
+// Rows (token first + r / G, head r % G) of tile number `n`.
+static void fill(Tile& tile, const PagedJob& job, int64_t first, int64_t rows, int64_t kv_head, int64_t n) {
+  const int64_t G = job.N / job.K, H = job.H;
+  tile.longest = 0;
+  for (int i = 0; i < 16; i++) {
+    const int64_t r = n * 16 + i, token = first + r / G;
+    const bool real = r < rows * G;
+    tile.most[i] = -INFINITY, tile.sum[i] = 0.0f;
+    tile.last[i] = real ? int32_t(job.lengths[token] - 1) : 0;
+    if (real && job.lengths[token] > tile.longest) tile.longest = job.lengths[token];
+  }
+  for (int64_t h = 0; h < H / 32; h++) {
+    __m512i row[16];
+    for (int i = 0; i < 16; i++) {
+      const int64_t r = n * 16 + i;
+      row[i] = _mm512_setzero_si512();
+      if (r < rows * G)
+        row[i] = _mm512_loadu_si512(static_cast<const uint16_t*>(job.q) + ((first + r / G) * job.N + kv_head * G + r % G) * H + h * 32);
+    }
+    transpose(row);
+    for (int i = 0; i < 16; i++) _mm512_store_si512(tile.q[h][i], row[i]);
+  }
+  std::memset(tile.out, 0, sizeof(tile.out));
+}
+
+// Values of keys at .. at + kBlock by pairs; what lies behind `length` counts as zero, whatever stands there.
+static void pack_values(Work& work, const PagedJob& job, const int64_t* pages, int64_t kv_head, int64_t at, int64_t length) {
+  const int64_t stride = job.K * job.H;
+  for (int64_t pair = 0; pair < kBlock / 2; pair++) {
+    const int64_t key = at + pair * 2;
+    if (pair % 16 == 0 && key >= length) break;  // whole tiles that nobody multiplies
+    const auto* v = static_cast<const uint16_t*>(job.values) + (key < length ? (pages[key / job.page_size] * job.page_size + key % job.page_size) * stride + kv_head * job.H : 0);
+    for (int64_t h = 0; h < job.H / 16; h++) {
+      __m512i both = _mm512_setzero_si512();
+      if (key < length) both = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + h * 16)));
+      if (key + 1 < length) {
+        const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + stride + h * 16)));
+        both = _mm512_or_si512(both, _mm512_slli_epi32(second, 16));
+      }
+      _mm512_store_si512(work.values[pair / 16][h][pair % 16], both);
+    }
+  }
+}
+
+// Turned scores [key][row] of `count` keys from `at` on, unscaled.
+static void score(Work& work, const Tile& tile, const PagedJob& job, const int64_t* pages, int64_t kv_head, int64_t at, int64_t count) {
+  const int64_t stride = job.K * job.H, parts = job.H / 32;
+  _tile_loadd(4, tile.q[0], 64);
+  if (parts > 1) _tile_loadd(5, tile.q[1], 64);
+  if (parts > 2) _tile_loadd(6, tile.q[2], 64);
+  if (parts > 3) _tile_loadd(7, tile.q[3], 64);
+  for (int64_t key = 0; key < count; key += 16) {  // pages hold whole sixteens
+    const int64_t slot = pages[(at + key) / job.page_size] * job.page_size + (at + key) % job.page_size;
+    const auto* k = static_cast<const uint16_t*>(job.keys) + slot * stride + kv_head * job.H;
+    _tile_zero(0);
+    _tile_loadd(1, k, stride * 2);
+    _tile_dpbf16ps(0, 1, 4);
+    if (parts > 1) {
+      _tile_loadd(2, k + 32, stride * 2);
+      _tile_dpbf16ps(0, 2, 5);
+    }
+    if (parts > 2) {
+      _tile_loadd(3, k + 64, stride * 2);
+      _tile_dpbf16ps(0, 3, 6);
+    }
+    if (parts > 3) {
+      _tile_loadd(1, k + 96, stride * 2);
+      _tile_dpbf16ps(0, 1, 7);
+    }
+    _tile_stored(0, work.scores[key], 64);
+  }
+}
+
+// Scores to weights, in place and as tiles of bfloat16; what was gathered before is scaled to the new maximum.
+static void weigh(Work& work, Tile& tile, int64_t H, int64_t at, int64_t count) {
+  const V by = V{} + 1.0f / std::sqrt(float(H));
+  const I last = *reinterpret_cast<const I*>(tile.last) - int32_t(at);  // of this block
+  int32_t least = last[0];
+  for (int i = 1; i < 16; i++) least = last[i] < least ? last[i] : least;
+  const V before = load(tile.most);
+  V most = before;
+  for (int64_t key = 0; key < count; key++) {
+    V s = load(work.scores[key]) * by;
+    if (key > least) s = last < int32_t(key) ? V{} - INFINITY : s;
+    std::memcpy(work.scores[key], &s, 64);
+    most = s > most ? s : most;
+  }
+  const V scale = exp_approx(before - most);
+  V sum = load(tile.sum) * scale;
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int64_t part = 0; part * 32 < count; part++) {
+    __m512i pairs[16];
+    for (int64_t p = 0; p < 16; p++) {
+      V two[2] = {};
+      for (int64_t j = 0; j < 2; j++) {
+        const int64_t key = part * 32 + p * 2 + j;
+        if (key >= count) continue;
+        two[j] = exp_approx(load(work.scores[key]) - most);
+        if (key > least) two[j] = last < int32_t(key) ? V{} : two[j];
+        sum += two[j];
+      }
+      const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512&>(two[1]), reinterpret_cast<__m512&>(two[0]));
+      pairs[p] = _mm512_permutexvar_epi16(order, reinterpret_cast<const __m512i&>(both));
+    }
+    transpose(pairs);
+    for (int i = 0; i < 16; i++) _mm512_store_si512(work.weights[part][i], pairs[i]);
+  }
+  std::memcpy(tile.most, &most, 64);
+  std::memcpy(tile.sum, &sum, 64);
+  for (int i = 0; i < 16; i++) {
+    if (scale[i] == 1.0f) continue;
+    for (int64_t h = 0; h < H; h += 16) {
+      const V v = load(tile.out[i] + h) * scale[i];
+      std::memcpy(tile.out[i] + h, &v, 64);
+    }
+  }
+}
+
+static void gather(const Work& work, Tile& tile, int64_t H, int64_t count) {
+  _tile_loadd(4, work.weights[0], 64);
+  if (count > 32) _tile_loadd(5, work.weights[1], 64);
+  if (count > 64) _tile_loadd(6, work.weights[2], 64);
+  if (count > 96) _tile_loadd(7, work.weights[3], 64);
+  for (int64_t h = 0; h < H / 16; h++) {
+    _tile_loadd(0, tile.out[0] + h * 16, sizeof(tile.out[0]));
+    _tile_loadd(1, work.values[0][h], 64);
+    _tile_dpbf16ps(0, 4, 1);
+    if (count > 32) {
+      _tile_loadd(2, work.values[1][h], 64);
+      _tile_dpbf16ps(0, 5, 2);
+    }
+    if (count > 64) {
+      _tile_loadd(3, work.values[2][h], 64);
+      _tile_dpbf16ps(0, 6, 3);
+    }
+    if (count > 96) {
+      _tile_loadd(1, work.values[3][h], 64);
+      _tile_dpbf16ps(0, 7, 1);
+    }
+    _tile_stored(0, tile.out[0] + h * 16, sizeof(tile.out[0]));
+  }
+}
+
+static void attend(const PagedJob& job, int64_t first, int64_t rows, int64_t kv_head, void* scratch) {
+  Work& work = *static_cast<Work*>(scratch);
+  const int64_t G = job.N / job.K, tiles = (rows * G + 15) / 16;
+  const int64_t* pages = job.pages + (job.table ? job.table[first] : first) * job.max_pages;
+  int64_t length = 0;
+  for (int64_t n = 0; n < tiles; n++) {
+    fill(work.tiles[n], job, first, rows, kv_head, n);
+    length = work.tiles[n].longest > length ? work.tiles[n].longest : length;
+  }
+  const TileShape shape;
+  _tile_loadconfig(&shape);
+  for (int64_t at = 0; at < length; at += kBlock) {
+    pack_values(work, job, pages, kv_head, at, length);
+    for (int64_t n = 0; n < tiles; n++) {
+      Tile& tile = work.tiles[n];
+      if (tile.longest <= at) continue;
+      const int64_t count = tile.longest - at < kBlock ? tile.longest - at : kBlock;
+      score(work, tile, job, pages, kv_head, at, count);
+      weigh(work, tile, job.H, at, count);
+      gather(work, tile, job.H, count);
+    }
+  }
+  _tile_release();
+  for (int64_t r = 0; r < rows * G; r++) {
+    const Tile& tile = work.tiles[r / 16];
+    const float by = 1.0f / tile.sum[r % 16];
+    for (int64_t h = 0; h < job.H; h += 16)
+      put(job.out, Type::bf16, ((first + r / G) * job.N + kv_head * G + r % G) * job.H + h, load(tile.out[r % 16] + h) * by, 16);
+  }
+}
+
+static bool takes(const PagedJob& job) {
+  return job.type == Type::bf16 && job.cache_type == Type::bf16 && job.H % 32 == 0 && job.H <= 128 && job.page_size % 16 == 0 && job.N / job.K <= kTileRows;
+}
+
+}  // namespace attention_amx
+
+const TiledAttention& amx_attention() {
+  static const TiledAttention kernels{attention_amx::takes, attention_amx::scratch_bytes, attention_amx::attend};
+  return kernels;
+}
+
+}  // namespace ernie

@@ -1,0 +1,166 @@
+"""Whole steps in one native call against the decoder over the same cache, layer by layer, for every instruction set."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ernie45.engine.batch import BatchBuilder
+from ernie45.engine.cache import PagedAttend, PagedCache
+from ernie45.engine.scheduler import Plan, PlanRow
+from ernie45.models.config import ExpertsConfig, TextConfig
+from ernie45.models.native import native_network
+from ernie45.models.text import Decoder
+from ernie45.quant.model import quantise_model
+from ernie45.quant.spec import QuantSpec
+
+pytestmark = pytest.mark.native
+
+V, PAGES, SIZE = 97, 24, 16  # vocabulary, and pages of the cache and their size
+
+
+def packed(experts=False, dtype=torch.float32, tied=True, shared=1, scheme="w4a8-g32", bias=False) -> Decoder:
+    config = TextConfig(
+        hidden_size=80, num_layers=3, num_heads=6, num_kv_heads=2, head_size=32, ffn_size=96, vocab_size=V,
+        tie_embeddings=tied, use_bias=bias,
+        experts=ExpertsConfig(num_experts=5, top_k=2, expert_size=48, num_shared=shared, first_layer=1, last_layer=2) if experts else None,
+    )  # fmt: skip
+    decoder = Decoder(config).initialise(torch.Generator().manual_seed(0), std=0.12).to(dtype).eval().requires_grad_(False)
+    for layer in decoder.layers:
+        if experts and hasattr(layer.ffn, "router"):
+            layer.ffn.router.float()
+            layer.ffn.router.selection_bias.normal_(0, 0.02, generator=torch.Generator().manual_seed(3))
+    quantise_model(decoder, QuantSpec.uniform(scheme))
+    return decoder
+
+
+def prompt(length, seed=0):
+    return torch.randint(0, V, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Served:
+    """Sequences over one cache; `feed` computes a step and returns float32 logits after each sequence's last token."""
+
+    def __init__(self, decoder, kernels=None):
+        self.decoder, self.cache, self.builder = decoder, PagedCache(decoder.config, PAGES, SIZE, decoder.dtype), BatchBuilder(SIZE)
+        self.network = None if kernels is None else native_network(decoder, kernels)
+        assert kernels is None or self.network is not None
+        self.at = {}
+
+    @torch.inference_mode()
+    def feed(self, parts):
+        rows = []
+        for name, tokens in parts.items():
+            pages = tuple(range(name, PAGES, 4))  # never consecutive
+            rows.append(PlanRow(str(name), tuple(tokens), self.at.get(name, 0), pages, True))
+            self.at[name] = self.at.get(name, 0) + len(tokens)
+        batch = self.builder.build(Plan(tuple(rows)))
+        ends = [span.end - 1 for span in batch.spans]
+        if self.network is None:
+            h_TD = self.decoder(self.decoder.embed(batch.tokens_T), batch.positions_T, PagedAttend(self.cache, batch))
+            return self.decoder.logits(h_TD[ends]).float()
+        done = self.network.step(batch.tokens_T, batch.positions_T, batch.slots_T, self.cache.store, batch.places_R3, batch.pages_RP, SIZE,
+                                 torch.tensor(ends))  # fmt: skip
+        assert torch.equal(done.best_R, done.logits_RV.argmax(-1))
+        assert torch.equal(done.best_logit_R, done.logits_RV.amax(-1))
+        return done.logits_RV
+
+
+# Attention rounds its weights to bfloat16 where tiles compute it, and quantised activations that fall on the other side of a half move by a
+# whole step: such steps in three layers, seen against the largest logit. An error in the arithmetic shows as a difference near 1.
+NEAR = {torch.float32: 0.03, torch.bfloat16: 0.12}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("made", [{}, {"tied": False, "scheme": "w8a8"}, {"experts": True}, {"experts": True, "shared": 0}])
+def test_a_step_is_what_the_layers_compute(each, made, dtype):
+    decoder = packed(dtype=dtype, **made)
+    ours, plain = Served(decoder, each), Served(decoder)
+    for parts in (
+        {0: prompt(1)},
+        {0: prompt(3, 1), 1: prompt(40, 2), 2: prompt(1, 3)},
+        {0: [5], 1: [6], 2: [7]},
+        {2: prompt(9, 4), 0: [8]},
+    ):
+        got, want = ours.feed(parts), plain.feed(parts)
+        assert (got - want).abs().max() <= NEAR[dtype] * want.abs().max()
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(cuts=st.lists(st.integers(1, 59), max_size=4, unique=True), beside=st.integers(0, 12), experts=st.booleans(), bf16=st.booleans())
+def test_neither_cuts_nor_neighbours_change_a_bit(each, cuts, beside, experts, bf16):
+    decoder = packed(experts, torch.bfloat16 if bf16 else torch.float32)
+    tokens = prompt(60)
+    whole = Served(decoder, each).feed({0: tokens})
+    served = Served(decoder, each)
+    for n, (a, b) in enumerate(zip([0, *sorted(cuts)], [*sorted(cuts), 60], strict=True)):
+        others = {1: prompt(beside, n), 3: prompt(1, n)} if beside else {}
+        last = served.feed({**others, 0: tokens[a:b]})[-1:]
+    assert torch.equal(last, whole)
+
+
+def test_threads_change_nothing(kernels):
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            served = Served(packed(experts=True), kernels)
+            results.append(torch.cat([served.feed({0: prompt(30), 1: prompt(1)}), served.feed({0: [4], 1: [5]})]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_other_requests_left_in_a_page_is_not_seen(each, dtype):
+    decoder = packed(dtype=dtype)
+    clean, dirty = Served(decoder, each), Served(decoder, each)
+    dirty.cache.store.fill_(float("nan"))
+    assert torch.equal(clean.feed({0: prompt(20), 1: prompt(1)}), dirty.feed({0: prompt(20), 1: prompt(1)}))
+
+
+def test_what_is_no_number_has_no_best_token(each):
+    decoder = packed()
+    decoder.norm.weight[3] = float("nan")
+    served = Served(decoder, each)
+    batch = served.builder.build(Plan((PlanRow("a", (1, 2), 0, (0,), True),)))
+    done = served.network.step(batch.tokens_T, batch.positions_T, batch.slots_T, served.cache.store, batch.places_R3, batch.pages_RP, SIZE,
+                               torch.tensor([1]))  # fmt: skip
+    assert done.best_logit_R.isnan().all()
+
+
+@pytest.mark.parametrize("made", [{"bias": True}, {"bias": True, "experts": True}])
+def test_what_the_kernels_do_not_know_stays_with_the_layers(kernels, made):
+    assert native_network(packed(**made), kernels) is None
+    assert native_network(Decoder(packed().config), kernels) is None
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "word"),
+    [
+        ("tokens", torch.tensor([V, 1]), "not in the vocabulary"),
+        ("tokens", torch.tensor([-1, 1]), "not in the vocabulary"),
+        ("slots", torch.tensor([0, PAGES * SIZE]), "no slot"),
+        ("places", torch.tensor([[0, 1, 0]]), "cover all rows"),
+        ("places", torch.tensor([[0, 2, PAGES * SIZE]]), "page table"),
+        ("places", torch.tensor([[1, 2, 0]]), "follow each other"),
+        ("pages", torch.tensor([[PAGES]]), "does not have"),
+        ("answers", torch.tensor([2]), "no row"),
+        ("cache", torch.zeros(3, 2, 64, 1, 32), "cache must be"),
+    ],
+)
+def test_places_that_do_not_exist_are_refused(kernels, place, value, word):
+    network = native_network(packed(), kernels)
+    arguments = {
+        "tokens": torch.tensor([1, 2]), "positions": torch.tensor([0, 1]), "slots": torch.tensor([0, 1]),
+        "cache": torch.zeros(3, 2, PAGES * SIZE, 2, 32), "places": torch.tensor([[0, 2, 0]]), "pages": torch.tensor([[0]]),
+        "size": SIZE, "answers": torch.tensor([1]),
+    }  # fmt: skip
+    assert network.step(*arguments.values()).logits_RV.shape == (1, V)
+    with pytest.raises(RuntimeError, match=word):
+        network.step(*(arguments | {place: value}).values())
+
+
+def test_a_tensor_that_is_no_network_is_refused(kernels):
+    with pytest.raises(RuntimeError, match="no opened network"):
+        torch.ops.ernie45.set_head(torch.zeros(4096, dtype=torch.uint8), torch.zeros(1, 4, 64), torch.zeros(1, 1, 16), 4)
