@@ -56,6 +56,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...]
     limits: SchedulerConfig
     settings: dict[str, str]
+    max_adapters: int = 8
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):

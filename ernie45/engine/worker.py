@@ -267,6 +267,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         eos_ids=tokenizer.eos_ids or decoder.config.eos_ids,
         limits=limits,
         settings=settings,
+        max_adapters=spec.max_adapters,
     )
     return engine, info
 

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Annotated, Any, Literal, TextIO
 
 import tyro
@@ -51,6 +52,8 @@ class ChatConfig:
     """Above 1 makes words that were used less likely."""
     seed: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: a new one each time)")] = None
     """The same seed gives the same answer."""
+    adapter: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """A PEFT adapter that the model answers with."""
     json: bool = False
     """Print one JSON object: text, reasoning, tokens, timing, settings. Needs --prompt or a pipe."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -99,6 +102,7 @@ def run(config: ChatConfig, environment: Environment) -> int:
         thinking=thinking_of(config.thinking),
         sampling=lambda folder: sampling_settings(config, folder),
         chat=interactive,
+        adapter=config.adapter,
     )
     turns = [Turn(role="system", content=config.system)] if config.system else []
     if interactive:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError, ConfigError, RequestError
+from ernie45.models.adapter_folder import CONFIG
 from ernie45.recipes.answer import Outcome, Piece
 from ernie45.recipes.conversation import Turn
 from ernie45.recipes.terminal import progress_bar
@@ -28,12 +29,25 @@ _OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "pres
 
 
 def open_speaker(
-    model: str, environment: Environment, *, dtype: str, thinking: bool | int | None, sampling: Sampling, chat: bool
+    model: str,
+    environment: Environment,
+    *,
+    dtype: str,
+    thinking: bool | int | None,
+    sampling: Sampling,
+    chat: bool,
+    adapter: Path | None = None,
 ) -> "ModelSpeaker":
     """Find, load and prepare a model, with progress on stderr. With `chat` a model that only continues text is refused.
 
+    adapter: the folder of a PEFT adapter that the model answers with.
+
     Raises ErnieError subclasses for every mistake in the name, the files or the settings.
     """
+    if adapter is not None:
+        adapter = adapter.resolve()
+        if not (adapter / CONFIG).is_file():
+            raise ConfigError(f"--adapter: {adapter} holds no {CONFIG}; give the folder of a PEFT adapter")
     with progress_bar(environment) as progress:
         progress("starting", 0, 0)  # importing torch takes a second or two
         from ernie45.engine.client import LLM
@@ -46,10 +60,11 @@ def open_speaker(
             path,
             dtype=dtype,
             max_running=1,
+            adapters=None if adapter is None else adapter.parent,
             environment=environment,
             progress=lambda tensor, done, total: progress("loading weights", done, total),
         )
-    speaker = ModelSpeaker(llm, model_name(path), params, thinking)
+    speaker = ModelSpeaker(llm, model_name(path), params, thinking, "" if adapter is None else adapter.name)
     if llm.template is None and thinking:
         raise ConfigError(f"{speaker.name} is a base model and has no thinking; leave --thinking out")
     if chat:
@@ -94,9 +109,9 @@ def read_generation_config(path: Path) -> dict[str, Any]:
 class ModelSpeaker:
     """A loaded model with its name and sampling settings; a base model continues the one text it is given."""
 
-    def __init__(self, llm: "LLM", name: str, params: "SamplingParams", thinking: bool | int | None) -> None:
-        self._llm, self._params, self._thinking = llm, params, thinking
-        self.name = name
+    def __init__(self, llm: "LLM", name: str, params: "SamplingParams", thinking: bool | int | None, adapter: str = "") -> None:
+        self._llm, self._params, self._thinking, self._adapter = llm, params, thinking, adapter
+        self.name = f"{name} with {adapter}" if adapter else name
         self.limit = llm.limits.max_length
 
     def count(self, turns: Sequence[Turn]) -> int:
@@ -112,8 +127,8 @@ class ModelSpeaker:
         params = self._params if seed is None else replace(self._params, seed=seed + retry)
         began = time.perf_counter()
         if self._llm.template is None:
-            return ModelReply(self._llm.stream_text(_only_text(self.name, turns), params), began)
-        return ModelReply(self._llm.stream(_messages(turns), params, thinking=self._thinking), began)
+            return ModelReply(self._llm.stream_text(_only_text(self.name, turns), params, adapter=self._adapter), began)
+        return ModelReply(self._llm.stream(_messages(turns), params, thinking=self._thinking, adapter=self._adapter), began)
 
     def settings(self) -> dict[str, str]:
         """What was resolved, for people to read."""

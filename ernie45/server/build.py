@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 from ernie45.config import Environment
 from ernie45.engine.process import EngineProcess
 from ernie45.engine.wire import EngineSpec
+from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.server.access import read_keys
 from ernie45.server.app import make_app
 from ernie45.server.journal import Journal
@@ -37,11 +38,13 @@ def build(
     keys = read_keys(settings.api_keys, environment.api_keys)
     metrics, journal = Metrics(), Journal(settings.log, write)
     open_engine = opener or process_opener(settings, environment)
+    adapters = None if settings.adapters is None else AdapterFolder(settings.adapters)
     models = []
     for n, source in enumerate(sources):
         own = Path(source).name.removesuffix(".gguf") if Path(source).exists() else source
         names = (*settings.served_model_name, own) if n == 0 else (own,)
-        models.append(ServedModel(source, tuple(dict.fromkeys(names)), open_engine, settings.limits, metrics, chat_format=chat_format))
+        names = tuple(dict.fromkeys(names))
+        models.append(ServedModel(source, names, open_engine, settings.limits, metrics, chat_format=chat_format, adapters=adapters))
     service = Service(settings, models, metrics, journal, version)
     return service, make_app(service, keys)
 
@@ -62,6 +65,9 @@ def process_opener(settings: ServerSettings, environment: Environment) -> Opener
             token_budget=engine.token_budget,
             max_running=engine.max_running,
             prefix_sharing=engine.prefix_sharing,
+            adapters="" if settings.adapters is None else str(settings.adapters.resolve()),
+            max_adapters=engine.max_adapters,
+            adapter_bytes=engine.adapter_bytes,
         )
         return EngineProcess(spec, environment.for_children, stuck_seconds=engine.stuck_seconds, **listeners)
 

@@ -33,14 +33,24 @@ class Line(Generic[T]):
         self._clocks[caller] = max(self._clocks.get(caller, 0.0), self._now)
         self._count += 1
 
+    def peek(self) -> T | None:
+        """What `take` would give, left in its place."""
+        if not self._count:
+            return None
+        priority, caller = self._first()
+        return self._levels[priority][caller][0][0]
+
+    def _first(self) -> tuple[int, str]:
+        """Priority and caller of the next."""
+        priority = min(self._levels)
+        return priority, min(self._levels[priority], key=lambda name: self._clocks[name])
+
     def take(self) -> T | None:
         """The next; None when nobody waits."""
         if not self._count:
             return None
-        priority = min(self._levels)
-        level = self._levels[priority]
-        caller = min(level, key=lambda name: self._clocks[name])
-        item, size = level[caller].popleft()
+        priority, caller = self._first()
+        item, size = self._levels[priority][caller].popleft()
         self._now = self._clocks[caller]
         self._clocks[caller] += size
         self._count -= 1

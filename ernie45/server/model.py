@@ -22,6 +22,7 @@ from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load
 from ernie45.engine.wire import Embedded, EngineInfo, Refused, Stepped
 from ernie45.errors import CheckpointError, ErnieError, RequestError
+from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.server.failures import Failure, engine_lost, failure_of, overloaded
 from ernie45.server.line import Line
 from ernie45.server.settings import Limits
@@ -39,7 +40,7 @@ class Engine(Protocol):
     async def start(self) -> EngineInfo: ...
     def submit(self, request: Request) -> None: ...
     def cancel(self, request_id: str) -> None: ...
-    def embed(self, id: str, tokens: tuple[int, ...]) -> None: ...
+    def embed(self, id: str, tokens: tuple[int, ...], adapter: str) -> None: ...
     async def stop(self) -> None: ...
 
 
@@ -83,10 +84,19 @@ class ServedModel:
     """
 
     def __init__(
-        self, source: str, names: Sequence[str], opener: Opener, limits: Limits, observer: Observer, *, chat_format: str | None = None
+        self,
+        source: str,
+        names: Sequence[str],
+        opener: Opener,
+        limits: Limits,
+        observer: Observer,
+        *,
+        chat_format: str | None = None,
+        adapters: AdapterFolder | None = None,
     ) -> None:
         self.source = source
         self.names = tuple(names)
+        self.adapters = adapters
         self.state = "cold"
         self.trouble = ""
         self.created = int(time.time())
@@ -247,7 +257,7 @@ class ServedModel:
             self._end(ticket)
             self._fill()
 
-    async def embed(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
+    async def embed(self, tokens: tuple[int, ...], adapter: str = "") -> tuple[float, ...]:
         """A text as a vector. Raises `Failure`."""
         if self.busy >= self._limits.queue:
             raise overloaded("too many requests wait for the model", self._pace, "queue_full")
@@ -256,7 +266,7 @@ class ServedModel:
         id = self.number()
         future: asyncio.Future[tuple[float, ...]] = asyncio.get_running_loop().create_future()
         self._embeddings[id] = future
-        self._engine.embed(id, tokens)
+        self._engine.embed(id, tokens, adapter)
         try:
             async with asyncio.timeout(self._limits.request_seconds):
                 return await future
@@ -273,9 +283,11 @@ class ServedModel:
             and self.info is not None
             and len(self._running) < self.info.limits.max_running
         ):
-            ticket = self._line.take()
-            if ticket is None:
+            following = self._line.peek()
+            if following is None or not self._has_adapter_room(following.job.request.adapter):
                 return
+            ticket = self._line.take()
+            assert ticket is following
             now = asyncio.get_running_loop().time()
             if ticket.timer is not None:
                 ticket.timer.cancel()
@@ -284,6 +296,12 @@ class ServedModel:
             ticket.state, ticket.began = State.running, now
             self._running[ticket.id] = ticket
             self._engine.submit(ticket.job.request)
+
+    def _has_adapter_room(self, adapter: str) -> bool:
+        """Whether the engine can hold one more adapter, or has this one. Whoever waits for room keeps the place, so room comes."""
+        used = {ticket.job.request.adapter for ticket in self._running.values()} - {""}
+        assert self.info is not None
+        return not adapter or adapter in used or len(used) < self.info.max_adapters
 
     def _on_message(self, message: Stepped | Refused | Embedded) -> None:
         if isinstance(message, Stepped):

@@ -38,17 +38,26 @@ def add_openai(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", tags=["OpenAI"])
     async def models() -> JSONResponse:
         """Every name that requests may use."""
-        return JSONResponse({"object": "list", "data": [_card(model, name) for model in service.models for name in model.names]})
+        cards = []
+        for model in service.models:
+            adapters = model.adapters.names() if model.adapters is not None else []
+            cards += [_card(model, name) for name in model.names]
+            cards += [_card(model, f"{name}:{adapter}", name) for name in model.names for adapter in adapters]
+        return JSONResponse({"object": "list", "data": cards})
 
     @app.get("/v1/models/{name:path}", tags=["OpenAI"])
     async def model(name: str) -> JSONResponse:
         """One name."""
-        return JSONResponse(_card(service.find(name), name))
+        model, adapter = service.find(name)
+        return JSONResponse(_card(model, name, name.removesuffix(f":{adapter}") if adapter else None))
 
 
-def _card(model: ServedModel, name: str) -> dict[str, Any]:
+def _card(model: ServedModel, name: str, parent: str | None = None) -> dict[str, Any]:
+    """What is said of a name. parent: the model's, when the name is an adapter's."""
     card: dict[str, Any] = {"id": name, "object": "model", "created": model.created, "owned_by": "ernie45", "root": model.name}
     card["max_model_len"] = model.info.limits.max_length if model.info else None
+    if parent is not None:
+        card["parent"] = parent
     template = model.text.template if model.text else None
     if template is not None and template.family is not None:  # of a folder's own template nobody knows what it can say
         family = template.family

@@ -35,6 +35,7 @@ class Context:
     text: TextSide
     limits: Limits
     caller: Caller
+    adapter: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +274,7 @@ def jobs(
             priority=request.priority,
             arrival=now,
             cache_salt="\0".join(part for part in (context.caller.salt, request.cache_salt) if part),
+            adapter=context.adapter,
             grammar=prompted.grammar,
         )
         asked.check_vocabulary(context.info.vocab_size)

@@ -16,6 +16,7 @@ from ernie45.server.settings import ServerSettings
 from ernie45.server.ticket import Job, Ticket
 
 T = TypeVar("T")
+_SHOWN_NAMES = 50  # of adapters, in an error
 _PREPARERS = 2  # threads that render, tokenise and compile grammars: hostile ones take these, and never the event loop
 
 
@@ -45,23 +46,30 @@ class Service:
                 self._names[name] = model
         metrics.watch(self.models)
 
-    def find(self, name: str | None) -> ServedModel:
-        """A model by one of its names; None = the first. Raises `Failure` 404."""
+    def find(self, name: str | None) -> tuple[ServedModel, str]:
+        """A model by one of its names, and the adapter behind a colon or ""; None = the first, bare. Raises `Failure` 404."""
         if name is None:
-            return self.models[0]
-        if name not in self._names:
-            known = ", ".join(self._names)
-            raise Failure(404, f"the model '{name[:120]}' is not served here; there is: {known}", field="model", code="model_not_found")
-        return self._names[name]
+            return self.models[0], ""
+        if name in self._names:
+            return self._names[name], ""
+        base, _, adapter = name.rpartition(":")
+        if (model := self._names.get(base)) is not None and model.adapters is not None:
+            if model.adapters.holds(adapter):
+                return model, adapter
+            known = ", ".join(model.adapters.names()[:_SHOWN_NAMES]) or "none"
+            what = f"the model {base} has no adapter '{adapter[:100]}'; there is: {known}"
+            raise Failure(404, what, field="model", code="model_not_found")
+        known = ", ".join(self._names)
+        raise Failure(404, f"the model '{name[:120]}' is not served here; there is: {known}", field="model", code="model_not_found")
 
     async def context(self, name: str | None, caller: Caller) -> tuple[ServedModel, Context]:
         """The model that is asked for, loaded, and what preparing needs. Raises `Failure`: 404, 429, 503."""
         if self.draining:
             raise overloaded("the server is shutting down", 5, "shutting_down")
-        model = self.find(name)
+        model, adapter = self.find(name)
         self.rates.admit(caller, self.now())
         info, text = await model.ready()
-        return model, Context(info=info, text=text, limits=self.settings.limits, caller=caller)
+        return model, Context(info=info, text=text, limits=self.settings.limits, caller=caller, adapter=adapter)
 
     async def prepare(self, make: Callable[..., T], *args: Any, fields: dict[str, str] | None = None) -> T:
         """Runs what takes a processor's time off the loop. Raises `Failure` 400 for the caller's mistakes."""

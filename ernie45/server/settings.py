@@ -79,6 +79,10 @@ class EngineSettings:
     """Requests computed at the same time."""
     prefix_sharing: bool = True
     """Whether equal beginnings of prompts are computed once."""
+    max_adapters: int = 8
+    """Adapters in memory at the same time; requests for further ones wait until one is unused."""
+    adapter_bytes: int = 1 << 30
+    """Bytes of all adapters in memory."""
     stuck_seconds: float = 300.0
     """An engine that does nothing for so long while requests run is ended and started again."""
 
@@ -93,6 +97,8 @@ class ServerSettings:
     """Port to listen on; 0 takes a free one and prints it."""
     served_model_name: tuple[str, ...] = ()
     """Names that clients may use for the first model, besides its own."""
+    adapters: Path | None = None
+    """Folder whose subfolders are PEFT adapters; clients choose one as MODEL:ADAPTER."""
     api_keys: Path | None = None
     """File with one key a line, `name:key` or `key`. With keys every route but /health/live needs one."""
     open_metrics: bool = False

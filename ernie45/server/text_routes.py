@@ -82,7 +82,7 @@ async def embedded(service: Service, request: Request, asked: EmbeddingRequest) 
     texts = await service.prepare(_texts, asked, context)
     data = []
     for index, tokens in enumerate(texts):
-        vector = await model.embed(tokens)
+        vector = await model.embed(tokens, context.adapter)
         shown: Any = list(vector)
         if asked.encoding_format == "base64":
             shown = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -63,10 +63,10 @@ class HandEngine:
     def cancel(self, request_id):
         self.fake.cancel(request_id)
 
-    def embed(self, id, tokens):
+    def embed(self, id, tokens, adapter=""):
         loop = asyncio.get_running_loop()
         try:
-            loop.call_soon(self.tell, Embedded(id, tuple(self.fake.embed(tokens))))
+            loop.call_soon(self.tell, Embedded(id, tuple(self.fake.embed(tokens, adapter))))
         except ErnieError as error:
             loop.call_soon(self.tell, Refused(id, str(error), getattr(error, "field", None)))
 
