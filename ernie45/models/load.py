@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ernie45 import ops
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError
 from ernie45.machine import available_memory
 from ernie45.models.compute import ComputeType, choose_compute, cpu_has_bfloat16
 from ernie45.models.config import TextConfig
 from ernie45.models.gguf_config import config_from_gguf
-from ernie45.models.names import detect_layout, has_mtp, head_name, name_table, without_head, without_mtp
+from ernie45.models.names import FLOAT32_ENDINGS, detect_layout, has_mtp, head_name, name_table, without_head, without_mtp
 from ernie45.models.packed import packed_dtype, packed_spec, packed_table, without_rules_for_mtp
 from ernie45.models.released import CHECKPOINTS, Release
 from ernie45.models.starter import STARTER_NAME, starter_folder
@@ -91,6 +92,7 @@ def load(
     dtype: str = "auto",
     mtp: bool = True,
     mapped: bool | None = None,
+    compact: bool = False,
     check: bool = True,
     progress: Progress | None = None,
     environment: Environment | None = None,
@@ -102,9 +104,12 @@ def load(
         raise CheckpointError(opened.complaint())
     compute = choose_compute(dtype, opened.stored, fast_bfloat16=cpu_has_bfloat16())
     decoder = _empty_decoder(opened.config, opened.spec, compute.dtype)
+    kept = _exact_in_bfloat16(opened) if compact and compute.dtype == torch.float32 and ops.KERNELS else frozenset()
+    if kept:
+        compute = replace(compute, reason=f"{compute.reason}; matrices held as they are stored, which changes no result")
 
     def dtype_of(name: str) -> torch.dtype:
-        return packed_dtype(name, compute.dtype)
+        return torch.bfloat16 if name in kept else packed_dtype(name, compute.dtype)
 
     with opened.files as files:
         if opened.plan.ignored.get(head_name(opened.layout)):
@@ -116,6 +121,8 @@ def load(
             mapped = needed > _ROOMY * available_memory()
         state = load_pieces(opened.plan, source, shapes, dtype_of, mapped=mapped, check=check, progress=progress)
     decoder.load_state_dict(state, assign=True)
+    if "embed.weight" in kept:
+        decoder.embed.dtype = compute.dtype
     return LoadedModel(decoder.eval(), compute, opened)
 
 
@@ -125,6 +132,7 @@ def load_model(
     dtype: str = "auto",
     mtp: bool = True,
     mapped: bool | None = None,
+    compact: bool = False,
     check: bool = True,
     progress: Progress | None = None,
     environment: Environment | None = None,
@@ -132,10 +140,23 @@ def load_model(
     """Load a model by folder, `.gguf` file, Hub name (`baidu/ERNIE-4.5-0.3B-PT`), short name (`0.3B`) or `starter`.
 
     `dtype`: "auto", "float32" or "bfloat16" (`compute.choose_compute` has the rule). `mtp=False` leaves a multi-token prediction block in
-    the file. `mapped` keeps weights in the mapped file where they need no change; None does so only when memory is short. `check` refuses
-    NaN and infinite weights. Raises CheckpointError, naming file and tensor, for anything that does not fit.
+    the file. `mapped` keeps weights in the mapped file where they need no change; None does so only when memory is short.
+    `compact` is for inference in float32: where the native kernels are installed, matrices stored as bfloat16 are held so, in half the
+    bytes and with the same results, since the kernels widen them exactly; training needs real float32 parameters.
+    `check` refuses NaN and infinite weights. Raises CheckpointError, naming file and tensor, for anything that does not fit.
     """
-    return load(name_or_path, dtype=dtype, mtp=mtp, mapped=mapped, check=check, progress=progress, environment=environment).decoder
+    return load(
+        name_or_path, dtype=dtype, mtp=mtp, mapped=mapped, compact=compact, check=check, progress=progress, environment=environment
+    ).decoder
+
+
+def _exact_in_bfloat16(opened: OpenModel) -> frozenset[str]:
+    """The matrices that are stored as bfloat16 in every file tensor they are made of, save the router's, which torch multiplies."""
+    if opened.spec is not None or not isinstance(opened.files, TensorFiles):
+        return frozenset()
+    other = {p.ours for p in opened.plan.pieces if opened.files.info(p.file).dtype not in (torch.bfloat16, torch.uint16)}
+    matrices = {p.ours for p in opened.plan.pieces if len(p.box) > 1 and not p.ours.endswith(FLOAT32_ENDINGS)}
+    return frozenset(matrices - other)
 
 
 @dataclass(frozen=True)

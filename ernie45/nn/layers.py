@@ -27,15 +27,17 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """One row per token id; `weight` is [V, D]."""
+    """One row per token id; `weight` is [V, D]. `dtype` is the type of the rows it gives; None: the one the weight is held in."""
 
     def __init__(self, vocab_size: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
+        self.dtype: torch.dtype | None = None
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """[T] int64 -> [T, D]; not scaled."""
-        return nn.functional.embedding(tokens_T, self.weight)
+        rows_TD = nn.functional.embedding(tokens_T, self.weight)
+        return rows_TD if self.dtype is None else rows_TD.to(self.dtype)
 
     def scores(self, h_RD: Tensor) -> Tensor:
         """The embedding as output head, [R, D] -> [R, V]."""

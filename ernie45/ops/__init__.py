@@ -4,8 +4,8 @@
 """
 
 from ernie45.config import Environment
-from ernie45.ops import native, quantised
-from ernie45.ops.eager import causal_attention, experts, linear, over_experts, rms_norm, rotate_pairs, route, swiglu
+from ernie45.ops import eager, native, quantised
+from ernie45.ops.eager import causal_attention, over_experts, rms_norm, rotate_pairs, route, swiglu
 from ernie45.ops.native import Native
 from ernie45.ops.quantised import PackedWeight, dequantise, dequantise_rows
 from ernie45.ops.reference import Routing
@@ -35,7 +35,9 @@ __all__ = [
 
 KERNELS: Native | None = native.load(Environment.read().isa, native.find_library())
 
-# The same names whichever was chosen; the contracts stand in `quantised`.
+# The same names whichever was chosen; the contracts stand in `reference` and `quantised`.
+linear = KERNELS.linear if KERNELS else eager.linear
+experts = KERNELS.experts if KERNELS else eager.experts
 _chosen = KERNELS or quantised
 packed_linear = _chosen.packed_linear
 packed_linear_add = _chosen.packed_linear_add

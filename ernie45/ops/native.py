@@ -1,6 +1,6 @@
 """The compiled kernels of the distribution `ernie45-kernels`, when they are installed: found, loaded and described once.
 
-Each function has the contract of its twin in `quantised` (or, for `bf16_linear`, of `reference.linear`).
+Each function has the contract of its twin in `quantised` or `reference`.
 """
 
 import importlib.util
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ernie45.errors import ConfigError, did_you_mean
+from ernie45.ops import eager
 from ernie45.ops.quantised import PackedWeight
+from ernie45.ops.reference import Routing
 
 NAMES = ("amx", "avx512", "avx2", "plain")  # what ERNIE45_ISA may say, with "python" for no compiled kernels at all
 
@@ -64,8 +66,35 @@ class Native:
         return torch.ops.ernie45.paged_attention(q_BNH, keys, values, pages_BP, lengths_B, page_size, self.isa)
 
     def bf16_linear(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        """`x @ weight.T` for a bfloat16 weight and few rows: the weight is read once for eight rows."""
+        """`x @ weight.T` for a bfloat16 weight, summed in float32, in the type of `x`; float32 activations are not rounded."""
         return torch.ops.ernie45.bf16_linear(x_TI, weight_OI, self.isa)
+
+    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """See `reference.linear`; torch computes what the kernels do not take or would not make faster, and all that has a gradient."""
+        if weight_OI.dtype != torch.bfloat16 or not self._faster(x_TI) or not _plain_memory(x_TI, weight_OI):
+            return eager.linear(x_TI, weight_OI, bias_O)
+        out_TO = torch.ops.ernie45.bf16_linear(x_TI, weight_OI, self.isa)
+        return out_TO if bias_O is None else out_TO + bias_O
+
+    def experts(self, x_TD: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+        """See `reference.experts`."""
+        return eager.experts(x_TD, routing, gate_up_EFD, down_EDF, self.linear)
+
+    def _faster(self, x_TI: Tensor) -> bool:
+        """Whether the kernels beat torch for these activations and a bfloat16 weight, as measured (docs/log.md)."""
+        if x_TI.dtype == torch.float32:  # tiles: 2 to 3 times as fast for any number of rows; vectors read the weight once for eight rows
+            return self.isa == "amx" or x_TI.shape[0] <= _VECTOR_ROWS
+        return self.isa == "amx" and x_TI.shape[0] <= _TILE_ROWS
+
+
+_VECTOR_ROWS = 16
+_TILE_ROWS = 32  # bfloat16 throughout: beyond, torch's own tiles are as fast
+
+
+def _plain_memory(x_TI: Tensor, weight_OI: Tensor) -> bool:
+    """What the kernels take: rows in one piece on the CPU, and nobody who wants a gradient."""
+    wants_gradient = torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad)
+    return not wants_gradient and x_TI.is_cpu and weight_OI.is_contiguous() and x_TI.stride(1) == 1
 
 
 def find_library() -> Path | None:

@@ -20,8 +20,11 @@ class Routing(NamedTuple):
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, [T, I] -> [T, O]."""
-    return F.linear(x_TI, weight_OI, bias_O)
+    """`x @ weight.T + bias`, [T, I] -> [T, O] in the type of `x`.
+
+    A bfloat16 weight may meet float32 activations: it is widened, which is exact, and everything is computed in float32.
+    """
+    return F.linear(x_TI, weight_OI.to(x_TI.dtype), bias_O)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -73,7 +76,7 @@ def experts(x_TD: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tenso
     weights_TC = routing.weights.to(x_TD.dtype)
     for expert in routing.experts.unique().tolist():
         rows, slots = torch.where(routing.experts == expert)
-        h_RD = F.linear(swiglu(F.linear(x_TD[rows], gate_up_EFD[expert])), down_EDF[expert])
+        h_RD = linear(swiglu(linear(x_TD[rows], gate_up_EFD[expert])), down_EDF[expert])
         out_TD = out_TD.index_add(0, rows, h_RD * weights_TC[rows, slots, None])
     return out_TD
 

@@ -61,15 +61,11 @@ Tensor bf16_linear(const Tensor& x, const Tensor& weight, const std::string& isa
   const int64_t T = x.size(0), I = x.size(1);
   STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == ScalarType::BFloat16 && weight.dim() == 2 && weight.size(1) == I,
                   "the weight must be bfloat16 [O, ", I, "], contiguous, on the CPU");
-  const int64_t O = weight.size(0), step = ernie::kFewRows;
+  const int64_t O = weight.size(0);
   Tensor out = empty<2>(x, {T, O});
-  const size_t element = rows.type == ernie::Type::f32 ? 4 : 2;
-  for (int64_t t = 0; t < T; t += step) {
-    const ernie::Rows part{static_cast<const char*>(rows.data) + size_t(t * rows.stride) * element, rows.type, rows.stride};
-    ernie::Output to{};
-    to.type = rows.type, to.out = static_cast<char*>(out.data_ptr()) + size_t(t * O) * element, to.stride = to.width = O;
-    ernie::bf16_linear(kernels(isa), threads(), part, T - t < step ? T - t : step, static_cast<const uint16_t*>(weight.data_ptr()), I, O, to);
-  }
+  ernie::Output to{};
+  to.type = rows.type, to.out = out.data_ptr(), to.stride = to.width = O;
+  ernie::bf16_linear(kernels(isa), threads(), rows, T, static_cast<const uint16_t*>(weight.data_ptr()), I, O, to);
   return out;
 }
 

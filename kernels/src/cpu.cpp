@@ -21,7 +21,7 @@ bool has_avx512() {
 // Tiles must be asked for once per process: the kernel then keeps 8 KiB more of every thread's registers.
 bool has_amx() {
 #if defined(__linux__)
-  if (!has_avx512() || !__builtin_cpu_supports("amx-int8")) return false;
+  if (!has_avx512() || !__builtin_cpu_supports("amx-int8") || !__builtin_cpu_supports("amx-bf16")) return false;
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else

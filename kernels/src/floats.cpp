@@ -18,11 +18,15 @@ static inline void totals(const V* v, float* out) {
   for (int j = 0; j < 4; j++) out[j] = s[4 * j];
 }
 
-static void widen(const Rows& x, int64_t T, int64_t width, float* out) {
-  for (int64_t t = 0; t < T; t++)
-    for (int64_t i = 0; i < width; i++)
-      out[t * width + i] = x.type == Type::f32 ? static_cast<const float*>(x.data)[t * x.stride + i]
-                                               : f32_of_bf16(static_cast<const uint16_t*>(x.data)[t * x.stride + i]);
+// Activations are packed to float32 rows in one piece.
+static size_t packed_size(Type, int64_t T, int64_t I) { return size_t(T * I) * sizeof(float); }
+
+static void pack(const Rows& x, int64_t, int64_t I, int64_t row, int64_t end, void* packed) {
+  for (float* out = static_cast<float*>(packed) + row * I; row < end; row++, out += I)
+    for (int64_t i = 0; i < I; i += 16) {
+      const int n = int(I - i < 16 ? I - i : 16);
+      put(out, Type::f32, i, get(x.data, x.type, row * x.stride + i, n), n);
+    }
 }
 
 // R rows of the weight times T rows of x -> c[R][T]
@@ -69,7 +73,10 @@ static void rows_of(const uint16_t* w, int64_t I, int64_t row, int64_t end, cons
   }
 }
 
-static void bf16_few(const uint16_t* w, int64_t I, int64_t row, int64_t end, const float* x, int64_t T, const Output& out) {
+static size_t product_scratch(int64_t) { return 0; }
+
+static void product(const uint16_t* w, int64_t I, int64_t row, int64_t end, const void* packed, Type, int64_t T, const Output& out, void*) {
+  const float* x = static_cast<const float*>(packed);
   switch (T) {
     case 1: return rows_of<1>(w, I, row, end, x, out);
     case 2: return rows_of<2>(w, I, row, end, x, out);
@@ -187,7 +194,8 @@ static void paged(const PagedJob& job, int64_t sequence, int64_t kv_head, float*
 #define ERNIE_JOIN2(a, b) a##b
 #define ERNIE_JOIN(a, b) ERNIE_JOIN2(a, b)
 const FloatKernels& ERNIE_JOIN(ERNIE_ISA, _floats)() {
-  static const FloatKernels kernels{ERNIE_ISA::widen, ERNIE_ISA::bf16_few, ERNIE_ISA::paged};
+  static const FloatKernels kernels{kFewRows,       4, 1, ERNIE_ISA::packed_size, ERNIE_ISA::pack, ERNIE_ISA::product_scratch,
+                                    ERNIE_ISA::product, ERNIE_ISA::paged};
   return kernels;
 }
 

@@ -94,9 +94,19 @@ void feed_forward(const Kernels& k, const Threads& threads, const Rows& x, int64
 }
 
 void bf16_linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, const uint16_t* w, int64_t I, int64_t O, const Output& out) {
-  float* wide = reinterpret_cast<float*>(scratch(activations).take(size_t(T * I) * 4));
-  k.floats->widen(x, T, I, wide);
-  share(threads, O, pieces(O, threads.count, 4), [&](int64_t first, int64_t end) { k.floats->bf16_few(w, I, first, end, wide, T, out); });
+  const FloatKernels& f = *k.floats;
+  const size_t x_element = x.type == Type::f32 ? 4 : 2, out_element = out.type == Type::f32 ? 4 : 2;
+  for (int64_t t = 0; t < T; t += f.most_rows) {
+    const int64_t count = T - t < f.most_rows ? T - t : f.most_rows, blocks = (count + f.token_block - 1) / f.token_block;
+    const Rows part{static_cast<const char*>(x.data) + size_t(t * x.stride) * x_element, x.type, x.stride};
+    Output to = out;
+    to.out = static_cast<char*>(out.out) + size_t(t * out.stride) * out_element;
+    char* packed = scratch(activations).take(f.packed_size(x.type, count, I));
+    share(threads, blocks, count <= kStreamedRows ? blocks : 1, [&](int64_t first, int64_t end) { f.pack(part, count, I, first, end, packed); });
+    share(threads, O, pieces(O, threads.count, f.row_block), [&](int64_t first, int64_t end) {
+      f.product(w, I, first, end, packed, x.type, count, to, scratch(panels).take(f.product_scratch(I)));
+    });
+  }
 }
 
 void paged(const Kernels& k, const Threads& threads, const PagedJob& job, int64_t sequences) {

@@ -23,7 +23,7 @@ void linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, 
 void feed_forward(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t D, const Norm& norm, const Packed& gate_up,
                   const Packed& down, void* out);
 
-// out [T, O] = x @ w for a bfloat16 weight [O, I] and at most kFewRows rows
+// out [T, O] = x @ w for a bfloat16 weight [O, I]
 void bf16_linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, const uint16_t* w, int64_t I, int64_t O, const Output& out);
 
 // One query per sequence over its pages.

@@ -104,9 +104,14 @@ struct RowKernels {
 
 // Products with float weights and attention: sums in float32, order and rounding may differ between instruction sets.
 struct FloatKernels {
-  void (*widen)(const Rows& x, int64_t T, int64_t width, float* out);
-  // rows `row` .. `end` of a bfloat16 weight [O, I] times x [T, I], T <= kFewRows
-  void (*bf16_few)(const uint16_t* weight, int64_t I, int64_t row, int64_t end, const float* x, int64_t T, const Output& out);
+  // x [T, I] times a bfloat16 weight [O, I], at most most_rows tokens at once. `pack` arranges tokens token_block * block and on for `product`,
+  // which computes the weight's rows `row` .. `end`, threads taking multiples of row_block.
+  int64_t most_rows, row_block, token_block;
+  size_t (*packed_size)(Type type, int64_t T, int64_t I);
+  void (*pack)(const Rows& x, int64_t T, int64_t I, int64_t block, int64_t end, void* packed);
+  size_t (*product_scratch)(int64_t I);
+  void (*product)(const uint16_t* weight, int64_t I, int64_t row, int64_t end, const void* packed, Type type, int64_t T, const Output& out,
+                  void* scratch);
   // one query per sequence against its pages; scratch holds (N / K) * (longest length + 16 + 2 * H) floats
   void (*paged)(const PagedJob& job, int64_t sequence, int64_t kv_head, float* scratch);
 };
@@ -127,6 +132,7 @@ struct Kernels {
 };
 
 constexpr int64_t kFewRows = 8;     // up to here weights are streamed once and never unpacked
+constexpr int64_t kStreamedRows = 32;  // up to here float weights are read once, from where they are stored
 constexpr int64_t kPanelBlocks = 4;
 constexpr int64_t kTokenPadding = 32;  // rows of `value` that must be readable: T rounded up to this
 
@@ -142,6 +148,7 @@ const FloatKernels& avx512_floats();
 const RowKernels& avx2_rows();
 const RowKernels& avx512_rows();
 const TiledAttention& amx_attention();
+const FloatKernels& amx_floats();
 #endif
 
 }  // namespace ernie

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ernie45 import ops
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError, ConfigError
 from ernie45.models.compute import choose_compute, cpu_has_bfloat16
@@ -277,3 +278,22 @@ def test_compute_types_that_do_not_exist():
 def test_names_of_the_family(tmp_path, name, word):
     with pytest.raises(CheckpointError, match=word):
         find_model(name, Environment(cache_dir=tmp_path, hf_home=tmp_path, offline=True))
+
+
+@pytest.mark.native
+@pytest.mark.skipif(ops.KERNELS is None, reason="without the native kernels a float32 model holds float32 weights")
+def test_compact_holds_what_is_stored_as_bfloat16_and_nothing_else(tmp_path, monkeypatch):
+    save_model(decoder_of(tiny(experts=True, num_mtp=1), torch.bfloat16), tmp_path / "half")
+    save_model(decoder_of(tiny(experts=True)), tmp_path / "full")
+    half, real = load(tmp_path / "half", dtype="float32", compact=True), load(tmp_path / "half", dtype="float32")
+    held = {name: value.dtype for name, value in half.decoder.state_dict().items()}
+    assert {held[name] for name in ("embed.weight", "mtp.project.weight", "layers.2.ffn.experts.down")} == {torch.bfloat16}
+    assert {held[name] for name in ("norm.weight", "layers.2.ffn.router.weight")} == {torch.float32}
+    assert half.decoder.dtype == half.decoder.embed(torch.tensor([1])).dtype == torch.float32
+    assert {value.dtype for value in real.decoder.state_dict().values()} == {torch.float32}
+    torch.testing.assert_close(half.decoder.prompt_logits(TOKENS), real.decoder.prompt_logits(TOKENS), atol=1e-5, rtol=1e-5)
+    for loaded in (load(tmp_path / "full", dtype="float32", compact=True), load(tmp_path / "half", dtype="bfloat16", compact=True)):
+        assert "as they are stored" not in str(loaded.compute)
+        assert loaded.decoder.head_matrix.dtype == loaded.compute.dtype
+    monkeypatch.setattr(ops, "KERNELS", None)
+    assert load(tmp_path / "half", dtype="float32", compact=True).decoder.head_matrix.dtype == torch.float32

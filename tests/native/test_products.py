@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ernie45.ops import native, quantised
+from ernie45.ops import native, quantised, reference
 from ernie45.ops.quantised import PackedWeight
 from ernie45.quant.pack import group_width, pack
 
@@ -141,7 +141,7 @@ def test_attention_over_pages_equals_its_twin(each, lengths, kv_heads, group, si
 
 
 @odd
-@given(rows=st.integers(1, 20), out_size=st.integers(1, 40), in_size=st.integers(1, 200), bf16=st.booleans())
+@given(rows=st.integers(1, 70), out_size=st.integers(1, 140), in_size=st.integers(1, 200), bf16=st.booleans())
 def test_a_bfloat16_product_equals_a_plain_one(each, rows, out_size, in_size, bf16):
     x, weight = random(rows, in_size), random(out_size, in_size, seed=1).bfloat16()
     if bf16:
@@ -149,6 +149,49 @@ def test_a_bfloat16_product_equals_a_plain_one(each, rows, out_size, in_size, bf
     want = x.double() @ weight.double().T
     got = each.bf16_linear(x, weight).double()
     torch.testing.assert_close(got, want, atol=1e-5 * in_size + (4e-3 * in_size**0.5 if bf16 else 0), rtol=8e-3 if bf16 else 1e-5)
+
+
+def test_float32_activations_are_not_rounded(each):
+    """Parts of 8 bits, each met by the weight: as near the float64 product as float32 sums of 1,000 terms are, where one bfloat16 part
+    would be off by 2 ** -9 of every term. Magnitudes from 1e-20 to 1e20 lose nothing either. 1,100 rows are more than one pass takes."""
+    weight = random(48, 1000, seed=1).bfloat16()
+    for rows in (1, 8, 33, 1100):
+        x = random(rows, 1000) * 10.0 ** (torch.arange(rows)[:, None] % 41 - 20)
+        want = x.double() @ weight.double().T
+        scale = x.double().abs() @ weight.double().abs().T  # what roundings are relative to
+        assert ((each.bf16_linear(x, weight).double() - want).abs() / scale).max() < 2e-6
+
+
+def test_rows_with_a_stride_and_what_is_no_number(each):
+    x, weight = random(40, 100), random(50, 100, seed=1).bfloat16()
+    x[3, 5], x[20, 7], x[33, 99] = float("nan"), float("inf"), float("-inf")
+    bad = torch.zeros(40, dtype=torch.bool)
+    bad[[3, 20, 33]] = True
+    got = each.bf16_linear(x[:, :96], weight[:, :96].contiguous())
+    assert not torch.isfinite(got[[3, 20]]).any()
+    torch.testing.assert_close(got[~bad], x[~bad, :96] @ weight[:, :96].float().T, rtol=1e-4, atol=1e-4)
+    got = each.bf16_linear(x.bfloat16(), weight)
+    assert not torch.isfinite(got[bad]).any()
+    assert torch.isfinite(got[~bad]).all()
+
+
+@odd
+@given(rows=st.integers(1, 40), bias=st.booleans(), bf16=st.booleans())
+def test_linear_and_experts_with_a_bfloat16_weight(each, rows, bias, bf16):
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    x, weight, addend = random(rows, 64).to(dtype), random(70, 64, seed=1).bfloat16(), random(70, seed=2).to(dtype) if bias else None
+    bound = {"rtol": 2e-2, "atol": 1e-1} if bf16 else {"rtol": 1e-5, "atol": 2e-5}
+    torch.testing.assert_close(each.linear(x, weight, addend), reference.linear(x, weight, addend), **bound)
+    routing = reference.route(x, random(4, 64, seed=3), torch.zeros(4), 2, 1e-12)
+    gate_up, down = (random(4, 96, 64, seed=4) / 8).bfloat16(), (random(4, 64, 48, seed=5) / 8).bfloat16()
+    torch.testing.assert_close(each.experts(x, routing, gate_up, down), reference.experts(x, routing, gate_up, down), **bound)
+
+
+def test_a_gradient_goes_through_torch(each):
+    x, weight = random(3, 64).requires_grad_(), random(5, 64, seed=1).bfloat16()
+    each.linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight.float().sum(0).expand(3, 64), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(each.linear(random(64, 4).t(), weight), random(64, 4).t() @ weight.float().T, rtol=1e-5, atol=1e-4)
 
 
 def test_operators_keep_torchs_rules(kernels):

@@ -33,6 +33,15 @@ def test_linear_equals_plain_matrix_product(rows, inner, outer, bias, bf16):
     torch.testing.assert_close(got.double(), want, atol=_bound(dtype)["atol"] * inner**0.5, rtol=_bound(dtype)["rtol"])
 
 
+@pytest.mark.parametrize("outer", [5, 300])  # a block of 2 ** 18 elements holds 262 rows of 1,000
+def test_linear_widens_a_bfloat16_weight_exactly(outer):
+    x, w, b = _rand(9, 1000), _rand(outer, 1000, seed=1).bfloat16(), _rand(outer, seed=2)
+    for bias in (None, b):
+        got = eager.linear(x, w, bias)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, reference.linear(x, w.float(), bias), atol=2e-4, rtol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_rms_norm_and_swiglu(dtype, rows):

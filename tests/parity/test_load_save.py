@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, Ernie4_5Config, Ernie4_5ForCausalLM
 from transformers.utils import logging
 
+from ernie45 import ops
 from ernie45.models.load import load
 from ernie45.models.save import save_model
 
@@ -90,6 +91,28 @@ def test_their_folder_runs_here(tmp_path, case, form):
     loaded = load(tmp_path, dtype="float32")
     assert loaded.opened.layout == ("fused" if form == "fused" and case in EXPERT_CASES else "pt")
     assert_equal_logits(loaded.decoder.prompt_logits(TOKENS), their_logits(model))
+
+
+@pytest.mark.native
+@pytest.mark.skipif(ops.KERNELS is None, reason="without the native kernels a float32 model holds float32 weights")
+@pytest.mark.parametrize("case", CASES)
+def test_matrices_held_as_bfloat16_give_their_float32_logits(tmp_path, case):
+    """The published checkpoints are bfloat16: in float32 it is one network, whether weights are widened at load or when used."""
+    model = reference(case).bfloat16()
+    model.save_pretrained(tmp_path / "theirs")
+    kind = Ernie4_5ForCausalLM if case in DENSE_CASES else Ernie4_5_MoeForCausalLM
+    theirs = kind.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    if case in EXPERT_CASES:
+        theirs.set_experts_implementation("eager")
+    loaded = load(tmp_path / "theirs", dtype="float32", compact=True)
+    wide = {name for name, value in loaded.decoder.state_dict().items() if value.dtype == torch.float32}
+    assert all(re.search(r"norm\.weight$|bias$|\.router\.", name) for name in wide)
+    assert "as they are stored" in str(loaded.compute)
+    assert_equal_logits(loaded.decoder.prompt_logits(TOKENS), their_logits(theirs.eval()))
+    save_model(loaded.decoder, tmp_path / "ours")
+    again = load(tmp_path / "ours", dtype="float32")
+    assert again.decoder.head_matrix.dtype == torch.float32
+    assert_equal_logits(again.decoder.prompt_logits(TOKENS), their_logits(theirs))
 
 
 @pytest.mark.parametrize("case", CASES)
