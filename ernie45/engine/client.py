@@ -91,6 +91,7 @@ class LLM:
         num_pages: int | None = None,
         max_length: int | None = None,
         token_budget: int = 512,
+        idle_budget: int = 4096,
         max_running: int = 32,
         prefix_sharing: bool = True,
         adapters: str | Path | None = None,
@@ -110,6 +111,7 @@ class LLM:
             num_pages=num_pages,
             max_length=max_length,
             token_budget=token_budget,
+            idle_budget=idle_budget,
             max_running=max_running,
             prefix_sharing=prefix_sharing,
             max_adapters=max_adapters,
@@ -122,7 +124,7 @@ class LLM:
         if isinstance(model, Decoder):
             decoder = model
         else:
-            loaded = load(model, dtype=dtype, mtp=False, progress=progress, environment=environment)
+            loaded = load(model, dtype=dtype, mtp=False, compact=True, progress=progress, environment=environment)
             decoder, self.compute, self.name = loaded.decoder, str(loaded.compute), str(model)
             self._read_text_side(loaded.opened, chat_format)
         self._engine = Engine(decoder, config, adapters=folder)
@@ -149,7 +151,7 @@ class LLM:
             "compute": self.compute,
             "context": f"{limits.max_length:,} tokens",
             "cache": f"{limits.num_pages:,} pages of {limits.page_size} tokens, at most {size / 2**30:.2f} GiB, taken as it fills",
-            "step": f"{limits.token_budget} tokens, {limits.max_running} requests",
+            "step": limits.describe(),
             "chat format": self.template.source if self.template else "none",
         }
 

@@ -26,6 +26,7 @@ from ernie45.models.config import TextConfig
 from ernie45.models.text import Decoder, check_tokens
 
 _EMBEDDING = "\0embedding"  # who holds the adapter of a text to embed
+_IDLE_SHARE = 4
 _CACHE_SHARE = 0.5  # of the available memory, at most, for an automatic cache: activations and the caller need some too
 
 
@@ -37,6 +38,7 @@ class EngineConfig:
     num_pages       None = room for max_running sequences of max_length, within half of the available memory
     max_length      longest sequence, prompt and output; None = what the model and the cache can hold
     token_budget    tokens computed per step; larger reads prompts faster, smaller keeps answers smooth while prompts are read
+    idle_budget     the same while no answer is being written; None = four times token_budget
     max_running     sequences served at the same time
     max_adapters    adapters in memory at the same time, and adapter_bytes their bytes altogether
     """
@@ -45,15 +47,16 @@ class EngineConfig:
     num_pages: int | None = None
     max_length: int | None = None
     token_budget: int = 512
+    idle_budget: int | None = None
     max_running: int = 32
     prefix_sharing: bool = True
     max_adapters: int = 8
     adapter_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "num_pages", "max_length", "token_budget", "max_running", "max_adapters", "adapter_bytes"):
+        for name in ("page_size", "num_pages", "max_length", "token_budget", "idle_budget", "max_running", "max_adapters", "adapter_bytes"):
             value = getattr(self, name)
-            if value is None and name in ("num_pages", "max_length"):
+            if value is None and name in ("num_pages", "max_length", "idle_budget"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
@@ -74,6 +77,7 @@ class EngineConfig:
             )
         return SchedulerConfig(
             token_budget=self.token_budget,
+            idle_budget=self.idle_budget or _IDLE_SHARE * self.token_budget,
             max_running=self.max_running,
             page_size=self.page_size,
             num_pages=pages,

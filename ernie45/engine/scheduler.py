@@ -4,10 +4,11 @@ There is no difference between prefill and decode. A sequence is its prompt and 
 the cache; the rest waits to be computed, and the logits of the very last one are sampled. A chunk of a prompt, a decode, a shared prefix
 and the recomputation after a preemption are the same arithmetic.
 
-Each step hands out a budget of tokens: first one token to each running sequence that has just one left (decodes), then chunks to running
-sequences, then chunks to new ones, always by (priority, arrival). When pages run out the last in that order gives its pages back and will
-be computed again. The first in the order is never preempted for another, and a request that could not fit alone is refused at the door,
-so every request ends.
+Each step hands out a budget of tokens, a larger one when no running sequence is writing its answer, since nobody's next token is then held
+up and one large product reads prompts faster than several small ones: first one token to each running sequence that has just one left
+(decodes), then chunks to running sequences, then chunks to new ones, always by (priority, arrival). When pages run out the last in that
+order gives its pages back and will be computed again. The first in the order is never preempted for another, and a request that could not
+fit alone is refused at the door, so every request ends.
 """
 
 from bisect import insort
@@ -24,6 +25,7 @@ class SchedulerConfig:
     """Limits of a step. Raises `ConfigError`.
 
     token_budget    tokens computed in one step, over all requests
+    idle_budget     the same for a step in which no answer is being written; None = token_budget
     max_running     sequences that hold pages at the same time
     max_length      longest sequence, prompt and output together
     """
@@ -34,12 +36,20 @@ class SchedulerConfig:
     num_pages: int
     max_length: int
     prefix_sharing: bool = True
+    idle_budget: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("token_budget", "max_running", "page_size", "num_pages", "max_length"):
+        for name in ("token_budget", "max_running", "page_size", "num_pages", "max_length", "idle_budget"):
             value = getattr(self, name)
+            if value is None and name == "idle_budget":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+    def describe(self) -> str:
+        """The size of a step, for people."""
+        more = f" ({self.idle_budget} while no answer is being written)" if self.idle_budget not in (None, self.token_budget) else ""
+        return f"{self.token_budget} tokens{more}, {self.max_running} requests"
 
     @property
     def capacity(self) -> int:
@@ -203,8 +213,8 @@ class Scheduler:
         """Decides the next step. Without rows there is nothing to do. Every plan is followed by `commit` or `abandon`."""
         rows: list[_Sequence] = []
         preempted: list[str] = []
-        budget = self.config.token_budget
         decodes = [s for s in self._running if s.remaining == 1]
+        budget = self.config.token_budget if decodes else self.config.idle_budget or self.config.token_budget
         chunks = [s for s in self._running if s.remaining > 1]
         for sequence in decodes + chunks:
             count = min(budget, sequence.remaining)

@@ -38,6 +38,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     num_pages: int | None = None
     max_length: int | None = None
     token_budget: int = 512
+    idle_budget: int | None = None
     max_running: int = 32
     prefix_sharing: bool = True
     adapters: str = ""

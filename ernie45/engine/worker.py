@@ -181,6 +181,7 @@ def open_engine(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
     if spec.model == FAKE_NAME:
         limits = SchedulerConfig(
             token_budget=spec.token_budget,
+            idle_budget=spec.idle_budget,
             max_running=spec.max_running,
             page_size=spec.page_size,
             num_pages=spec.num_pages or 4096,
@@ -227,7 +228,12 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
     environment = Environment.read()
     path = find_model(spec.model, environment, lambda stage: progress(stage, 0, 0))
     loaded = load(
-        path, dtype=spec.dtype, mtp=False, environment=environment, progress=lambda name, done, total: progress("weights", done, total)
+        path,
+        dtype=spec.dtype,
+        mtp=False,
+        compact=True,
+        environment=environment,
+        progress=lambda name, done, total: progress("weights", done, total),
     )
     folder = text_folder(loaded.opened, Path(spec.text_folder))
     from ernie45.tokens.tokenizer import load_tokenizer
@@ -237,6 +243,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         num_pages=spec.num_pages,
         max_length=spec.max_length,
         token_budget=spec.token_budget,
+        idle_budget=spec.idle_budget,
         max_running=spec.max_running,
         prefix_sharing=spec.prefix_sharing,
         max_adapters=spec.max_adapters,
@@ -256,7 +263,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         "cache": f"{limits.num_pages:,} pages of {limits.page_size} tokens, at most {size / 2**30:.2f} GiB, taken as it fills",
         "memory": f"{free / 2**30:.2f} GiB were free behind the weights",
         "context": f"{limits.max_length:,} tokens",
-        "step": f"{limits.token_budget} tokens, {limits.max_running} requests",
+        "step": limits.describe(),
         "threads": str(torch.get_num_threads()),
     }
     info = EngineInfo(

@@ -63,6 +63,7 @@ def process_opener(settings: ServerSettings, environment: Environment) -> Opener
             num_pages=engine.num_pages,
             max_length=engine.max_length,
             token_budget=engine.token_budget,
+            idle_budget=engine.idle_budget,
             max_running=engine.max_running,
             prefix_sharing=engine.prefix_sharing,
             adapters="" if settings.adapters is None else str(settings.adapters.resolve()),

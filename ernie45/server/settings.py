@@ -75,6 +75,8 @@ class EngineSettings:
     """Longest sequence, prompt and answer; automatic: what the model knows."""
     token_budget: int = 512
     """Tokens computed per step: larger reads prompts faster, smaller keeps answers smooth meanwhile."""
+    idle_budget: int | None = None
+    """Tokens of a step while no answer is being written; automatic: four times token_budget."""
     max_running: int = 32
     """Requests computed at the same time."""
     prefix_sharing: bool = True

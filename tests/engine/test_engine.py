@@ -23,6 +23,7 @@ EOS = 2
 DENSE = TextConfig(
     hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_size=12, ffn_size=48, vocab_size=67, max_positions=128, rope_theta=1e4
 )
+VECTORS = dataclasses.replace(DENSE, head_size=16)  # the size the native attention takes
 EXPERTS = dataclasses.replace(
     DENSE,
     num_layers=3,
@@ -37,7 +38,7 @@ def build(config, seed=0):
     return decoder.eval()
 
 
-@pytest.fixture(scope="module", params=[DENSE, EXPERTS], ids=["dense", "experts"])
+@pytest.fixture(scope="module", params=[DENSE, VECTORS, EXPERTS], ids=["dense", "vectors", "experts"])
 def decoder(request):
     return build(request.param)
 
@@ -260,7 +261,7 @@ def test_broken_logits_end_one_request_alone():
 
 
 def test_a_step_that_breaks_frees_its_requests_and_the_engine_goes_on(monkeypatch):
-    engine = Engine(build(DENSE), EngineConfig(page_size=4, num_pages=40, token_budget=4))
+    engine = Engine(build(DENSE), EngineConfig(page_size=4, num_pages=40, token_budget=4, idle_budget=4))
     engine.submit(ask("a", range(3, 7)))
     engine.submit(ask("b", range(3, 7)))
     with monkeypatch.context() as patch:

@@ -55,7 +55,7 @@ def alone(request, capacity):
 
 
 def check_plan(plan, scheduler, config):
-    assert plan.num_tokens <= config.token_budget
+    assert plan.num_tokens <= max(config.token_budget, config.idle_budget or 0)
     assert len({row.request_id for row in plan.rows}) == len(plan.rows) <= config.max_running
     assert not set(plan.preempted) & {row.request_id for row in plan.rows}
     written = set()
@@ -94,19 +94,21 @@ requests = st.builds(
     st.sampled_from([False, False, False, True]),
 )
 configs = st.builds(
-    lambda budget, running, page, pages, sharing: SchedulerConfig(
+    lambda budget, running, page, pages, sharing, idle: SchedulerConfig(
         token_budget=budget,
         max_running=running,
         page_size=page,
         num_pages=max(pages, -(-32 // page)),
         max_length=40,
         prefix_sharing=sharing,
+        idle_budget=idle,
     ),
     st.integers(1, 24),
     st.integers(1, 5),
     st.sampled_from([1, 2, 3, 4, 8, 16]),
     st.integers(4, 40),
     st.booleans(),
+    st.none() | st.integers(1, 60),
 )
 
 
@@ -282,8 +284,25 @@ def test_a_failed_step_ends_its_requests_and_nobody_finds_its_pages():
     assert scheduler.pool.free == 8
 
 
+def test_a_step_is_larger_while_no_answer_is_being_written():
+    scheduler, model = Scheduler(small(token_budget=8, idle_budget=24, num_pages=32)), FakeModel(4)
+    for i in range(4):
+        scheduler.add(ask(f"n{i}", 10, salt=str(i), max_tokens=2))
+    sizes, alone = [], []
+    while not scheduler.idle:
+        plan = scheduler.plan()
+        sizes.append(plan.num_tokens)
+        alone.append(not any(len(row.tokens) == 1 for row in plan.rows))
+        scheduler.commit(plan, model.run(plan))
+    assert sizes[:2] == [24, 8]  # two prompts and a part of the third; then they write, and the third is read beside them
+    assert alone[:2] == [True, False]
+    assert sum(sizes) == 4 * 11
+    assert "(24 while" in scheduler.config.describe()
+    assert "while" not in small().describe()
+
+
 def test_limits_are_checked():
-    for name in ("token_budget", "max_running", "page_size", "num_pages", "max_length"):
+    for name in ("token_budget", "max_running", "page_size", "num_pages", "max_length", "idle_budget"):
         for value in (0, -1, 1.5, True):
             with pytest.raises(ConfigError, match=name):
                 small(**{name: value})

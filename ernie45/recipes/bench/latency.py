@@ -45,7 +45,7 @@ class LatencyConfig:
     warm_up: int = 1
     """Unmeasured runs of each batch before."""
     token_budget: Annotated[int | None, _NONE] = None
-    """Tokens computed per step (default: all prompts at once, up to 8192; `ernie serve` takes 512)."""
+    """Tokens computed per step (default: 512, and 4096 while no answer is being written, as `LLM` takes)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of whole weights and of the cache."""
     threads: Annotated[int | None, _NONE] = None
@@ -105,7 +105,7 @@ def measure(config: LatencyConfig, environment: Environment) -> dict[str, Any]:
             torch.set_num_threads(config.threads)
         path = find_model(config.model, environment, lambda line: progress(line, 0, 0))
         began = time.perf_counter()
-        loaded = load(path, dtype=config.dtype)
+        loaded = load(path, dtype=config.dtype, compact=True)
         load_s = time.perf_counter() - began
         decoder = loaded.decoder
         needed = config.prompt_tokens + config.output_tokens + 1
@@ -161,8 +161,8 @@ def time_run(decoder: "Decoder", prompts: list[list[int]], output_tokens: int, t
     from ernie45.engine.request import Request, SamplingParams
 
     length = len(prompts[0]) + output_tokens + 1
-    budget = token_budget or min(8192, max(512, sum(map(len, prompts))))
-    engine = Engine(decoder, EngineConfig(max_running=len(prompts), max_length=length, prefix_sharing=False, token_budget=budget))
+    step = {"token_budget": token_budget, "idle_budget": token_budget} if token_budget else {"idle_budget": 4096}
+    engine = Engine(decoder, EngineConfig(max_running=len(prompts), max_length=length, prefix_sharing=False, **step))
     params = SamplingParams(temperature=0.0, max_tokens=output_tokens + 1, ignore_eos=True)
     start = time.perf_counter()
     for i, prompt in enumerate(prompts):
