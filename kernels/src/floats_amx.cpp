@@ -2,7 +2,9 @@
 // is the sum of three bfloat16 ones (8 + 8 + 8 bits), so each weight is met three times and nothing of it is rounded away.
 //
 // The weight is the left operand as it is stored, [O, I] by rows: few rows of x stream it from memory once, unpacked. The activations are the
-// small side and are packed per call: [blocks of 16 tokens][I / 32][terms] tiles of 16 pairs of inputs x 16 tokens.
+// small side and are packed per call into tiles of 16 pairs of inputs x `columns`, [blocks of columns][I / 32][terms]. Of few tokens each part is
+// a column of its own, so that no column stands empty and all of x stays in the nearest cache; of many the parts follow each other (terms) and
+// are added in the tile.
 #define ERNIE_ISA amx_tiles
 #include <immintrin.h>
 
@@ -14,14 +16,26 @@ namespace amx_tiles {
 constexpr int64_t kRows = 32;        // of the weight, in one panel: two tiles
 constexpr int64_t kDepth = 32;       // inputs of one tile
 constexpr int64_t kTile = 512;       // bfloat16 numbers of one tile
+constexpr int64_t kPanels = 4;       // stay in the cache while many tokens pass by
 constexpr int64_t kAhead = 12;       // tiles that are fetched before they are needed
 
 static int64_t steps(int64_t I) { return (I + kDepth - 1) / kDepth; }
-static int64_t token_blocks(int64_t T) { return (T + 15) / 16; }
-static int terms(Type type) { return type == Type::f32 ? 3 : 1; }
+
+struct Shape {
+  int parts, terms;         // of a number; of those that the tile adds
+  int64_t blocks, columns;  // tiles side by side, and how many columns each has
+  int64_t tile() const { return columns * 32; }  // numbers
+
+  Shape(Type type, int64_t T) : parts(type == Type::f32 ? 3 : 1), terms(T <= kStreamedRows ? 1 : parts) {
+    const int64_t all = T * parts / terms;
+    blocks = (all + 15) / 16;
+    columns = terms > 1 || T > kStreamedRows ? 16 : (all + blocks - 1) / blocks;
+  }
+};
 
 static size_t packed_size(Type type, int64_t T, int64_t I) {
-  return size_t(token_blocks(T) * steps(I) * terms(type) * kTile) * sizeof(uint16_t);
+  const Shape s(type, T);
+  return size_t(s.blocks * steps(I) * s.terms * s.tile()) * sizeof(uint16_t);
 }
 
 // 16 x 16 words: row and column change places
@@ -53,17 +67,16 @@ static inline __m256i top_halves(V v) { return (__m256i)__builtin_convertvector(
 
 // 32 inputs of one row as bfloat16: the numbers themselves, or the three parts that add up to them. Parts are cut off, not rounded: what is left
 // is then exact, and never overflows.
-template <int P>
 static inline void parts(const Rows& x, int64_t t, int64_t i, int64_t I, __m512i* out) {
   const int n = int(I - i < 32 ? I - i : 32);
-  if (P == 1) {
+  if (x.type == Type::bf16) {
     const uint16_t* row = static_cast<const uint16_t*>(x.data) + t * x.stride + i;
     out[0] = _mm512_maskz_loadu_epi16(n == 32 ? 0xffffffffu : (1u << n) - 1, row);
     return;
   }
   V half[2];
   for (int j = 0; j < 2; j++) half[j] = n > 16 * j ? get(x.data, x.type, t * x.stride + i + 16 * j, n - 16 * j) : V{};
-  for (int p = 0; p < P; p++) {
+  for (int p = 0; p < 3; p++) {
     out[p] = words(top_halves(half[0]), top_halves(half[1]));
     for (int j = 0; j < 2; j++) {
       const V part = reinterpret_cast<V>(reinterpret_cast<U>(half[j]) & 0xffff0000u);
@@ -73,28 +86,47 @@ static inline void parts(const Rows& x, int64_t t, int64_t i, int64_t I, __m512i
   }
 }
 
-template <int P>
-static void pack_as(const Rows& x, int64_t T, int64_t I, int64_t block, int64_t end, uint16_t* out) {
-  const int64_t K = steps(I);
-  for (; block < end; block++)
+// 16 columns' numbers, one vector each -> the tile
+static inline void store_tile(__m512i* rows, const Shape& s, uint16_t* tile) {
+  transpose(rows);
+  const __mmask16 there = __mmask16((1u << s.columns) - 1);
+  for (int i = 0; i < 16; i++) _mm512_mask_storeu_epi32(tile + 2 * s.columns * i, there, rows[i]);
+}
+
+static void pack_many(const Rows& x, const Shape& s, int64_t T, int64_t I, int64_t block, int64_t end, uint16_t* out) {
+  for (const int64_t K = steps(I); block < end; block++)
     for (int64_t k = 0; k < K; k++) {
-      __m512i rows[3][16];
-      for (int i = 0; i < 16; i++) {
-        __m512i part[3] = {};
-        if (block * 16 + i < T) parts<P>(x, block * 16 + i, k * kDepth, I, part);
-        for (int p = 0; p < P; p++) rows[p][i] = part[p];
+      __m512i rows[3][16] = {}, part[3];
+      for (int i = 0; i < 16 && block * 16 + i < T; i++) {
+        parts(x, block * 16 + i, k * kDepth, I, part);
+        for (int p = 0; p < s.terms; p++) rows[p][i] = part[p];
       }
-      for (int p = 0; p < P; p++) {
-        transpose(rows[p]);
-        uint16_t* tile = out + ((block * K + k) * P + p) * kTile;
-        for (int i = 0; i < 16; i++) _mm512_store_si512(tile + 32 * i, rows[p][i]);
-      }
+      for (int p = 0; p < s.terms; p++) store_tile(rows[p], s, out + ((block * K + k) * s.terms + p) * s.tile());
     }
 }
 
+// Column t * parts + p holds part p of token t.
+static void pack_few(const Rows& x, const Shape& s, int64_t T, int64_t I, uint16_t* out) {
+  const int64_t K = steps(I);
+  for (int64_t k = 0; k < K; k++) {
+    __m512i all[3 * kStreamedRows + 16] = {};
+    for (int64_t t = 0; t < T; t++) parts(x, t, k * kDepth, I, all + t * s.parts);
+    for (int64_t b = 0; b < s.blocks; b++) {
+      __m512i rows[16] = {};
+      for (int64_t i = 0; i < s.columns; i++) rows[i] = all[b * s.columns + i];
+      store_tile(rows, s, out + (b * K + k) * s.tile());
+    }
+  }
+}
+
 static void pack(const Rows& x, int64_t T, int64_t I, int64_t block, int64_t end, void* out) {
+  const Shape s(x.type, T);
   auto* to = static_cast<uint16_t*>(out);
-  x.type == Type::f32 ? pack_as<3>(x, T, I, block, end, to) : pack_as<1>(x, T, I, block, end, to);
+  if (T > kStreamedRows) {
+    pack_many(x, s, T, I, block, end, to);
+  } else if (block == 0) {  // one thread does it all: it takes a few microseconds
+    pack_few(x, s, T, I, to);
+  }
 }
 
 // Up to 32 rows of the weight: tiles of 16 rows x 32 inputs, `next` numbers apart along the inputs, rows `stride` apart.
@@ -121,14 +153,14 @@ static inline void fetch(const uint16_t* rows, int64_t stride) {
   for (int i = 0; i < 16; i++) _mm_prefetch(reinterpret_cast<const char*>(rows + i * stride), _MM_HINT_T0);
 }
 
-// sums[b][n] = 16 rows of the weight x 16 tokens, for both blocks of the panel and N blocks of tokens
+// sums[b][n] = 16 rows of the weight x 16 columns, for both blocks of the panel and N blocks of columns
 template <int P, int N>
-static inline void products(const Panel& w, int64_t K, const uint16_t* x, float (*sums)[2][256]) {
+static inline void products(const Panel& w, int64_t K, const uint16_t* x, const Shape& s, float (*sums)[2][256]) {
   _tile_zero(0);
   _tile_zero(1);
   if (N == 2) _tile_zero(2);
   if (N == 2) _tile_zero(3);
-  const int64_t stride = w.stride * 2, other = K * P * kTile;
+  const int64_t stride = w.stride * 2, tile_size = s.tile(), other = K * P * tile_size, x_stride = s.columns * 4;
   for (int64_t k = 0; k < K; k++) {
     if (w.after) {  // streamed: the rows lie far apart, and the machine foresees only some of them
       const int64_t ahead = k + kAhead;
@@ -139,12 +171,12 @@ static inline void products(const Panel& w, int64_t K, const uint16_t* x, float 
     _tile_loadd(4, w.block[0] + k * w.next, stride);
     _tile_loadd(5, w.block[1] + k * w.next, stride);
     for (int p = 0; p < P; p++) {
-      const uint16_t* tile = x + (k * P + p) * kTile;
-      _tile_loadd(6, tile, 64);
+      const uint16_t* tile = x + (k * P + p) * tile_size;
+      _tile_loadd(6, tile, x_stride);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 5, 6);
       if (N == 2) {
-        _tile_loadd(7, tile + other, 64);
+        _tile_loadd(7, tile + other, x_stride);
         _tile_dpbf16ps(2, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
       }
@@ -156,55 +188,89 @@ static inline void products(const Panel& w, int64_t K, const uint16_t* x, float 
   if (N == 2) _tile_stored(3, sums[1][1], 64);
 }
 
-// 16 rows of the weight x 16 tokens -> [tokens, 16]
-static inline void store(const float* sums, int64_t t, int64_t T, int64_t column, const Output& out) {
-  __m512i r[16];
+// 16 rows of the weight x columns -> a vector for each column
+static inline void turn(const float* sums, __m512i* r) {
   for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(sums + 16 * i);
   transpose(r);
-  const int n = int(out.width - column < 16 ? out.width - column : 16);
-  if (n <= 0) return;
-  for (int i = 0; i < 16 && t + i < T; i++) put(out.out, out.type, (t + i) * out.stride + column, reinterpret_cast<V>(r[i]), n);
 }
 
-template <int P>
-static void product_as(const uint16_t* w, int64_t I, int64_t row, int64_t end, const uint16_t* x, int64_t T, const Output& out, uint16_t* scratch) {
+static inline void store(const Output& out, int64_t t, int64_t column, V v) {
+  const int n = int(out.width - column < 16 ? out.width - column : 16);
+  if (n > 0) put(out.out, out.type, t * out.stride + column, v, n);
+}
+
+static void few(const uint16_t* w, int64_t I, int64_t row, int64_t end, const uint16_t* x, const Shape& s, int64_t T, const Output& out,
+                uint16_t* scratch) {
   alignas(64) float sums[2][2][256];
-  const int64_t K = steps(I), panel_size = 2 * K * kTile;
-  const int64_t group = T <= kStreamedRows ? 1 : 4;  // panels that stay in the cache while x passes by
-  const bool whole = I % kDepth == 0;
-  for (; row < end; row += group * kRows) {
-    Panel panels[4];
-    int64_t count = 0;
-    for (int64_t at = row; count < group && at < end; at += kRows, count++) {
-      const bool streamed = T <= kStreamedRows && whole && at + kRows <= end;
-      panels[count] = streamed ? Panel{{w + at * I, w + (at + 16) * I}, kDepth, I, w + (at + kRows) * I}
-                               : copied(w, I, at, end, scratch + count * panel_size);
+  __m512i r[16];
+  V all[2][3 * kStreamedRows + 32];
+  for (const int64_t K = steps(I); row < end; row += kRows) {
+    const bool streamed = I % kDepth == 0 && row + kRows <= end;
+    const Panel panel = streamed ? Panel{{w + row * I, w + (row + 16) * I}, kDepth, I, w + (row + kRows) * I} : copied(w, I, row, end, scratch);
+    for (int64_t b = 0; b < s.blocks; b += 2) {
+      const bool two = b + 1 < s.blocks;
+      const uint16_t* columns = x + b * K * s.tile();
+      two ? products<1, 2>(panel, K, columns, s, sums) : products<1, 1>(panel, K, columns, s, sums);
+      for (int half = 0; half < 2; half++)
+        for (int n = 0; n <= two; n++) {
+          turn(sums[half][n], r);
+          for (int64_t i = 0; i < s.columns; i++) all[half][(b + n) * s.columns + i] = reinterpret_cast<V>(r[i]);
+        }
     }
-    for (int64_t t = 0; t < T; t += 32)
-      for (int64_t p = 0; p < count; p++) {
-        const uint16_t* tokens = x + t / 16 * K * P * kTile;
-        const bool two = T - t > 16;
-        two ? products<P, 2>(panels[p], K, tokens, sums) : products<P, 1>(panels[p], K, tokens, sums);
-        for (int b = 0; b < 2; b++)
-          for (int n = 0; n <= two; n++) store(sums[b][n], t + 16 * n, T, row + p * kRows + 16 * b, out);
+    for (int half = 0; half < 2; half++)
+      for (int64_t t = 0; t < T; t++) {
+        const V* c = all[half] + t * s.parts;
+        store(out, t, row + 16 * half, s.parts == 3 ? c[2] + c[1] + c[0] : c[0]);
       }
   }
 }
 
-static size_t product_scratch(int64_t I) { return size_t(4 * 2 * steps(I) * kTile) * sizeof(uint16_t); }
+template <int P>
+static void many(const uint16_t* w, int64_t I, int64_t row, int64_t end, const uint16_t* x, const Shape& s, int64_t T, const Output& out,
+                 uint16_t* scratch) {
+  alignas(64) float sums[2][2][256];
+  __m512i r[16];
+  const int64_t K = steps(I);
+  for (; row < end; row += kPanels * kRows) {
+    Panel panels[kPanels];
+    int64_t count = 0;
+    for (int64_t at = row; count < kPanels && at < end; at += kRows, count++) panels[count] = copied(w, I, at, end, scratch + count * 2 * K * kTile);
+    for (int64_t t = 0; t < T; t += 32)
+      for (int64_t p = 0; p < count; p++) {
+        const uint16_t* tokens = x + t / 16 * K * P * kTile;
+        const bool two = T - t > 16;
+        two ? products<P, 2>(panels[p], K, tokens, s, sums) : products<P, 1>(panels[p], K, tokens, s, sums);
+        for (int half = 0; half < 2; half++)
+          for (int n = 0; n <= two; n++) {
+            turn(sums[half][n], r);
+            for (int64_t i = 0; i < 16 && t + 16 * n + i < T; i++) store(out, t + 16 * n + i, row + p * kRows + 16 * half, reinterpret_cast<V>(r[i]));
+          }
+      }
+  }
+}
+
+static size_t product_scratch(int64_t I) { return size_t(kPanels * 2 * steps(I) * kTile) * sizeof(uint16_t); }
 
 struct alignas(64) TileShape {
   uint8_t palette = 1, start_row = 0, reserved[14] = {0};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint16_t bytes[16] = {0};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
 static void product(const uint16_t* w, int64_t I, int64_t row, int64_t end, const void* x, Type type, int64_t T, const Output& out, void* scratch) {
-  static const TileShape shape;
+  const Shape s(type, T);
+  TileShape shape;
+  for (int i = 0; i < 8; i++) shape.bytes[i] = uint16_t(i == 4 || i == 5 ? 64 : s.columns * 4);  // 0 .. 3 sums, 4, 5 weight, 6, 7 activations
   _tile_loadconfig(&shape);
-  const auto* tokens = static_cast<const uint16_t*>(x);
+  const auto* columns = static_cast<const uint16_t*>(x);
   auto* panels = static_cast<uint16_t*>(scratch);
-  type == Type::f32 ? product_as<3>(w, I, row, end, tokens, T, out, panels) : product_as<1>(w, I, row, end, tokens, T, out, panels);
+  if (T <= kStreamedRows) {
+    few(w, I, row, end, columns, s, T, out, panels);
+  } else if (type == Type::f32) {
+    many<3>(w, I, row, end, columns, s, T, out, panels);
+  } else {
+    many<1>(w, I, row, end, columns, s, T, out, panels);
+  }
   _tile_release();
 }
 
