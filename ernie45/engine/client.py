@@ -91,7 +91,7 @@ class LLM:
         num_pages: int | None = None,
         max_length: int | None = None,
         token_budget: int = 512,
-        idle_budget: int = 4096,
+        idle_budget: int | None = None,
         max_running: int = 32,
         prefix_sharing: bool = True,
         adapters: str | Path | None = None,

@@ -45,7 +45,7 @@ class LatencyConfig:
     warm_up: int = 1
     """Unmeasured runs of each batch before."""
     token_budget: Annotated[int | None, _NONE] = None
-    """Tokens computed per step (default: 512, and 4096 while no answer is being written, as `LLM` takes)."""
+    """Tokens computed per step (default: 512, and 2048 while no answer is being written, as everywhere)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of whole weights and of the cache."""
     threads: Annotated[int | None, _NONE] = None
@@ -161,7 +161,7 @@ def time_run(decoder: "Decoder", prompts: list[list[int]], output_tokens: int, t
     from ernie45.engine.request import Request, SamplingParams
 
     length = len(prompts[0]) + output_tokens + 1
-    step = {"token_budget": token_budget, "idle_budget": token_budget} if token_budget else {"idle_budget": 4096}
+    step = {"token_budget": token_budget, "idle_budget": token_budget} if token_budget else {}
     engine = Engine(decoder, EngineConfig(max_running=len(prompts), max_length=length, prefix_sharing=False, **step))
     params = SamplingParams(temperature=0.0, max_tokens=output_tokens + 1, ignore_eos=True)
     start = time.perf_counter()
