@@ -45,7 +45,7 @@ def table(results: list[dict[str, Any]], limits: dict[str, Any], parameters: int
     ]
     theirs = {(r["dtype"], r["batch"]): r for r in results if r["peer"] == "transformers"}
     for r in results:
-        limit = limits["read_gb_per_s"] * 1e9 / (parameters * (4 if r["dtype"] == "float32" else 2)) * r["batch"]
+        limit = limits["read_gb_per_s"] * 1e9 / (parameters * 2) * r["batch"]
         other = theirs.get((r["dtype"], r["batch"]))
         ratios = ["", ""]
         if r["peer"] == "ernie45" and other:
