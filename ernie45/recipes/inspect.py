@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from ernie45.config import Environment
-from ernie45.errors import ErnieError
+from ernie45.errors import ConfigError, ErnieError
 from ernie45.models.config import TextConfig
 from ernie45.models.counts import count_parameters
 from ernie45.recipes.terminal import Progress, Style, clean, progress_bar, size_text
@@ -28,10 +28,17 @@ _LAYOUTS = {"pt": "PT (PyTorch)", "fused": "PT with fused experts", "paddle": "P
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Show what a model folder or GGUF file holds, and what would be missing, left over or of the wrong shape when it is loaded."""
+    """Show what a model folder or GGUF file holds, and what would be missing, left over or of the wrong shape when it is loaded.
 
-    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER|FILE")]
-    """A model folder, a .safetensors or .gguf file, or a name that `ernie chat` takes."""
+    With --image: draw how an image is cut into patches and tokens.
+    """
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER|FILE")] = ""
+    """A model folder, a .safetensors or .gguf file, or a name that `ernie chat` takes. With --image it may be left out."""
+    image: str = ""
+    """An image file: write a PNG of it as the model sees it, resized, with patches, tokens and positions."""
+    out: str = ""
+    """Where that PNG goes (default: beside the image, NAME.patches.png)."""
     check: bool = False
     """Read every weight and look for NaN and infinity."""
     json: bool = False
@@ -84,6 +91,10 @@ class Inspection:
 
 def run(config: InspectConfig, environment: Environment) -> int:
     """Inspect and print; the exit code is 0 when the model would load and 1 when there are problems."""
+    if config.image:
+        return run_map(config, environment)
+    if not config.path or config.out:
+        raise ConfigError("ernie inspect needs a model folder or file, or --image FILE; --out is for --image")
     with progress_bar(environment) as progress:
         path = find(config.path, environment, progress)
         found = inspect(path, check=config.check, progress=progress)
@@ -92,6 +103,31 @@ def run(config: InspectConfig, environment: Environment) -> int:
     else:
         print("\n".join(report(found, Style.of(sys.stdout, environment))))
     return 1 if found.problems else 0
+
+
+def run_map(config: InspectConfig, environment: Environment) -> int:
+    """Draw the patches of an image, by the rules of the model named beside it or of the released ones."""
+    from ernie45.recipes.patch_map import see, write_map
+    from ernie45.tokens.pictures import PixelRules, read_pixel_rules
+
+    if config.check:
+        raise ConfigError("--check looks at a model's numbers and --image at an image: give one of them")
+    rules = PixelRules()
+    if config.path:
+        with progress_bar(environment) as progress:
+            folder = find(config.path, environment, progress)
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is no model folder; the rules for images are in the folder of a model that sees")
+        rules = read_pixel_rules(folder)
+    image = Path(config.image).expanduser()
+    seen = see(image, rules)
+    out = Path(config.out).expanduser() if config.out else image.with_suffix(".patches.png")
+    write_map(seen, out)
+    if config.json:
+        print(clean(json.dumps(seen.facts() | {"map": str(out)}, ensure_ascii=False, indent=2)))
+    else:
+        print("\n".join([*map(clean, seen.lines()), f"map        {clean(str(out))}"]))
+    return 0
 
 
 def find(name: str, environment: Environment, progress: Progress) -> Path:
