@@ -39,6 +39,7 @@ from ernie45.weights.stream import Progress, load_pieces
 
 MAX_CONFIG = 10_000_000
 _ROOMY = 0.7  # of the available memory: the rest is for the cache and the work
+_LARGE_PACKED = 4 << 30  # bytes: copying them would take seconds before the first token, and what is packed needs no change
 """Bytes of a config.json."""
 MAX_WIDTH = 1 << 20
 """Largest width that is believed; released models stay below 110,000. Products of three such stay far from overflow."""
@@ -118,7 +119,7 @@ def load(
         shapes = _shapes(decoder)
         if mapped is None:  # memory of its own is read faster, so the weights stay in the file only where they would crowd out the rest
             needed = sum(math.prod(shape) * dtype_of(name).itemsize for name, shape in shapes.items())
-            mapped = needed > _ROOMY * available_memory()
+            mapped = needed > _ROOMY * available_memory() or (opened.spec is not None and needed > _LARGE_PACKED)
         state = load_pieces(opened.plan, source, shapes, dtype_of, mapped=mapped, check=check, progress=progress)
     decoder.load_state_dict(state, assign=True)
     if "embed.weight" in kept:

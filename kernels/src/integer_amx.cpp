@@ -10,6 +10,8 @@
 namespace ernie {
 namespace amx {
 
+constexpr int64_t kSmallGroup = 128;  // larger ones gain more from tiles that are used twice
+
 struct alignas(64) TileShape {
   uint8_t palette = 1, start_row = 0, reserved[14] = {0};
   uint16_t bytes[16] = {0};
@@ -21,10 +23,12 @@ struct Micro {
   static constexpr bool unpacks_bytes = true;  // to signed bytes: then no offset is to be taken back
 
   const Quantised& x;
+  const int64_t block_bytes;
+  const int bits;
   int64_t step;  // inputs of one tile
   alignas(64) int32_t sums[2][4][16 * 16];
 
-  Micro(const Packed& w, const Quantised& activations) : x(activations), step(w.group() % 64 == 0 ? 64 : 32) {
+  Micro(const Packed& w, const Quantised& activations) : x(activations), block_bytes(w.block_bytes()), bits(w.bits), step(w.group() % 64 == 0 ? 64 : 32) {
     TileShape shape;
     for (int i = 0; i < 4; i++) shape.bytes[i] = 64, shape.rows[i] = 16;                                // sums
     for (int i = 4; i < 6; i++) shape.bytes[i] = uint16_t(step), shape.rows[i] = 16;                    // activations
@@ -103,8 +107,65 @@ struct Micro {
     add_group<B>(sums[(x.G - 1) & 1], scale, x.G - 1, t0, m, c);
   }
 
+  // One block of 16 tokens x 16 outputs whose sums stay in registers from group to group: what pays where groups are small. Two sets of tiles
+  // and of memory behind them take turns, so that one group's products run while the other's sums are scaled.
+  // `ahead`: packed weights that will be wanted next, fetched meanwhile; null where they are used often enough not to matter.
+  void small_groups(const int8_t* a, const uint8_t* v, const float* scale, const float* by, float* c, int64_t c_stride, const uint8_t* ahead) {
+    const int64_t group = x.I / x.G, ahead_bytes = group * 16 * bits / 8;
+    __m512 f[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) f[i] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < x.G; g += 2) {
+      const bool two = g + 1 < x.G;
+      if (ahead)
+        for (int64_t at = g * ahead_bytes; at < (g + 2) * ahead_bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + at), _MM_HINT_T1);
+      _tile_zero(0);
+      for (int64_t k = g * group; k < (g + 1) * group; k += step) {
+        _tile_loadd(4, a + k, x.I);
+        _tile_loadd(6, v + k * 16, 64);
+        _tile_dpbssd(0, 4, 6);
+      }
+      _tile_stored(0, sums[0][0], 64);
+      if (two) {
+        _tile_zero(1);
+        for (int64_t k = (g + 1) * group; k < (g + 2) * group; k += step) {
+          _tile_loadd(5, a + k, x.I);
+          _tile_loadd(7, v + k * 16, 64);
+          _tile_dpbssd(1, 5, 7);
+        }
+        _tile_stored(1, sums[0][1], 64);
+      }
+      for (int64_t j = 0; j < (two ? 2 : 1); j++) {
+        const __m512 d = _mm512_loadu_ps(scale + (g + j) * 16);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+          const __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(sums[0][j] + i * 16));
+          f[i] = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(by[(g + j) * 16 + i])), whole, f[i]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) _mm512_store_ps(c + i * c_stride, f[i]);
+  }
+
+  // The activations' scales of 16 tokens by group, zeros behind the last token.
+  void scales_by_group(int64_t t0, int m, float* by) const {
+    for (int64_t g = 0; g < x.G; g++)
+      for (int i = 0; i < 16; i++) by[g * 16 + i] = i < m ? x.scale[(t0 + i) * x.G + g] : 0.0f;
+  }
+
   // Tiles read whole: behind the last token there are rows that nobody looks at, see `kTokenPadding`.
-  void tiles(const uint8_t* const* value, const float* scale, int blocks, int64_t t0, int m, float* c) {
+  void tiles(const uint8_t* const* value, const float* scale, int blocks, int64_t t0, int m, float* c, const uint8_t* next) {
+    if (x.I / x.G <= kSmallGroup) {
+      static thread_local float by[kWidest / 32 * 16];
+      for (int h = 0; h < m; h += 16) {
+        scales_by_group(t0 + h, m - h, by);
+        for (int b = 0; b < blocks; b++)
+          small_groups(x.value + (t0 + h) * x.I, value[b], scale + b * x.G * 16, by, c + (h * kPanelBlocks + b) * 16, kPanelBlocks * 16,
+                       x.T <= 32 && next ? next + b * block_bytes : nullptr);
+      }
+      return;
+    }
     for (int b = 0; b < blocks; b += 2) {
       const float* s = scale + b * x.G * 16;
       if (blocks - b > 1) {

@@ -117,7 +117,7 @@ struct Micro {
     }
   }
 
-  void tiles(const uint8_t* const* value, const float* scale, int blocks, int64_t t0, int m, float* c) const {
+  void tiles(const uint8_t* const* value, const float* scale, int blocks, int64_t t0, int m, float* c, const uint8_t*) const {
     for (int b = 0; b < blocks; b++) {
       const float* s = scale + b * x.G * 16;
       w.bits == 4 ? rows<4>(value[b], s, t0, m, c + b * 16) : rows<8>(value[b], s, t0, m, c + b * 16);

@@ -132,7 +132,7 @@ struct Micro {
     }
   }
 
-  void tiles(const uint8_t* const* value, const float* scale, int blocks, int64_t t0, int m, float* c) const {
+  void tiles(const uint8_t* const* value, const float* scale, int blocks, int64_t t0, int m, float* c, const uint8_t*) const {
     if (blocks == 4) return rows<4>(value, scale, t0, m, c);
     for (int b = 0; b < blocks; b++) rows<1>(value + b, scale + b * x.G * 16, t0, m, c + b * 16);
   }

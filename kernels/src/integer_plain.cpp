@@ -55,7 +55,7 @@ struct Micro {
     }
   }
 
-  void tiles(const uint8_t* const* value, const float* scale, int blocks, int64_t t0, int m, float* c) const {
+  void tiles(const uint8_t* const* value, const float* scale, int blocks, int64_t t0, int m, float* c, const uint8_t*) const {
     const int64_t group = x.I / x.G;
     for (int i = 0; i < m; i++)
       for (int b = 0; b < blocks; b++) {

@@ -2,7 +2,7 @@
 //
 //   few_block<bits, T>   16 output rows x T tokens straight from the packed weights, for T <= kFewRows
 //   unpack<bits>         one block to bytes [I/4][16][4]; only where `unpacked<bits>` says so
-//   tile<blocks>         m <= rows_at_once tokens x blocks * 16 outputs from bytes
+//   tiles                m <= rows_at_once tokens x blocks * 16 outputs from bytes; `next`: the blocks behind these, to be fetched meanwhile
 //   offset               what the bytes have too much, after unpacking, for 4 and for 8 bits
 //
 // Every path sums a group exactly in integers and then does sum = fma(weight_scale * activation_scale, group, sum), groups in order. So a
@@ -89,7 +89,7 @@ static void many(const Packed& w, const Quantised& x, int64_t block, int64_t end
     for (int b = 0; b < blocks; b++) panel.load(w, b, block + b);
     for (int64_t t = 0; t < x.T; t += Micro::rows_at_once) {
       const int m = int(x.T - t < Micro::rows_at_once ? x.T - t : Micro::rows_at_once);
-      micro.tiles(panel.value, panel.scale, blocks, t, m, c);
+      micro.tiles(panel.value, panel.scale, blocks, t, m, c, block + 2 * kPanelBlocks <= end ? w.value + (block + kPanelBlocks) * w.block_bytes() : nullptr);
       for (int i = 0; i < m; i++)
         for (int b = 0; b < blocks; b++) finish_16(out, t + i, (block + b) * 16, c + (i * kPanelBlocks + b) * 16);
     }
@@ -111,7 +111,7 @@ static void many_pairs(const Packed& w, const Quantised& x, int64_t block, int64
     }
     for (int64_t t = 0; t < x.T; t += Micro::rows_at_once) {
       const int m = int(x.T - t < Micro::rows_at_once ? x.T - t : Micro::rows_at_once);
-      micro.tiles(panel.value, panel.scale, 2 * pairs, t, m, c);
+      micro.tiles(panel.value, panel.scale, 2 * pairs, t, m, c, nullptr);
       for (int i = 0; i < m; i++)
         for (int b = 0; b < pairs; b++) {
           float* row = c + i * kPanelBlocks * 16;
