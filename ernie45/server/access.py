@@ -16,13 +16,22 @@ _SHORTEST = 8
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sent a request: the name that logs, rates and fair shares go by. salt: keeps its prompts' cache apart, when there are several."""
+    """Who sent a request: the name that logs, rates and fair shares go by.
+
+    salt        keeps its prompts' cache apart, when there are several
+    owner       what it keeps here is kept under: the same after a restart, whatever the order of the keys is then
+    background  a batch asks for it: it comes after whoever waits, and is not counted by the rates
+    """
 
     name: str
     salt: str = ""
+    owner: str = "anonymous"
+    background: bool = False
 
 
 ANONYMOUS = Caller("anonymous")
+BEHIND = 1000
+"""Added to the priority of background requests: more than any request may ask for."""
 
 
 def host_name(host: str) -> str:
@@ -33,11 +42,12 @@ def host_name(host: str) -> str:
 class Keys:
     """The keys that are let in, as digests; a key itself is not kept."""
 
-    def __init__(self, keys: Iterable[tuple[str, str]]) -> None:
-        """keys: (name, key). Raises `ConfigError` for a short key, or a key or name that comes twice."""
+    def __init__(self, keys: Iterable[tuple[str | None, str]]) -> None:
+        """keys: (name, key), without a name if nobody gave one. Raises `ConfigError` for a short key, or a key or name that comes twice."""
         self._digests: list[tuple[bytes, Caller]] = []
         pairs = list(keys)
-        for name, key in pairs:
+        for number, (given, key) in enumerate(pairs, 1):
+            name = given or f"key{number}"
             if len(key) < _SHORTEST:
                 raise ConfigError(
                     f"the API key '{name}' has {len(key)} characters; take at least {_SHORTEST}, such as from: openssl rand -hex 24"
@@ -45,10 +55,16 @@ class Keys:
             digest = _digest(key)
             if any(known == digest or caller.name == name for known, caller in self._digests):
                 raise ConfigError(f"the API key '{name}' is there twice")
-            self._digests.append((digest, Caller(name, salt=f"key:{name}" if len(pairs) > 1 else "")))
+            owner = f"name:{name}" if given else f"key:{_digest('owner:' + key).hex()}"
+            self._digests.append((digest, Caller(name, salt=f"key:{name}" if len(pairs) > 1 else "", owner=owner)))
 
     def __bool__(self) -> bool:
         return bool(self._digests)
+
+    def owning(self, owner: str) -> Caller | None:
+        """Who keeps things under this name now; None when that key is not let in any more."""
+        known = [caller for _, caller in self._digests] or [ANONYMOUS]
+        return next((caller for caller in known if caller.owner == owner), None)
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """Whose key this is: `Authorization: Bearer KEY`, or `x-api-key: KEY`. Raises `Failure` 401. Every key is compared."""
@@ -75,12 +91,12 @@ def read_keys(path: Path | None, from_environment: Iterable[str]) -> Keys:
             raise ConfigError(f"cannot read the key file {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
         if not any(line.strip() and not line.lstrip().startswith("#") for line in lines):
             raise ConfigError(f"the key file {path} holds no key; without keys the server would be open to all")
-    pairs = []
+    pairs: list[tuple[str | None, str]] = []
     for line in lines:
         text = line.strip()
         if text and not text.startswith("#"):
             name, colon, key = text.partition(":")
-            pairs.append((name.strip(), key.strip()) if colon else (f"key{len(pairs) + 1}", text))
+            pairs.append((name.strip(), key.strip()) if colon else (None, text))
     return Keys(pairs)
 
 
@@ -116,6 +132,8 @@ class Rates:
 
     def admit(self, caller: Caller, now: float) -> None:
         """Counts a request. Raises `Failure` 429 when the caller has used up its requests or tokens."""
+        if caller.background:
+            return
         for name in self._limits:
             wait = self._bucket(caller, name, now).wait(1, now)
             if wait > 0:
@@ -127,7 +145,7 @@ class Rates:
 
     def use(self, caller: Caller, tokens: int, now: float) -> None:
         """Counts tokens that were read or written for a caller."""
-        if "tokens" in self._limits:
+        if "tokens" in self._limits and not caller.background:
             self._bucket(caller, "tokens", now).take(tokens, now)
 
     def headers(self, caller: Caller, now: float) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,8 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
-from ernie45.server.access import Keys
+from ernie45.server.access import Caller, Keys
 from ernie45.server.anthropic_routes import add_anthropic
+from ernie45.server.batches.routes import add_batches
+from ernie45.server.batches.runner import Runner
+from ernie45.server.batches.storage import Storage
 from ernie45.server.door import Door, failed
 from ernie45.server.failures import Failure, broken, reason_of
 from ernie45.server.health import add_health
@@ -24,20 +28,32 @@ from ernie45.server.text_routes import add_text
 
 Adder = Callable[[FastAPI, Service], None]
 PARTS: tuple[Adder, ...] = (add_health, add_openai, add_text, add_anthropic, add_responses)
-"""Every group of routes there is, beside the pages."""
+"""Every group of routes there is, beside the pages and the batches."""
 
 
-def make_app(service: Service, keys: Keys) -> ASGIApp:
-    """The whole server as one ASGI application; it closes all models when it ends."""
+def make_app(service: Service, keys: Keys, storage: Storage | Failure) -> ASGIApp:
+    """The whole server as one ASGI application; it closes all models and the storage when it ends.
+
+    storage: of files and batches, or what is answered in its place.
+    """
+
+    def behind(owner: str) -> Caller | None:
+        caller = keys.owning(owner)
+        return None if caller is None else replace(caller, background=True)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         idle = service.settings.idle_seconds
-        unloading = None if idle is None else asyncio.ensure_future(service.unload_idle(idle))
+        lasting = [] if idle is None else [asyncio.ensure_future(service.unload_idle(idle))]
+        if runner is not None:
+            lasting.append(asyncio.ensure_future(runner.run()))
         yield
-        if unloading is not None:
-            unloading.cancel()
+        for task in lasting:
+            task.cancel()
+        await asyncio.gather(*lasting, return_exceptions=True)
         await service.close()
+        if isinstance(storage, Storage):
+            storage.close()
 
     app = FastAPI(
         title="ernie45",
@@ -49,6 +65,9 @@ def make_app(service: Service, keys: Keys) -> ASGIApp:
     app.state.service = service
     for add in PARTS:
         add(app, service)
+    runner = Runner(service, app, storage, behind) if isinstance(storage, Storage) else None
+    app.state.runner = runner
+    add_batches(app, service, storage, runner)
     app.routes.extend(pages().routes)
 
     @app.exception_handler(Failure)

@@ -12,6 +12,7 @@ from ernie45.engine.wire import EngineSpec
 from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.server.access import read_keys
 from ernie45.server.app import make_app
+from ernie45.server.batches.storage import open_storage
 from ernie45.server.journal import Journal
 from ernie45.server.metrics import Metrics
 from ernie45.server.model import Engine, Opener, ServedModel
@@ -46,7 +47,7 @@ def build(
         names = tuple(dict.fromkeys(names))
         models.append(ServedModel(source, names, open_engine, settings.limits, metrics, chat_format=chat_format, adapters=adapters))
     service = Service(settings, models, metrics, journal, version)
-    return service, make_app(service, keys)
+    return service, make_app(service, keys, open_storage(settings.storage, environment.cache_dir, settings.port))
 
 
 def process_opener(settings: ServerSettings, environment: Environment) -> Opener:

@@ -8,7 +8,7 @@ from ernie45.engine.answer import Answer
 from ernie45.engine.request import Request, SamplingParams
 from ernie45.engine.wire import EngineInfo
 from ernie45.errors import RequestError
-from ernie45.server.access import Caller
+from ernie45.server.access import BEHIND, Caller
 from ernie45.server.failures import bad
 from ernie45.server.model import TextSide
 from ernie45.server.protocol import ChatRequest, CompletionRequest, Sampling
@@ -271,7 +271,7 @@ def jobs(
             prompt=prompted.ids,
             params=params if params.seed is None or n == 0 else replace(params, seed=(params.seed + n) % 2**63),
             eos_ids=prompted.end_ids,
-            priority=request.priority,
+            priority=request.priority + (BEHIND if context.caller.background else 0),
             arrival=now,
             cache_salt="\0".join(part for part in (context.caller.salt, request.cache_salt) if part),
             adapter=context.adapter,

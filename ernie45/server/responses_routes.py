@@ -36,6 +36,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
         """Answers a conversation as OpenAI's responses, whole or as events; kept unless `store` is false."""
         asked = read_fields(ResponsesRequest, without_neutral(await read_json(request, service.settings.limits)), REFUSED)
         caller = request.state.caller
+        kept = not caller.background if asked.store is None else asked.store  # a batch would push out what people keep
         earlier = store.find(asked.previous_response_id, caller).messages if asked.previous_response_id else ()
         chat = as_chat(asked, earlier)
         check_counts(chat, service.settings.limits)
@@ -48,9 +49,9 @@ def add_responses(app: FastAPI, service: Service) -> None:
         def end() -> None:
             tell(request, model, tickets)
             service.release(model, tickets, writer.id)
-            if asked.store is not False and tickets[0].failure is None and tickets[0].state is State.over:
+            if kept and tickets[0].failure is None and tickets[0].state is State.over:
                 messages = (*earlier, *messages_of(asked.input), *writer.as_messages(tickets[0]))
-                store.keep(Kept(caller.name, writer.body(tickets[0]), messages, len(json.dumps(messages))))
+                store.keep(Kept(caller.owner, writer.body(tickets[0]), messages, len(json.dumps(messages))))
 
         if asked.stream:
 
@@ -79,7 +80,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
     async def cancel(request: Request, id: str) -> JSONResponse:
         """Stops a response that is being made; of one that is over, says what it is."""
         for ticket in service.live.get(id, []):
-            if ticket.job.caller == request.state.caller:
+            if ticket.job.caller.owner == request.state.caller.owner:
                 for model in service.models:
                     if model.has(ticket):
                         model.cancel(ticket)

@@ -38,7 +38,7 @@ class ResponseStore:
     def find(self, id: str, caller: Caller) -> Kept:
         """A response of this caller. Raises `Failure` 404, for those of others too."""
         kept = self._kept.get(id)
-        if kept is None or kept.owner != caller.name:
+        if kept is None or kept.owner != caller.owner:
             raise Failure(404, f"there is no response '{id[:80]}' (the newest {self._most:,} are kept)", code="not_found")
         return kept
 

@@ -51,6 +51,18 @@ class Limits:
     """Time a request may wait for the model; then it gets 504."""
     connections: int = 1024
     """Connections at the same time."""
+    file_bytes: int = 200 << 20
+    """Bytes of an uploaded file."""
+    upload_seconds: float = 600.0
+    """Time for a client to send a file."""
+    files: int = 10_000
+    """Files that a key may keep."""
+    storage_bytes: int = 4 << 30
+    """Bytes of files that a key may keep; results of batches count, and are never refused."""
+    batch_lines: int = 50_000
+    """Requests of one batch."""
+    unfinished_batches: int = 64
+    """Batches of a key that are not finished."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -121,6 +133,8 @@ class ServerSettings:
     """On SIGTERM running requests may go on for so long."""
     idle_seconds: float | None = None
     """A model, other than the first, that nobody used for so long is unloaded."""
+    storage: str = "auto"
+    """Folder for uploaded files and batches, or off: then both are refused. auto is one for this port in the cache folder."""
     log: Literal["json", "off"] = "json"
     """One line per request on standard error; prompts and answers are never in it."""
     tls_certificate: Path | None = None

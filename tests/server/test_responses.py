@@ -145,7 +145,7 @@ def test_wrong_input_is_a_400(running, given):
 
 
 def test_the_store_forgets_the_oldest():
-    store, me = ResponseStore(most=2, characters=100), Caller("me")
+    store, me = ResponseStore(most=2, characters=100), Caller("me", owner="me")
     for n, size in enumerate((10, 10, 10, 95)):
         store.keep(Kept("me", {"id": str(n)}, (), size))
     assert store.find("3", me).size == 95

@@ -1,0 +1,1 @@
+"""OpenAI's files and batches: uploads on disk, jobs in SQLite, lines that run behind everybody who waits."""
