@@ -36,6 +36,7 @@ class Word:
 WORDS: dict[str, Word] = {
     "chat": Word("Talk", "ernie45.recipes.chat", "ChatConfig", "talk with a model in the terminal, or through a pipe"),
     "serve": Word("Talk", "ernie45.recipes.serve", "ServeConfig", "serve models over HTTP, with the protocols of OpenAI and Anthropic"),
+    "generate": Word("Talk", "ernie45.recipes.generate", "GenerateConfig", "answer a file of prompts; killed, it goes on where it was"),
     "models": Word("Look", "ernie45.recipes.models", "ModelsConfig", "list every published model of the family, with sizes"),
     "inspect": Word("Look", "ernie45.recipes.inspect", "InspectConfig", "show what is in a model folder or file, and what is wrong there"),
     "quantize": Word("Make", "ernie45.recipes.quantize", "QuantizeConfig", "write a model with fewer bits, and measure what that costs"),

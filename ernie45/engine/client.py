@@ -61,6 +61,11 @@ class Stream:
         self._llm.drop([self._answer])
 
     @property
+    def over(self) -> bool:
+        """Whether the answer is complete."""
+        return self._answer.finish is not None
+
+    @property
     def completion(self) -> Completion:
         """The whole answer, or what there is of it."""
         return self._answer.completion()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, TextIO
+from typing import IO, Annotated, Any, Literal, Protocol, TextIO
 
 import tyro
 
@@ -24,6 +24,25 @@ from ernie45.recipes.terminal import Style, clean, hidden_cursor, quiet_keyboard
 
 _OWN = tyro.conf.arg(help_behavior_hint="(default: what the model's folder recommends)")
 _NONE = tyro.conf.arg(help_behavior_hint="")
+
+
+class SamplingFlags(Protocol):
+    """The flags by which a person chooses how words are chosen; None = not said."""
+
+    @property
+    def max_tokens(self) -> int | None: ...
+    @property
+    def temperature(self) -> float | None: ...
+    @property
+    def top_p(self) -> float | None: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def min_p(self) -> float | None: ...
+    @property
+    def repetition_penalty(self) -> float | None: ...
+    @property
+    def seed(self) -> int | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +93,7 @@ def thinking_of(word: str | None) -> bool | int | None:
     raise ConfigError(f"--thinking is '{clean(word)}'; say on, off, or a number of tokens")
 
 
-def sampling_settings(config: ChatConfig, folder: Mapping[str, Any]) -> dict[str, Any]:
+def sampling_settings(config: SamplingFlags, folder: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling fields for `SamplingParams`: flags win over `folder`, the content of generation_config.json; both over 0.8 and 0.8."""
     settings: dict[str, Any] = {"temperature": 0.8, "top_p": 0.8}
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
