@@ -17,8 +17,8 @@ from ernie45.engine.cache import PagedCache, bytes_per_token
 from ernie45.engine.grammar import Grammars
 from ernie45.engine.output import Output
 from ernie45.engine.request import Request
-from ernie45.engine.runner import Runner
-from ernie45.engine.scheduler import Load, Scheduler, SchedulerConfig
+from ernie45.engine.runner import Runner, StepResult, merged
+from ernie45.engine.scheduler import Load, Plan, Scheduler, SchedulerConfig
 from ernie45.errors import ConfigError, RequestError
 from ernie45.machine import available_memory
 from ernie45.models.adapter_folder import AdapterFolder
@@ -101,16 +101,19 @@ class Engine:
         grammars: Grammars | None = None,
         adapters: AdapterFolder | None = None,
         new_seed: Callable[[], int] = lambda: secrets.randbits(63),
+        on_fault: Callable[[str, Exception], None] = lambda request_id, error: None,
     ) -> None:
         """available: bytes of memory, asked from the system when None. grammars: compiler for requests with a grammar; None refuses them.
 
         adapters: what requests may name; None refuses all. new_seed: for requests without a seed.
+        on_fault: told of each request that ended alone because its part of a step broke, and how.
         """
         free = available_memory() if available is None else available
         config = config or EngineConfig()
         self.limits = config.resolve(decoder.config, decoder.dtype, free)
         self.model = decoder.config
         self._new_seed = new_seed
+        self._on_fault = on_fault
         self._grammars = grammars
         self._scheduler = Scheduler(self.limits)
         self._untold: list[Output] = []  # ends of requests whose step broke
@@ -155,15 +158,16 @@ class Engine:
     def step(self) -> tuple[Output, ...]:
         """Computes one step; empty when only parts of prompts were read, or nothing was to do.
 
-        When the step itself breaks (out of memory, an interrupt, a bug), its requests end, their pages are free, and the exception goes on
-        to the caller; the next call tells of the ends.
+        When it breaks (out of memory, a bug), its rows are computed one by one: who breaks alone ends with an error, `on_fault` is told.
+        When every row breaks, or the step is interrupted, all its requests end, their pages are free, and the exception goes on to the
+        caller; the next call tells of the ends.
         """
         plan = self._scheduler.plan()
         outputs, self._untold = self._untold, []
         if not plan.rows:
             return tuple(outputs)
         try:
-            result = self._runner.run(plan)
+            result, undone = self._computed(plan)
         except BaseException:
             for progress in self._scheduler.abandon(plan):
                 self._forget(progress.request_id)
@@ -171,7 +175,7 @@ class Engine:
             self._untold = outputs
             raise
         scored = dict(result.prompt_logprobs)
-        for progress in self._scheduler.commit(plan, result.sampled, result.failed):
+        for progress in self._scheduler.commit(plan, result.sampled, result.failed, undone):
             name = progress.request_id
             logprobs = result.logprobs.get(name, ())
             outputs.append(Output(name, progress.tokens, logprobs, scored.pop(name, ()), progress.finish, progress.cached_tokens))
@@ -179,6 +183,40 @@ class Engine:
                 self._forget(name)
         outputs += [Output(name, (), (), entries, None, 0) for name, entries in scored.items()]
         return tuple(outputs)
+
+    def _computed(self, plan: Plan) -> tuple[StepResult, frozenset[str]]:
+        """The result of a plan, and rows that must begin anew. Raises what the runner raises when no row can be computed."""
+        try:
+            return self._runner.run(plan), frozenset()
+        except Exception as error:
+            if len(plan.rows) == 1:
+                raise
+            return self._row_by_row(plan, error)
+
+    def _row_by_row(self, plan: Plan, error: Exception) -> tuple[StepResult, frozenset[str]]:
+        """As `_computed`, one row at a time. Computing a row again writes the same values into the same places of the cache.
+
+        A row may share pages that an earlier row fills in this very step; when that one breaks they hold nothing, and the row is not run.
+        """
+        results: list[StepResult] = []
+        broken: dict[str, Exception] = {}
+        undone: set[str] = set()
+        empty: set[int] = set()
+        for row in plan.rows:
+            begun = row.start // self.limits.page_size
+            if empty.intersection(row.pages[:begun]):
+                undone.add(row.request_id)
+                continue
+            try:
+                results.append(self._runner.run(Plan((row,))))
+            except Exception as alone:  # noqa: BLE001  it is told, by the end of its request and to `on_fault`
+                broken[row.request_id] = alone
+                empty.update(row.pages[begun:])
+        if len(broken) == len(plan.rows):
+            raise error
+        for request_id, alone in broken.items():
+            self._on_fault(request_id, alone)
+        return merged(results, frozenset(broken)), frozenset(undone)
 
     def embed(self, tokens: Sequence[int], adapter: str = "") -> list[float]:
         """Mean over a text's tokens of the last hidden states behind the final norm, scaled to length 1; [D].

@@ -47,6 +47,16 @@ class _Computed(NamedTuple):
     best: tuple[Tensor, Tensor] | None
 
 
+def merged(results: Sequence[StepResult], failed: frozenset[str]) -> StepResult:
+    """The results of a plan's rows as the plan's result; `failed` are rows that have none."""
+    whole = StepResult({}, failed.union(*(result.failed for result in results)), {}, {})
+    for result in results:
+        whole.sampled.update(result.sampled)
+        whole.logprobs.update(result.logprobs)
+        whole.prompt_logprobs.update(result.prompt_logprobs)
+    return whole
+
+
 class Runner:
     """Executes plans of requests that were announced by `admit`, and holds what sampling must remember of them."""
 
@@ -66,7 +76,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
-        """Computes a plan that has rows."""
+        """Computes a plan that has rows. When it raises, nothing is remembered: it may be run again, whole or in parts."""
         batch = self._batches.build(plan)
         decoder = self._decoder
         if self._adapters is not None:
@@ -81,12 +91,14 @@ class Runner:
         }
         rows = [row for row in plan.rows if row.samples]
         if not rows:
+            self._note_scored(plan)
             return StepResult({}, frozenset(), {}, scored)
         states = [self._states[row.request_id] for row in rows]
         if computed.best is not None and all(state.takes_best for state in states):
             result = take_best(*computed.best)
         else:
             result = sample(computed.logits_RV, states)
+        self._note_scored(plan)
         sampled, logprobs, failed = {}, {}, set()
         for row, state, token, entry in zip(rows, states, result.tokens, result.logprobs, strict=True):
             if token is None:
@@ -133,5 +145,11 @@ class Runner:
             end = min(start + _SCORED_ROWS, last)
             logits_RV = self._decoder.logits(h_TD[start - row.start : end - row.start]).float()
             found += score(logits_RV, request.prompt[start + 1 : end + 1], [count] * (end - start))
-        state.prompt_scored = max(state.prompt_scored, last)
         return tuple(found)
+
+    def _note_scored(self, plan: Plan) -> None:
+        """What `_score_prompt` gave is not given again."""
+        for row in plan.rows:
+            state = self._states[row.request_id]
+            if state.request.params.prompt_logprobs is not None:
+                state.prompt_scored = max(state.prompt_scored, min(row.start + len(row.tokens), len(state.request.prompt) - 1))

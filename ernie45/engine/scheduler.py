@@ -239,14 +239,22 @@ class Scheduler:
         assert planned or not self._alive, "requests are alive but nothing can be computed"
         return Plan(planned, tuple(preempted))
 
-    def commit(self, plan: Plan, sampled: Mapping[str, tuple[int, ...]], failed: Collection[str] = ()) -> tuple[Progress, ...]:
-        """Takes in a step's result: tokens for each row that samples, or its id in `failed`. Who was cancelled meanwhile is passed over."""
+    def commit(
+        self, plan: Plan, sampled: Mapping[str, tuple[int, ...]], failed: Collection[str] = (), undone: Collection[str] = ()
+    ) -> tuple[Progress, ...]:
+        """Takes in a step's result: tokens for each row that samples, or its id in `failed`. Who was cancelled meanwhile is passed over.
+
+        undone: rows that were not computed, since they stand on pages of one that failed; they begin anew, on pages of their own.
+        """
         progress = []
         for row in plan.rows:
             sequence = self._alive.get(row.request_id)
             if sequence is None or sequence.row is not row:
                 continue
             sequence.row = None
+            if row.request_id in undone:
+                self._preempt(sequence, spoiled=True)
+                continue
             sequence.computed += len(row.tokens)
             if row.request_id in failed:
                 progress.append(self._progress(sequence, (), FinishReason.error))
@@ -353,10 +361,10 @@ class Scheduler:
                 return sampled[: index + 1], FinishReason.length
         return sampled, None
 
-    def _preempt(self, sequence: _Sequence) -> None:
+    def _preempt(self, sequence: _Sequence, *, spoiled: bool = False) -> None:
         """Takes all pages back; prompt and output will be computed again, as far as they are not still known."""
         self._preemptions += 1
-        self._release(sequence)
+        self._release(sequence, spoiled=spoiled)
         sequence.computed = sequence.published = 0
         sequence.row = None
         self._running.remove(sequence)

@@ -252,7 +252,14 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
     folder_of_adapters = AdapterFolder(Path(spec.adapters)) if spec.adapters else None
     free = available_memory()
     tokenizer = load_tokenizer(folder)
-    engine = Engine(loaded.decoder, config, available=free, grammars=Grammars(tokenizer), adapters=folder_of_adapters)
+    engine = Engine(
+        loaded.decoder,
+        config,
+        available=free,
+        grammars=Grammars(tokenizer),
+        adapters=folder_of_adapters,
+        on_fault=lambda request_id, error: traceback.print_exception(error),
+    )
     limits, decoder = engine.limits, loaded.decoder
     size = limits.num_pages * limits.page_size * bytes_per_token(decoder.config, decoder.dtype)
     weights = sum(p.numel() * p.element_size() for p in decoder.parameters())

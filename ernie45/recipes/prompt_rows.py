@@ -1,4 +1,4 @@
-"""Prompts in a file, one JSON object a line: a text, a conversation, a line of an OpenAI batch. What is wrong is named by line and field."""
+"""Prompts in a file, a JSON object a line: a text, a conversation, a line of an OpenAI batch. Mistakes are named by line and field."""
 
 import json
 from collections.abc import Iterator, Mapping

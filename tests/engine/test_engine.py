@@ -276,6 +276,49 @@ def test_a_step_that_breaks_frees_its_requests_and_the_engine_goes_on(monkeypatc
     assert engine.load.free_pages == 40
 
 
+@pytest.fixture
+def choking(decoder, monkeypatch):
+    """The decoder, which breaks on a step that holds token 50; how often it has."""
+    breaks = []
+    embed = decoder.embed.forward
+
+    def checked(tokens_T):
+        if (tokens_T == 50).any():
+            breaks.append(len(tokens_T))
+            raise MemoryError("no memory")
+        return embed(tokens_T)
+
+    monkeypatch.setattr(decoder.embed, "forward", checked)
+    return breaks
+
+
+def test_a_row_that_breaks_its_step_ends_alone(decoder, choking):
+    told = []
+    engine = Engine(decoder, EngineConfig(page_size=4, num_pages=80), on_fault=lambda id, error: told.append((id, str(error))))
+    work = [ask(i, range(5 + i, 12 + 2 * i), prompt_logprobs=0, logit_bias={50: -100.0}) for i in range(5)]
+    answers = serve(engine, [work[0], ask("bad", [9, 8, 7, 50]), *work[1:]])
+    assert answers.pop("bad") == ([], [], [], FinishReason.error)
+    assert told == [("bad", "no memory")]
+    alone = Engine(decoder, EngineConfig(page_size=4, num_pages=80))
+    for request in work:
+        ours, theirs = answers[request.id], serve(alone, [request])[request.id]
+        assert ours[0] == theirs[0]
+        assert [entry.token for entry in ours[2]] == [entry.token for entry in theirs[2]] == list(request.prompt[1:])
+
+
+def test_who_shares_pages_with_the_row_that_broke_begins_anew(decoder, choking):
+    engine = Engine(decoder, EngineConfig(page_size=4, num_pages=80))
+    stem = [5, 6, 7, 8, 9, 10, 11, 12]
+    bad = ask("bad", [*stem, 50])
+    sharing = [ask(i, [*stem, 13, *range(14, 14 + 4 * i)], logit_bias={50: -100.0}) for i in range(2)]
+    answers = serve(engine, [bad, *sharing])
+    assert answers["bad"][3] == FinishReason.error
+    for request in sharing:
+        fresh = Engine(decoder, EngineConfig(page_size=4, num_pages=80, prefix_sharing=False))
+        assert answers[request.id][0] == serve(fresh, [request])[request.id][0]
+    assert len(choking) == 2, "once with all, once alone"
+
+
 def test_forbidden_ends_and_min_tokens(decoder):
     prompt = prompts(1)[0]
     engine = Engine(decoder, EngineConfig(num_pages=16))
