@@ -68,15 +68,20 @@ class MessagesRequest(CountRequest):
 
 
 REFUSED = {
+    "billing_policy": "nothing is billed here",
+    "compaction": "this server does not edit conversations; send what is to be read",
     "container": "this server runs no code",
     "context_management": "this server does not edit conversations; send what is to be read",
     "diagnostics": "there are no diagnostics here",
+    "fallback_credit_token": "nothing is billed here",
+    "fallbacks": "the model that is named answers, or an error comes",
     "inference_geo": "the model runs where the server runs",
     "mcp_servers": "this server calls no other servers",
     "output_config": "use response_format of /v1/chat/completions for answers of a given shape",
     "output_format": "use response_format of /v1/chat/completions for answers of a given shape",
     "service_tier": "there is one tier: leave it out, or auto or standard_only",
     "speed": "there is one speed: leave it out, or standard",
+    "thread": "conversations are not kept; send all messages",
     "user_profile_id": "there are no profiles here",
     "workspace_id": "there are no workspaces here",
 }

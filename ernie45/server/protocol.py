@@ -300,5 +300,9 @@ def check_counts(request: Sampling, limits: Limits) -> None:
     for text in stops:
         if not 0 < len(text) <= limits.stop_characters:
             raise bad(f"a stop string has {len(text)} characters; from 1 to {limits.stop_characters} are allowed", "stop")
+    if request.stream and request.prompt_logprobs is not None:
+        raise bad("prompt_logprobs cannot be streamed: leave stream out", "prompt_logprobs")
+    if request.stream and isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
+        raise bad("logprobs of an echoed prompt cannot be streamed: leave stream out, or echo", "logprobs")
     if request.stream_options is not None and not request.stream:
         raise bad("stream_options is for streams: set stream to true, or leave it out", "stream_options")
