@@ -129,3 +129,40 @@ def test_embeddings_have_length_one_and_depend_on_the_order(engine):
     for wrong in ([], [10**6], [5] * 200):
         with pytest.raises(RequestError):
             engine.embed(wrong)
+
+
+def test_what_is_asked_often_is_compiled_once_and_answers_do_not_meet(monkeypatch):
+    import llguidance
+
+    counts = {"check": 0, "matcher": 0}
+    validate, make = llguidance.LLMatcher.validate_grammar, llguidance.LLMatcher
+
+    class Counted:
+        @staticmethod
+        def validate_grammar(*args, **kwargs):
+            counts["check"] += 1
+            return validate(*args, **kwargs)
+
+        def __new__(cls, *args, **kwargs):
+            counts["matcher"] += 1
+            return make(*args, **kwargs)
+
+    monkeypatch.setattr(llguidance, "LLMatcher", Counted)
+    fresh = Grammars(TOKENIZER)
+    grammar = 'start: "a" "b"'
+    for _ in range(3):
+        fresh.check(grammar, "x", (EOS,))
+    first, second = fresh.matcher(grammar, (EOS,)), fresh.matcher(grammar, (EOS,))
+    assert first.consume(TOKENIZER.encode("a")[0])
+    assert allowed(first) == set(TOKENIZER.encode("b"))
+    assert allowed(second) == allowed(fresh.matcher(grammar, (EOS,))) == set(TOKENIZER.encode("a"))
+    assert counts == {"check": 1, "matcher": 1}
+    for n in range(200):
+        fresh.matcher(f'start: "a{n}"', (EOS,))
+    assert len(fresh._compiled) == 64
+    large = "start: " + " | ".join(f'"word{n}"' for n in range(8000))
+    fresh.check(large, "x", (EOS,))
+    assert all(len(text) < len(large) for text, _ in fresh._passed)
+    for _ in range(2):
+        with pytest.raises(RequestError):
+            fresh.check("start: nope", "x", (EOS,))
