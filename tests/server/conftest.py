@@ -106,7 +106,7 @@ class Running:
         return next(iter(self.engines.values()))
 
     def client(self, **options):
-        made = httpx.Client(base_url=self.url, timeout=20, **options)
+        made = httpx.Client(base_url=self.url, timeout=120, **options)
         self.clients.append(made)
         return made
 
@@ -118,7 +118,7 @@ class Running:
 
     def do(self, coroutine):
         """Runs a coroutine in the server's loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(20)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(120)
 
     def log(self, event="request"):
         return [line for line in map(json.loads, self.lines) if line["event"] == event]
@@ -183,7 +183,7 @@ def servers():
         for engine in running.engines.values():
             engine.held.clear()
         running.server.should_exit = True
-        thread.join(20)
+        thread.join(120)
         assert not thread.is_alive()
         for engine in running.engines.values():
             engine.fake.verify()
