@@ -47,6 +47,7 @@ WORDS: dict[str, Word] = {
     "bench latency": Word(
         "Measure", "ernie45.recipes.bench.latency", "LatencyConfig", "how fast a model runs here, beside what the machine can do"
     ),
+    "bench serve": Word("Measure", "ernie45.recipes.bench.serve", "BenchServeConfig", "how a server keeps up with many clients"),
     "bench make": Word("Measure", "ernie45.recipes.bench.make", "MakeConfig", "write a checkpoint of random weights in a published shape"),
     "export": Word("Make", "ernie45.recipes.export", "ExportConfig", "write a model as a GGUF file for llama.cpp and its kin"),
 }

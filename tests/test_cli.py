@@ -77,7 +77,7 @@ def test_every_word_explains_each_of_its_options(capsys, word):
     assert dataclasses.is_dataclass(config)
     assert config.__dataclass_params__.frozen
     assert callable(module.run)
-    positional = {"--model", "--models", "--path", "--runs", "--shape"}
+    positional = {"--model", "--models", "--path", "--runs", "--shape", "--url"}
     for flag, _ in flags_of(config):
         section, _, name = flag.rpartition(".") if "." in flag else ("--", "", flag[2:])
         off = f"{section}.no-{name}" if "." in flag else f"--no-{name}"  # a switch that is on is shown by what turns it off
@@ -104,7 +104,7 @@ def test_the_version_is_said(capsys):
         (["chat", "one", "two"], "two"),
         (["chat", "--thinking", "perhaps", "--prompt", "x"], "on, off, or a number"),
         (["inspect"], "FOLDER"),
-        (["bench"], "`ernie bench` takes one more word: latency, make"),
+        (["bench"], "`ernie bench` takes one more word: latency, serve, make"),
         (["bench", "lateny"], "takes one more word"),
         (["bench", "make", "--shceme", "w4a8"], "did you mean '--scheme'"),
         (["chat", "--config"], "--config needs a YAML file"),

@@ -218,6 +218,14 @@ def shared():
         yield start()
 
 
+@pytest.fixture(scope="module")
+def roomy():
+    """As `shared`, with tools and thinking, and room for the long prompts that they make."""
+    limits = SchedulerConfig(token_budget=256, max_running=4, page_size=16, num_pages=512, max_length=4096)
+    with servers() as start:
+        yield start(chat_format="ernie-vl-thinking", engine_limits=limits)
+
+
 @pytest.fixture
 def events():
     """The JSON values of a text of server-sent events; "[DONE]" as it is."""
