@@ -15,9 +15,10 @@ from ernie45.server.app import make_app
 from ernie45.server.batches.storage import open_storage
 from ernie45.server.journal import Journal
 from ernie45.server.metrics import Metrics
-from ernie45.server.model import Engine, Opener, ServedModel
+from ernie45.server.model import Engine, Observer, Opener, ServedModel
 from ernie45.server.service import Service
 from ernie45.server.settings import ServerSettings
+from ernie45.server.telemetry import Telemetry, otlp_exporter
 
 
 def build(
@@ -38,6 +39,11 @@ def build(
     """
     keys = read_keys(settings.api_keys, environment.api_keys)
     metrics, journal = Metrics(), Journal(settings.log, write)
+    observer: Observer = metrics
+    at_end: list[Callable[[], None]] = []
+    if settings.otlp_endpoint is not None:
+        observer = Telemetry(metrics, otlp_exporter(settings.otlp_endpoint))
+        at_end.append(observer.close)
     open_engine = opener or process_opener(settings, environment)
     adapters = None if settings.adapters is None else AdapterFolder(settings.adapters)
     models = []
@@ -45,8 +51,8 @@ def build(
         own = Path(source).name.removesuffix(".gguf") if Path(source).exists() else source
         names = (*settings.served_model_name, own) if n == 0 else (own,)
         names = tuple(dict.fromkeys(names))
-        models.append(ServedModel(source, names, open_engine, settings.limits, metrics, chat_format=chat_format, adapters=adapters))
-    service = Service(settings, models, metrics, journal, version)
+        models.append(ServedModel(source, names, open_engine, settings.limits, observer, chat_format=chat_format, adapters=adapters))
+    service = Service(settings, models, metrics, journal, version, at_end=at_end)
     return service, make_app(service, keys, open_storage(settings.storage, environment.cache_dir, settings.port))
 
 

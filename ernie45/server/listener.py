@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 from typing import Any
 
 import uvicorn
@@ -32,7 +33,8 @@ def listen(settings: ServerSettings) -> socket.socket:
 
 
 def make_server(app: ASGIApp, settings: ServerSettings) -> uvicorn.Server:
-    """uvicorn with our patience, for `serve(sockets=[...])`."""
+    """uvicorn with our patience, for `serve(sockets=[...])`. Raises `ConfigError` for a certificate that is none."""
+    _check_certificate(settings)
     seconds = settings.limits.read_seconds
 
     class Patient(H11Protocol):
@@ -78,3 +80,15 @@ def make_server(app: ASGIApp, settings: ServerSettings) -> uvicorn.Server:
         ssl_keyfile=str(settings.tls_key) if settings.tls_key else None,
     )
     return uvicorn.Server(config)
+
+
+def _check_certificate(settings: ServerSettings) -> None:
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
+    except (OSError, ValueError) as error:  # what ssl raises is an OSError
+        raise ConfigError(
+            f"cannot speak HTTPS with {settings.tls_certificate} and {settings.tls_key}: {getattr(error, 'strerror', None) or error}; "
+            "both are PEM files, the key without a password and that of the certificate"
+        ) from None

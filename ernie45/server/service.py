@@ -27,13 +27,21 @@ class Service:
     """
 
     def __init__(
-        self, settings: ServerSettings, models: Sequence[ServedModel], metrics: Metrics, journal: Journal, version: str = ""
+        self,
+        settings: ServerSettings,
+        models: Sequence[ServedModel],
+        metrics: Metrics,
+        journal: Journal,
+        version: str = "",
+        at_end: Sequence[Callable[[], None]] = (),
     ) -> None:
+        """at_end: called, off the loop, when everything has ended."""
         self.settings = settings
         self.models = list(models)
         self.metrics = metrics
         self.journal = journal
         self.rates = Rates(settings.requests_per_minute, settings.tokens_per_minute)
+        self._at_end = tuple(at_end)
         self.draining = False
         self.version = version
         self.live: dict[str, list[Ticket]] = {}  # by the request's id, for cancelling
@@ -124,4 +132,6 @@ class Service:
         """Ends everything."""
         self.draining = True
         await asyncio.gather(*(model.close() for model in self.models))
+        for call in self._at_end:
+            await asyncio.get_running_loop().run_in_executor(None, call)
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -141,6 +141,8 @@ class ServerSettings:
     """Certificate chain (PEM); with --tls-key the server speaks HTTPS."""
     tls_key: Path | None = None
     """Private key (PEM) of the certificate."""
+    otlp_endpoint: str | None = None
+    """Address that OpenTelemetry traces are posted to, such as http://127.0.0.1:4318/v1/traces; prompts are never in them."""
     limits: Limits = field(default_factory=Limits)
     engine: EngineSettings = field(default_factory=EngineSettings)
 
