@@ -41,7 +41,7 @@ def _rate(samples: Sequence[Sample]) -> list[Point]:
     if not pieces:
         return []
     end = max(time for time, _ in pieces) or 1.0
-    spans = max(1, min(100, int(end)))
+    spans = max(20, min(100, int(end)))
     sums = [0.0] * spans
     for time, tokens in pieces:
         sums[min(spans - 1, int(time / end * spans))] += tokens
