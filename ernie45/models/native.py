@@ -75,6 +75,6 @@ def _add(network: Network, number: int, block: nn.Module) -> None:
         assert isinstance(e, QuantExperts)
         stack = ExpertStack(
             router.weight, router.selection_bias, (e.gate_up_packed, e.gate_up_scale), (e.down_packed, e.down_scale),
-            e.scheme.weight_bits, e.expert_size, router.top_k, router.norm_min,
+            e.expert(0)[0].format, e.expert_size, router.top_k, router.norm_min,
         )  # fmt: skip
         network.set_experts(number, ffn_norm.weight, stack)

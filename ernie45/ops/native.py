@@ -27,15 +27,15 @@ class Native:
 
     def packed_linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
         """See `quantised.packed_linear`."""
-        return torch.ops.ernie45.linear(x_TI, None, 0.0, weight.values, weight.scales, weight.bits, weight.out_size, None, self.isa)
+        return torch.ops.ernie45.linear(x_TI, None, 0.0, weight.values, weight.scales, weight.format, weight.out_size, None, self.isa)
 
     def norm_packed_linear(self, x_TD: Tensor, norm_D: Tensor, eps: float, weight: PackedWeight) -> Tensor:
         """See `quantised.norm_packed_linear`."""
-        return torch.ops.ernie45.linear(x_TD, norm_D, eps, weight.values, weight.scales, weight.bits, weight.out_size, None, self.isa)
+        return torch.ops.ernie45.linear(x_TD, norm_D, eps, weight.values, weight.scales, weight.format, weight.out_size, None, self.isa)
 
     def packed_linear_add(self, x_TI: Tensor, weight: PackedWeight, addend_TO: Tensor) -> Tensor:
         """See `quantised.packed_linear_add`."""
-        return torch.ops.ernie45.linear(x_TI, None, 0.0, weight.values, weight.scales, weight.bits, weight.out_size, addend_TO, self.isa)
+        return torch.ops.ernie45.linear(x_TI, None, 0.0, weight.values, weight.scales, weight.format, weight.out_size, addend_TO, self.isa)
 
     def packed_qkv(
         self, x_TD: Tensor, norm_D: Tensor, eps: float, weight: PackedWeight, turns_TP: Tensor, num_heads: int, num_kv_heads: int
@@ -44,20 +44,20 @@ class Native:
         size = weight.out_size // (num_heads + 2 * num_kv_heads)
         turns = torch.view_as_real(turns_TP)
         return torch.ops.ernie45.qkv(
-            x_TD, norm_D, eps, weight.values, weight.scales, weight.bits, turns, num_heads, num_kv_heads, size, self.isa
+            x_TD, norm_D, eps, weight.values, weight.scales, weight.format, turns, num_heads, num_kv_heads, size, self.isa
         )
 
     def packed_feed_forward(self, x_TD: Tensor, norm_D: Tensor, eps: float, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
         """See `quantised.packed_feed_forward`; the inner width must be a multiple of 16."""
         return torch.ops.ernie45.feed_forward(
-            x_TD, norm_D, eps, gate_up.values, gate_up.scales, gate_up.bits, down.values, down.scales, down.bits, gate_up.out_size // 2,
+            x_TD, norm_D, eps, gate_up.values, gate_up.scales, gate_up.format, down.values, down.scales, down.format, gate_up.out_size // 2,
             self.isa,
         )  # fmt: skip
 
     def packed_swiglu(self, x_TD: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
         """See `quantised.packed_swiglu`; the inner width must be a multiple of 16."""
         return torch.ops.ernie45.feed_forward(
-            x_TD, None, 0.0, gate_up.values, gate_up.scales, gate_up.bits, down.values, down.scales, down.bits, gate_up.out_size // 2,
+            x_TD, None, 0.0, gate_up.values, gate_up.scales, gate_up.format, down.values, down.scales, down.format, gate_up.out_size // 2,
             self.isa,
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ class ExpertStack(NamedTuple):
     bias_E: Tensor
     gate_up: tuple[Tensor, Tensor]
     down: tuple[Tensor, Tensor]
-    bits: int
+    format: int
     inner_size: int
     top_k: int
     norm_min: float
@@ -66,19 +66,19 @@ class Network:
         """Rows [V, D] in the network's type, or packed."""
         packed = isinstance(rows, PackedWeight)
         torch.ops.ernie45.set_embedding(
-            self._data, rows.values if packed else rows, rows.scales if packed else None, rows.bits if packed else 0
+            self._data, rows.values if packed else rows, rows.scales if packed else None, rows.format if packed else 0
         )
         self._kept.append(rows)
 
     def set_head(self, weight: PackedWeight) -> None:
         """The output head [V, D]. Without it a step returns no logits."""
-        torch.ops.ernie45.set_head(self._data, weight.values, weight.scales, weight.bits)
+        torch.ops.ernie45.set_head(self._data, weight.values, weight.scales, weight.format)
         self._kept.append(weight)
         self._has_head = True
 
     def set_attention(self, layer: int, norm_D: Tensor, qkv: PackedWeight, out: PackedWeight) -> None:
         """Attention of layer `layer` (from 0), with the norm before it."""
-        torch.ops.ernie45.set_attention(self._data, layer, norm_D, qkv.values, qkv.scales, qkv.bits, out.values, out.scales, out.bits)
+        torch.ops.ernie45.set_attention(self._data, layer, norm_D, qkv.values, qkv.scales, qkv.format, out.values, out.scales, out.format)
         self._kept += norm_D, qkv, out
 
     def set_feed_forward(self, layer: int, norm_D: Tensor, gate_up: PackedWeight, down: PackedWeight) -> None:
@@ -89,10 +89,10 @@ class Network:
             norm_D,
             gate_up.values,
             gate_up.scales,
-            gate_up.bits,
+            gate_up.format,
             down.values,
             down.scales,
-            down.bits,
+            down.format,
             gate_up.out_size // 2,
         )
         self._kept += norm_D, gate_up, down
@@ -101,7 +101,7 @@ class Network:
         """The routed experts of a layer, with the norm before them."""
         e = experts
         torch.ops.ernie45.set_experts(
-            self._data, layer, norm_D, e.router_ED, e.bias_E, *e.gate_up, *e.down, e.bits, e.inner_size, e.top_k, e.norm_min
+            self._data, layer, norm_D, e.router_ED, e.bias_E, *e.gate_up, *e.down, e.format, e.inner_size, e.top_k, e.norm_min
         )
         self._kept += norm_D, experts
 

@@ -10,6 +10,10 @@ zeros, I to a whole number of groups):
 Activations become whole numbers of -127 .. 127 per row and group of inputs, with one float32 scale each; sums of products are exact, and
 `out = sum over groups of weight_scale * activation_scale * whole`, groups in order, in float32.
 
+Where `hadamard` is set, the matrix was turned before it was rounded: every 64 inputs (32 where groups have 32) by the orthogonal Hadamard
+matrix, and activations are turned the same way before they become whole numbers. The product is the same, and a few large inputs no longer
+set the scale of their group alone.
+
 Letters: T tokens, I and O in- and output widths, G groups of inputs, D width, F feed-forward width, N query heads, K key heads, H head
 size, P = H / 2 pairs, B sequences, S keys in sight.
 """
@@ -23,12 +27,18 @@ from ernie45.ops import reference
 
 
 class PackedWeight(NamedTuple):
-    """A packed matrix: `values` and `scales` as above, `bits` 4 or 8, `out_size` the rows that exist."""
+    """A packed matrix: `values` and `scales` as above, `bits` 4 or 8, `out_size` the rows that exist, `hadamard` whether it is turned."""
 
     values: Tensor
     scales: Tensor
     bits: int
     out_size: int
+    hadamard: bool = False
+
+    @property
+    def format(self) -> int:
+        """Bits and turn as one number, for the kernels."""
+        return self.bits + 16 * self.hadamard
 
     @property
     def padded_in(self) -> int:
@@ -39,6 +49,25 @@ class PackedWeight(NamedTuple):
     def group(self) -> int:
         """Inputs that share a scale."""
         return self.padded_in // self.scales.shape[1]
+
+
+def turn_by_hadamard(x_TI: Tensor, group: int) -> Tensor:
+    """Every 64 inputs (32 where groups have 32) times the symmetric orthogonal Hadamard matrix; twice is no turn at all.
+
+    Sums and differences of elements 1, 2, 4, .. apart, as the kernels order them: both round alike.
+    """
+    size = hadamard_size(group)
+    step, turned = 1, x_TI
+    while step < size:
+        low, high = turned.unflatten(1, (-1, 2, step)).unbind(2)
+        turned = torch.stack((low + high, low - high), dim=2).flatten(1)
+        step *= 2
+    return turned * size**-0.5
+
+
+def hadamard_size(group: int) -> int:
+    """Inputs that are turned together."""
+    return 64 if group % 64 == 0 else 32
 
 
 def unpack(weight: PackedWeight) -> Tensor:
@@ -54,9 +83,10 @@ def unpack(weight: PackedWeight) -> Tensor:
 
 
 def dequantise(weight: PackedWeight) -> Tensor:
-    """The matrix that the packed one stands for, float32 [O, I padded]."""
+    """The matrix that the packed one stands for, turned back, float32 [O, I padded]."""
     scales_OG = weight.scales.float().transpose(1, 2).reshape(-1, weight.scales.shape[1])[: weight.out_size]
-    return (unpack(weight).float().unflatten(1, (-1, weight.group)) * scales_OG[:, :, None]).flatten(1)
+    matrix_OI = (unpack(weight).float().unflatten(1, (-1, weight.group)) * scales_OG[:, :, None]).flatten(1)
+    return turn_by_hadamard(matrix_OI, weight.group) if weight.hadamard else matrix_OI
 
 
 def dequantise_rows(weight: PackedWeight, rows_T: Tensor) -> Tensor:
@@ -67,7 +97,8 @@ def dequantise_rows(weight: PackedWeight, rows_T: Tensor) -> Tensor:
         values = torch.stack((values & 15, values >> 4), dim=2)
     whole_TI = values.flatten(1).float() - (8 if weight.bits == 4 else 128)
     scales_TG = weight.scales[block_T, :, lane_T].float()
-    return (whole_TI.unflatten(1, (-1, weight.group)) * scales_TG[:, :, None]).flatten(1)
+    rows_TI = (whole_TI.unflatten(1, (-1, weight.group)) * scales_TG[:, :, None]).flatten(1)
+    return turn_by_hadamard(rows_TI, weight.group) if weight.hadamard else rows_TI
 
 
 def quantise_activations(x_TI: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -87,7 +118,11 @@ def quantise_activations(x_TI: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def packed_linear(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     """`x @ weight.T` with quantised activations, [T, I] -> [T, O] in the type of `x`."""
-    whole, scales_TG = quantise_activations(x_TI, weight.group)
+    if weight.hadamard:
+        filled_TI = torch.nn.functional.pad(x_TI.float(), (0, weight.padded_in - x_TI.shape[1]))
+        whole, scales_TG = quantise_activations(turn_by_hadamard(filled_TI, weight.group), weight.group)
+    else:
+        whole, scales_TG = quantise_activations(x_TI, weight.group)
     # float64 holds every sum of products exactly, and the last sum is rounded once: the kernels round it in float32, once a group
     weight_OGI = unpack(weight).double().unflatten(1, (-1, weight.group))
     sums_GTO = torch.bmm(whole.double().transpose(0, 1), weight_OGI.permute(1, 2, 0))

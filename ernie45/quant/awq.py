@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ernie45.quant.gptq import Rounded, output_errors, restored, to_nearest, weighted_scales
+from ernie45.quant.gptq import round_to_nearest
+from ernie45.quant.hadamard import turned, turned_gram
+from ernie45.quant.spec import Scheme
 
 _STEPS = 20
 
@@ -33,8 +35,7 @@ class Reader(NamedTuple):
 
     weight_OI: Tensor
     gram_II: Tensor
-    bits: int
-    group: int
+    scheme: Scheme
 
 
 def factors(magnitude_I: Tensor, exponent: float) -> Tensor:
@@ -58,10 +59,9 @@ def search(magnitude_I: Tensor, readers: Sequence[Reader], steps: int = _STEPS) 
 
 def widened_error(reader: Reader, factors_I: Tensor) -> float:
     """Output error of rounding W s to nearest and reading it with x / s."""
-    wide_OI = reader.weight_OI * factors_I
-    scales_OG = weighted_scales(wide_OI, reader.gram_II.diagonal() / factors_I.square(), reader.bits, reader.group)
-    rounded = Rounded(to_nearest(wide_OI, scales_OG, reader.bits, reader.group), scales_OG, 0.0)
-    return float(output_errors(reader.weight_OI - restored(rounded, reader.group) / factors_I, reader.gram_II).sum())
+    scheme = reader.scheme
+    wide_OI, gram_II = turned(reader.weight_OI * factors_I, scheme), turned_gram(narrowed_gram(reader.gram_II, factors_I), scheme)
+    return round_to_nearest(wide_OI, gram_II, scheme.weight_bits, scheme.group).error
 
 
 def narrowed_gram(gram_II: Tensor, factors_I: Tensor) -> Tensor:

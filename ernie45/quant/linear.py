@@ -25,7 +25,7 @@ class PackedMatrix(nn.Module):
     @property
     def weight(self) -> PackedWeight:
         """The packed matrix, as `ops` takes it."""
-        return PackedWeight(self.weight_packed, self.weight_scale, self.scheme.weight_bits, self.out_size)
+        return PackedWeight(self.weight_packed, self.weight_scale, self.scheme.weight_bits, self.out_size, self.scheme.hadamard)
 
     def fill(self, weight: PackedWeight) -> None:
         """Take the tensors of `weight`, without a copy."""
@@ -85,10 +85,10 @@ class QuantExperts(nn.Module):
 
     def expert(self, number: int) -> tuple[PackedWeight, PackedWeight]:
         """The two packed matrices of one expert."""
-        bits = self.scheme.weight_bits
+        bits, hadamard = self.scheme.weight_bits, self.scheme.hadamard
         return (
-            PackedWeight(self.gate_up_packed[number], self.gate_up_scale[number], bits, 2 * self.expert_size),
-            PackedWeight(self.down_packed[number], self.down_scale[number], bits, self.size),
+            PackedWeight(self.gate_up_packed[number], self.gate_up_scale[number], bits, 2 * self.expert_size, hadamard),
+            PackedWeight(self.down_packed[number], self.down_scale[number], bits, self.size, hadamard),
         )
 
     def expert_gate_up(self, number: int, x_TD: Tensor) -> Tensor:

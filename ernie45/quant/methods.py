@@ -22,6 +22,7 @@ from ernie45.ops import PackedWeight
 from ernie45.quant import awq
 from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Statistics
 from ernie45.quant.gptq import GptqSettings, corrected, gptq, output_errors, restored, round_to_nearest
+from ernie45.quant.hadamard import turned, turned_back, turned_gram
 from ernie45.quant.linear import QuantExperts, QuantLinear
 from ernie45.quant.model import prepare_model, quantisable
 from ernie45.quant.pack import pack
@@ -162,19 +163,19 @@ class _Costs:
 
 def _round_matrix(parameter_OI: Tensor, scheme: Scheme, method: Method, seen: InputStatistics | None) -> tuple[PackedWeight, _Costs]:
     """Round one matrix, and leave in `parameter` what the whole numbers stand for, so that later inputs carry the error."""
-    weight_OI = parameter_OI.detach().float()
+    weight_OI = turned(parameter_OI.detach().float(), scheme)
     usable = seen is not None and seen.tokens > 0
-    gram_II = seen.gram_II if usable else torch.eye(weight_OI.shape[1])
+    gram_II = turned_gram(seen.gram_II, scheme) if usable else torch.eye(weight_OI.shape[1])
     bits, group = scheme.weight_bits, scheme.group
     nearest = round_to_nearest(weight_OI, gram_II, bits, group)
     rounded = nearest
     if method.spread:
         if usable:
-            weight_OI = corrected(weight_OI, gram_II, seen.cross_II, method.gptq)
+            weight_OI = corrected(weight_OI, gram_II, turned_gram(seen.cross_II, scheme), method.gptq)
         rounded = gptq(weight_OI, gram_II, bits, group, method.gptq)
     costs = _Costs(rounded.error, nearest.error, float(output_errors(weight_OI, gram_II).sum()))
-    parameter_OI.copy_(restored(rounded, group))
-    return pack(rounded.whole_OI, rounded.scales_OG, bits, group), costs
+    parameter_OI.copy_(turned_back(restored(rounded, group), scheme, parameter_OI.shape[1]))
+    return pack(rounded.whole_OI, rounded.scales_OG, bits, group, hadamard=scheme.hadamard), costs
 
 
 def _round_experts(
@@ -262,12 +263,12 @@ def _search(
             step = max(1, len(module.gate_up) // _EXPERTS_SEARCHED)
             shared = seen.everything.gram_II
             readers += [
-                awq.Reader(module.gate_up[e], shared, scheme.weight_bits, scheme.group) for e in range(0, len(module.gate_up), step)
+                awq.Reader(module.gate_up[e], shared, scheme) for e in range(0, len(module.gate_up), step)
             ]
         else:
             assert isinstance(module, Linear)
-            readers.append(awq.Reader(module.weight, seen.gram_II, scheme.weight_bits, scheme.group))
-    if not readers or all(reader.bits == 8 for reader in readers):
+            readers.append(awq.Reader(module.weight, seen.gram_II, scheme))
+    if not readers or all(reader.scheme.weight_bits == 8 for reader in readers):
         return None  # at 8 bits there is nothing to win
     first = statistics[names[0]]
     magnitude_I = (first.everything if isinstance(first, ExpertStatistics) else first).mean_magnitude()
@@ -298,7 +299,7 @@ def _widen_inside_experts(experts: Experts, scheme: Scheme, seen: object) -> Non
         return
     for e in range(len(experts.down)):
         down = seen.down[e]
-        found = awq.search(down.mean_magnitude(), [awq.Reader(experts.down[e], down.gram_II, scheme.weight_bits, scheme.group)], steps=10)
+        found = awq.search(down.mean_magnitude(), [awq.Reader(experts.down[e], down.gram_II, scheme)], steps=10)
         if found.exponent:
             experts.down[e].mul_(found.factors_I)
             awq.fold_into_up(experts.gate_up[e], None, found.factors_I)

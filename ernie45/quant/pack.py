@@ -25,8 +25,8 @@ def packed_shapes(out_size: int, in_size: int, bits: int, group: int) -> tuple[t
     return (blocks, groups * width * bits // 32, 64), (blocks, groups, 16)
 
 
-def pack(whole_OI: Tensor, scales_OG: Tensor, bits: int, group: int) -> PackedWeight:
-    """Pack int8 [O, I] of -8 .. 7 (4 bits) or -127 .. 127 (8 bits) and float32 scales [O, G].
+def pack(whole_OI: Tensor, scales_OG: Tensor, bits: int, group: int, *, hadamard: bool = False) -> PackedWeight:
+    """Pack int8 [O, I] of -8 .. 7 (4 bits) or -127 .. 127 (8 bits) and float32 scales [O, G]; `hadamard`: of a turned matrix.
 
     Raises `CheckpointError` when a scale is no finite number or beyond float16.
     """
@@ -44,7 +44,7 @@ def pack(whole_OI: Tensor, scales_OG: Tensor, bits: int, group: int) -> PackedWe
     else:
         nibbles = (rows + 8).view(blocks, 16, quads, 2, 4)
         values = (nibbles[..., 0, :] | nibbles[..., 1, :] << 4).permute(0, 2, 1, 3)
-    return PackedWeight(values.to(torch.uint8).reshape(blocks, quads, 64), scales.to(torch.float16).contiguous(), bits, O)
+    return PackedWeight(values.to(torch.uint8).reshape(blocks, quads, 64), scales.to(torch.float16).contiguous(), bits, O, hadamard)
 
 
 def unpacked(weight: PackedWeight, in_size: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ernie45.errors import CheckpointError
 from ernie45.ops.quantised import PackedWeight
+from ernie45.quant.hadamard import turned
 from ernie45.quant.pack import group_width, pack
 from ernie45.quant.spec import Scheme
 
@@ -20,9 +21,9 @@ _ROWS_AT_ONCE = 4096  # bounds the memory of the search
 
 def round_to_nearest(weight_OI: Tensor, scheme: Scheme) -> PackedWeight:
     """Quantise and pack a matrix [O, I]. Raises `CheckpointError` when it holds values that are no finite numbers."""
-    parts = [_quantise(rows, scheme) for rows in weight_OI.detach().split(_ROWS_AT_ONCE)]
+    parts = [_quantise(turned(rows.float(), scheme), scheme) for rows in weight_OI.detach().split(_ROWS_AT_ONCE)]
     whole_OI, scales_OG = (torch.cat(list(p)) for p in zip(*parts, strict=True))
-    return pack(whole_OI, scales_OG, scheme.weight_bits, scheme.group)
+    return pack(whole_OI, scales_OG, scheme.weight_bits, scheme.group, hadamard=scheme.hadamard)
 
 
 def _quantise(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """What is quantised, and how: a table from module names to schemes, without torch.
 
-A scheme is a word: `w4a8` (weights of 4 bits, activations of 8) with a group such as `w4a8-g64`, or without, a scale per channel. Rules are
-tried in order, the first whose pattern fits a module's name decides, and every matrix that can be quantised must be decided by one.
+A scheme is a word: `w4a8` (weights of 4 bits, activations of 8) with a group such as `w4a8-g64`, or without, a scale per channel; `-h` at its
+end turns the inputs by a Hadamard matrix first (`ops/quantised.py`). Rules are tried in order, the first whose pattern fits a module's name decides, and every matrix that can be quantised must be decided by one.
 """
 
 import fnmatch
@@ -14,26 +14,32 @@ from ernie45.config import from_mapping
 from ernie45.errors import ConfigError
 
 GROUPS = (0, 32, 64, 128)  # 0: one scale per output channel
-_WORD = re.compile(r"w(\d+)a(\d+)(?:-g(\d+))?")
+_WORD = re.compile(r"w(\d+)a(\d+)(?:-g(\d+))?(-h)?")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """`weight_bits` 4 or 8, `group` inputs per scale (0: all of a row); activations are quantised to 8 bits as they come."""
+    """`weight_bits` 4 or 8, `group` inputs per scale (0: all of a row); activations are quantised to 8 bits as they come.
+
+    `hadamard`: weights and activations are turned by a Hadamard matrix before they are rounded, which spreads single large inputs.
+    """
 
     weight_bits: int
     group: int
+    hadamard: bool = False
 
     @classmethod
     def parse(cls, word: str) -> "Scheme":
         """Read `w4a8-g64` and its like. Raises `ConfigError` for anything else."""
         found = _WORD.fullmatch(word)
         if not found or found[1] not in ("4", "8") or found[2] != "8" or int(found[3] or 0) not in GROUPS or found[3] == "0":
-            raise ConfigError(f"'{word}' is not a quantisation scheme; write w4a8 or w8a8, if groups are wanted with -g32, -g64 or -g128")
-        return cls(int(found[1]), int(found[3] or 0))
+            raise ConfigError(
+                f"'{word}' is not a quantisation scheme; write w4a8 or w8a8, if wanted with -g32, -g64 or -g128, and -h to turn inputs by a Hadamard matrix"
+            )
+        return cls(int(found[1]), int(found[3] or 0), bool(found[4]))
 
     def __str__(self) -> str:
-        return f"w{self.weight_bits}a8" + (f"-g{self.group}" if self.group else "")
+        return f"w{self.weight_bits}a8" + (f"-g{self.group}" if self.group else "") + ("-h" if self.hadamard else "")
 
     def bits_per_weight(self, in_size: int) -> float:
         """Bits of one weight, its share of the float16 scale included."""

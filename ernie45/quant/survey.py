@@ -17,6 +17,7 @@ from ernie45.quant.allocate import Need
 from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Statistics, advance
 from ernie45.quant.convert import Source, Told, embedded
 from ernie45.quant.gptq import output_errors, round_to_nearest
+from ernie45.quant.hadamard import turned, turned_gram
 from ernie45.quant.model import quantisable
 from ernie45.quant.spec import Scheme
 
@@ -73,5 +74,8 @@ def _errors(module: nn.Module, found: InputStatistics | ExpertStatistics, words:
 def _matrix_errors(weight_OI: Tensor, found: InputStatistics, words: Sequence[str]) -> dict[str, float]:
     energy = float(output_errors(weight_OI, found.gram_II).sum())
     schemes = {word: Scheme.parse(word) for word in words}
-    lost = {word: round_to_nearest(weight_OI, found.gram_II, s.weight_bits, s.group).error for word, s in schemes.items()}
+    lost = {
+        word: round_to_nearest(turned(weight_OI.float(), s), turned_gram(found.gram_II, s), s.weight_bits, s.group).error
+        for word, s in schemes.items()
+    }
     return {word: value / (energy or 1.0) for word, value in lost.items()} | {"energy": energy}

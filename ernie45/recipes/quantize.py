@@ -42,6 +42,8 @@ class QuantizeConfig:
     """Inputs that share a scale: 32, 64, 128, or 0 for a whole row."""
     method: Literal["rtn", "gptq", "awq", "awq+gptq"] = "gptq"
     """rtn rounds to nearest and needs no text; gptq spreads rounding errors; awq widens important inputs first."""
+    hadamard: bool = True
+    """Turn the inputs of every matrix by a Hadamard matrix, so that a few large ones do not set the scale of their group."""
     head: str = "w8a8"
     """Scheme of the output head and an embedding tied to it; `whole` keeps it in floats."""
     rule: tuple[str, ...] = ()
@@ -87,14 +89,20 @@ class QuantizeConfig:
 
 def spec_of(config: QuantizeConfig, tied: bool) -> QuantSpec:
     """The table from module names to schemes that the flags ask for. Raises `ConfigError` for words that are no scheme."""
-    word = config.scheme
-    if "-g" not in word and config.group:
-        word = f"{word}-g{config.group}"
     rules = [_rule(text) for text in config.rule]
-    head = "embed" if tied else "head"
-    rules.append(Rule(pattern=head, scheme=None if config.head == "whole" else config.head))
-    rules.append(Rule(pattern="*", scheme=str(Scheme.parse(word))))
+    head = None if config.head == "whole" else _completed(config.head, config)
+    rules.append(Rule(pattern="embed" if tied else "head", scheme=head))
+    rules.append(Rule(pattern="*", scheme=_completed(config.scheme, config)))
     return QuantSpec(rules=tuple(rules))
+
+
+def _completed(word: str, config: QuantizeConfig) -> str:
+    """A scheme's word with the group and the turn of the flags, where it does not name its own."""
+    if "-g" not in word and config.group:
+        word = word.removesuffix("-h") + f"-g{config.group}" + ("-h" if word.endswith("-h") else "")
+    if config.hadamard and not word.endswith("-h"):
+        word += "-h"
+    return str(Scheme.parse(word))
 
 
 def bytes_of(text: str) -> int:

@@ -42,7 +42,7 @@ Quantised space_for(int64_t T, const Packed& w, Scratch& memory) {
   const int64_t padded = (T + kTokenPadding - 1) / kTokenPadding * kTokenPadding;
   const size_t values = size_t(padded * w.I), groups = size_t(T * w.G);
   char* at = memory.take(values + groups * 8 + 64);
-  return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + values), reinterpret_cast<int32_t*>(at + values + groups * 4), T, w.I, w.G};
+  return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + values), reinterpret_cast<int32_t*>(at + values + groups * 4), T, w.I, w.G, w.hadamard};
 }
 
 void quantise(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, const Norm& norm, const Quantised& q) {

@@ -114,10 +114,41 @@ static inline void quantise_group(const float* x, int64_t n, int8_t* value, floa
   for (int j = 0; j < 16; j++) *sum += totals[j];
 }
 
+// 16 lanes turned by the Hadamard matrix of 16, not scaled: sums and differences of lanes 1, 2, 4 and 8 apart.
+static inline V hadamard_16(V v) {
+  constexpr V sign1 = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1}, sign2 = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
+  constexpr V sign4 = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1}, sign8 = {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
+  v = __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) + v * sign1;
+  v = __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) + v * sign2;
+  v = __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) + v * sign4;
+  return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7) + v * sign8;
+}
+
+// A row turned in place: every 64 values, or every 32 where groups have 32, by the orthogonal Hadamard matrix.
+static inline void hadamard_row(float* row, int64_t n, int64_t group) {
+  const int64_t parts = group % 64 == 0 ? 4 : 2;
+  const float by = parts == 4 ? 0.125f : 0.17677669529663687f;  // 1 / sqrt(16 * parts)
+  for (int64_t i = 0; i < n; i += 16 * parts) {
+    V v[4];
+    for (int64_t p = 0; p < parts; p++) v[p] = hadamard_16(load(row + i + 16 * p));
+    for (int64_t step = 1; step < parts; step *= 2)
+      for (int64_t p = 0; p < parts; p++)
+        if (!(p & step)) {
+          const V a = v[p], b = v[p + step];
+          v[p] = a + b, v[p + step] = a - b;
+        }
+    for (int64_t p = 0; p < parts; p++) {
+      v[p] *= by;
+      std::memcpy(row + i + 16 * p, &v[p], 64);
+    }
+  }
+}
+
 // `row` holds `width` values, then zeros up to a multiple of 16; the rest of the last group is filled up.
 static inline void quantise_row(float* row, int64_t width, const Quantised& q, int64_t t) {
   for (int64_t i = (width + 15) / 16 * 16; i < q.I; i++) row[i] = 0.0f;
   const int64_t group = q.I / q.G;
+  if (q.hadamard) hadamard_row(row, q.I, group);
   for (int64_t g = 0; g < q.G; g++)
     quantise_group(row + g * group, group, q.value + t * q.I + g * group, q.scale + t * q.G + g, q.sum + t * q.G + g);
 }

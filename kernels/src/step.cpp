@@ -21,7 +21,7 @@ char* panel_memory(size_t bytes) {
 }
 
 // One row of quantised activations as a matrix of its own.
-Quantised row_of(const Quantised& q, int64_t row) { return {q.value + row * q.I, q.scale + row * q.G, q.sum + row * q.G, 1, q.I, q.G}; }
+Quantised row_of(const Quantised& q, int64_t row) { return {q.value + row * q.I, q.scale + row * q.G, q.sum + row * q.G, 1, q.I, q.G, q.hadamard}; }
 
 // Rows first .. first + count of quantised activations.
 Quantised rows_of(const Quantised& q, int64_t first, int64_t count) {
@@ -128,7 +128,8 @@ class Pass {
   Quantised space_in(void* base, const Packed& w, int64_t rows) const {
     char* at = static_cast<char*>(base);
     const size_t values = size_t((rows + kTokenPadding) * w.I + 63) / 64 * 64, groups = size_t(rows * w.G) * 4;
-    return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + values), reinterpret_cast<int32_t*>(at + values + groups), rows, w.I, w.G};
+    return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + values), reinterpret_cast<int32_t*>(at + values + groups), rows, w.I, w.G,
+            w.hadamard};
   }
   Quantised space(const Packed& w, int64_t rows) const { return space_in(input_, w, rows); }
 

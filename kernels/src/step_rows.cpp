@@ -10,17 +10,17 @@ static void embed(const Packed& w, int64_t token, int64_t width, Type type, void
   const uint16_t* scale = w.scale + token / 16 * w.G * 16 + token % 16;
   const int64_t group = w.group();
   const float offset = w.bits == 4 ? 8.0f : 128.0f;
-  float wide[16];
-  for (int64_t i = 0; i < width; i += 16) {
+  static thread_local float wide[kWidest];
+  for (int64_t i = 0; i < w.I; i += 16) {
     uint16_t sixteen[16] = {scale[i / group * 16]};  // groups are multiples of 32
     const float by = f32_of_f16(sixteen)[0];
-    for (int64_t j = 0; j < 16; j++) {
-      const int64_t at = i + j;
+    for (int64_t at = i; at < i + 16; at++) {
       const int whole = w.bits == 8 ? value[at / 4 * 64 + at % 4] : value[at / 8 * 64 + at % 4] >> (at % 8 / 4 * 4) & 15;
-      wide[j] = (float(whole) - offset) * by;
+      wide[at] = (float(whole) - offset) * by;
     }
-    put(out, type, i, load(wide), int(width - i < 16 ? width - i : 16));
   }
+  if (w.hadamard) hadamard_row(wide, w.I, group);  // its own inverse
+  for (int64_t i = 0; i < width; i += 16) put(out, type, i, load(wide + i), int(width - i < 16 ? width - i : 16));
 }
 
 static void norm(const Rows& x, int64_t t, int64_t width, const void* weight, float eps, void* out) {

@@ -24,6 +24,7 @@ struct Quantised {
   float* scale;
   int32_t* sum;
   int64_t T, I, G;
+  bool hadamard;  // rows are turned before they are quantised, see rows.h
 };
 
 // Packed weights, see ernie45/quant/pack.py: 16 output rows are interleaved.
@@ -35,6 +36,7 @@ struct Packed {
   const uint16_t* scale;
   int64_t O, I, G;  // O counts the real rows, the last block may be partly empty
   int bits;
+  bool hadamard;  // the weights' inputs were turned, so activations are too
   int64_t blocks() const { return (O + 15) / 16; }
   int64_t group() const { return I / G; }
   int64_t block_bytes() const { return I * 16 * bits / 8; }

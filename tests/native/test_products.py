@@ -26,14 +26,14 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def packed(out_size, in_size, bits, group, seed=1) -> PackedWeight:
+def packed(out_size, in_size, bits, group, hadamard=False, seed=1) -> PackedWeight:
     generator = torch.Generator().manual_seed(seed)
     low, high = (-8, 8) if bits == 4 else (-127, 128)
     whole = torch.randint(low, high, (out_size, in_size), generator=generator).to(torch.int8)
     groups = -(-in_size // group_width(in_size, group))
     # weights of about 1 / sqrt(I): outputs near one
     scales = (torch.rand(out_size, groups, generator=generator) + 0.5) / (in_size**0.5 * high / 2)
-    return pack(whole, scales, bits, group)
+    return pack(whole, scales, bits, group, hadamard=hadamard)
 
 
 def turns(tokens, size):
@@ -46,13 +46,14 @@ shapes = {
     "in_size": st.integers(1, 300),
     "bits": st.sampled_from([4, 8]),
     "group": st.sampled_from([0, 32, 64, 128]),
+    "hadamard": st.booleans(),
 }
 
 
 @odd
 @given(**shapes, bf16=st.booleans())
-def test_a_product_equals_its_twin(each, rows, out_size, in_size, bits, group, bf16):
-    x, weight = random(rows, in_size), packed(out_size, in_size, bits, group)
+def test_a_product_equals_its_twin(each, rows, out_size, in_size, bits, group, hadamard, bf16):
+    x, weight = random(rows, in_size), packed(out_size, in_size, bits, group, hadamard)
     if bf16:
         x = x.bfloat16()
     got, want = each.packed_linear(x, weight), quantised.packed_linear(x, weight)
@@ -62,8 +63,8 @@ def test_a_product_equals_its_twin(each, rows, out_size, in_size, bits, group, b
 
 @odd
 @given(**shapes)
-def test_all_instruction_sets_and_batch_sizes_give_the_same_bits(kernels, rows, out_size, in_size, bits, group):
-    x, weight = random(rows, in_size), packed(out_size, in_size, bits, group)
+def test_all_instruction_sets_and_batch_sizes_give_the_same_bits(kernels, rows, out_size, in_size, bits, group, hadamard):
+    x, weight = random(rows, in_size), packed(out_size, in_size, bits, group, hadamard)
     results = [native.Native(isa, kernels.available).packed_linear(x, weight) for isa in kernels.available]
     assert all(torch.equal(results[0], other) for other in results[1:])
     alone = torch.cat([kernels.packed_linear(row[None], weight) for row in x])

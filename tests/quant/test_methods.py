@@ -92,7 +92,7 @@ def test_widening_is_no_worse_than_leaving_it_and_the_twin_agrees() -> None:
     inputs[:, 3] *= 20
     weight = torch.randn(32, 64, generator=random)
     gram = inputs.t() @ inputs
-    found = awq.search(inputs.abs().mean(0), [awq.Reader(weight, gram, 4, 32)])
+    found = awq.search(inputs.abs().mean(0), [awq.Reader(weight, gram, Scheme(4, 32))])
     assert found.error < found.plain_error * 0.9
     # the same error in float64, from the inputs themselves
     wide = weight * found.factors_I

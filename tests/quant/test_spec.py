@@ -8,9 +8,9 @@ from ernie45.errors import ConfigError
 from ernie45.quant.spec import GROUPS, QuantSpec, Rule, Scheme
 
 
-@given(bits=st.sampled_from([4, 8]), group=st.sampled_from(GROUPS))
-def test_schemes_are_written_as_they_are_read(bits, group):
-    assert Scheme.parse(str(Scheme(bits, group))) == Scheme(bits, group)
+@given(bits=st.sampled_from([4, 8]), group=st.sampled_from(GROUPS), hadamard=st.booleans())
+def test_schemes_are_written_as_they_are_read(bits, group, hadamard):
+    assert Scheme.parse(str(Scheme(bits, group, hadamard))) == Scheme(bits, group, hadamard)
 
 
 @pytest.mark.parametrize("word", ["", "w4", "w5a8", "w4a16", "w4a8-g0", "w4a8-g48", "w4a8-64", "W4A8", "w4a8-g64 "])
