@@ -31,12 +31,16 @@ class PagedCache:
         self.page_size = page_size
         self.dtype = dtype
         shape = (config.num_layers, 2, num_pages * page_size, config.num_kv_heads, config.head_size)
-        self.store = torch.frombuffer(_lazy_memory(num_pages * page_size * bytes_per_token(config, dtype)), dtype=dtype).view(shape)
+        self.store = torch.frombuffer(lazy_memory(num_pages * page_size * bytes_per_token(config, dtype)), dtype=dtype).view(shape)
         self.keys = tuple(layer[0] for layer in self.store)
         self.values = tuple(layer[1] for layer in self.store)
 
+    def attend(self, batch: Batch) -> "PagedAttend":
+        """The `Attend` of one step."""
+        return PagedAttend(self, batch)
 
-def _lazy_memory(size: int) -> mmap.mmap:
+
+def lazy_memory(size: int) -> mmap.mmap:
     """`size` zero bytes that the system provides as they are touched. Raises `ConfigError` where it promises no more than it has."""
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # Windows knows no flags
     try:
@@ -56,12 +60,7 @@ class PagedAttend:
         self._batch = batch
         self._native = ops.KERNELS is not None and batch.decodes
         self._lengths_R = batch.places_R3[:, 2] + 1  # of decodes
-        # rows that continue a sequence cannot use the causal order that starts at its beginning
-        self._masks = {
-            span.first: causal_mask(span.end - span.first, span.length, cache.dtype)
-            for span in batch.spans
-            if span.start > 0 and span.end - span.first > 1
-        }
+        self._masks = masks_of(batch, cache.dtype)
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Causal attention of each row over its sequence so far, [T, N, H] -> [T, N, H]; scale 1 / sqrt(H)."""
@@ -80,20 +79,33 @@ class PagedAttend:
         return out_TNH
 
     def _attend(self, span: Span, q_TNH: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        T, N, H = q_TNH.shape
-        K = keys.shape[1]
-        k_KSH, v_KSH = self._read(span, keys), self._read(span, values)
-        if T == 1:  # the G queries of a key head become rows of one small product: each key is read once, and nothing is masked
-            return F.scaled_dot_product_attention(q_TNH.reshape(1, K, N // K, H), k_KSH, v_KSH).reshape(1, N, H)
-        q_NTH = q_TNH.transpose(0, 1).unsqueeze(0)
-        mask = self._masks.get(span.first)
-        out_NTH = F.scaled_dot_product_attention(q_NTH, k_KSH, v_KSH, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return out_NTH.squeeze(0).transpose(0, 1)
-
-    def _read(self, span: Span, slots: Tensor) -> Tensor:
-        """The sequence's keys or values as [1, K, S, H]: a view when its pages are consecutive, else a copy page by page."""
         size = self._cache.page_size
-        if span.pages is None:
-            return slots[span.run * size : span.run * size + span.length].transpose(0, 1).unsqueeze(0)
-        pages = slots.view(-1, size * slots.shape[1] * slots.shape[2]).index_select(0, span.pages)
-        return pages.view(-1, slots.shape[1], slots.shape[2])[: span.length].transpose(0, 1).unsqueeze(0)
+        return attend_rows(q_TNH, read_pages(span, keys, size), read_pages(span, values, size), self._masks.get(span.first))
+
+
+def masks_of(batch: Batch, dtype: torch.dtype) -> dict[int, Tensor]:
+    """By first row the masks of spans that continue a sequence: they cannot use the causal order that starts at its beginning."""
+    return {
+        span.first: causal_mask(span.end - span.first, span.length, dtype)
+        for span in batch.spans
+        if span.start > 0 and span.end - span.first > 1
+    }
+
+
+def attend_rows(q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, mask: Tensor | None) -> Tensor:
+    """One request's rows over its keys and values [1, K, S, H], [T, N, H] -> [T, N, H]; without a mask they begin the sequence."""
+    T, N, H = q_TNH.shape
+    K = k_KSH.shape[1]
+    if T == 1:  # the G queries of a key head become rows of one small product: each key is read once, and nothing is masked
+        return F.scaled_dot_product_attention(q_TNH.reshape(1, K, N // K, H), k_KSH, v_KSH).reshape(1, N, H)
+    q_NTH = q_TNH.transpose(0, 1).unsqueeze(0)
+    out_NTH = F.scaled_dot_product_attention(q_NTH, k_KSH, v_KSH, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return out_NTH.squeeze(0).transpose(0, 1)
+
+
+def read_pages(span: Span, slots: Tensor, page_size: int) -> Tensor:
+    """What a sequence has in `slots` [slots, K, X], as [1, K, S, X]: a view when its pages are consecutive, else a copy page by page."""
+    if span.pages is None:
+        return slots[span.run * page_size : span.run * page_size + span.length].transpose(0, 1).unsqueeze(0)
+    pages = slots.view(-1, page_size * slots.shape[1] * slots.shape[2]).index_select(0, span.pages)
+    return pages.view(-1, slots.shape[1], slots.shape[2])[: span.length].transpose(0, 1).unsqueeze(0)

@@ -14,13 +14,13 @@ from typing import Any, cast
 
 from ernie45.config import Environment
 from ernie45.engine.answer import Answer, Completion
-from ernie45.engine.cache import bytes_per_token
 from ernie45.engine.core import Engine, EngineConfig
 from ernie45.engine.request import Request, SamplingParams
 from ernie45.engine.scheduler import Load, SchedulerConfig
-from ernie45.errors import CheckpointError, RequestError
+from ernie45.errors import CheckpointError, ConfigError, RequestError
 from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.models.load import OpenModel, load
+from ernie45.models.on_the_fly import load_quantised
 from ernie45.models.text import Decoder
 from ernie45.tokens.gguf_vocabulary import tokenizer_from_gguf
 from ernie45.tokens.messages import Message
@@ -89,6 +89,7 @@ class LLM:
         model: str | Path | Decoder,
         *,
         dtype: str = "auto",
+        quantize: str | None = None,
         tokenizer: Tokenizer | None = None,
         template: ChatTemplate | None = None,
         chat_format: str | None = None,
@@ -102,11 +103,13 @@ class LLM:
         adapters: str | Path | None = None,
         max_adapters: int = 8,
         adapter_bytes: int = 1 << 30,
+        kv: str = "whole",
         progress: Progress | None = None,
         environment: Environment | None = None,
     ) -> None:
         """model: folder, .gguf file, published name, "starter", or a decoder (then with `tokenizer` and `template`, or ids only).
 
+        quantize rounds a float model's matrices as they are loaded, such as "w4a8" (`models.on_the_fly`).
         chat_format names a known chat format for a model without a template of its own. adapters: a folder of PEFT adapters, which the
         methods below name by their folders' names. The engine's settings: see `EngineConfig`.
         Raises CheckpointError, TokenizerError or ConfigError.
@@ -121,15 +124,23 @@ class LLM:
             prefix_sharing=prefix_sharing,
             max_adapters=max_adapters,
             adapter_bytes=adapter_bytes,
+            kv=kv,
         )
         folder = None if adapters is None else AdapterFolder(Path(adapters))
         self.tokenizer, self.template = tokenizer, template
         self.compute, self.name = "as the decoder was given", "decoder"
         self._without_template = "this model was given without a chat template"
         if isinstance(model, Decoder):
+            if quantize is not None:
+                raise ConfigError(
+                    "quantize rounds a model as it is loaded; this decoder is loaded already (see quant.model.quantise_model)"
+                )
             decoder = model
         else:
-            loaded = load(model, dtype=dtype, mtp=False, compact=True, progress=progress, environment=environment)
+            if quantize is None:
+                loaded = load(model, dtype=dtype, mtp=False, compact=True, progress=progress, environment=environment)
+            else:
+                loaded = load_quantised(model, quantize, dtype=dtype, progress=progress, environment=environment)
             decoder, self.compute, self.name = loaded.decoder, str(loaded.compute), str(model)
             self._read_text_side(loaded.opened, chat_format)
         self._engine = Engine(decoder, config, adapters=folder)
@@ -150,7 +161,7 @@ class LLM:
     def settings(self) -> dict[str, str]:
         """What was resolved, for people to read."""
         limits = self.limits
-        size = limits.num_pages * limits.page_size * bytes_per_token(self._engine.model, self._dtype)
+        size = limits.num_pages * limits.page_size * self._engine.bytes_per_token
         return {
             "model": self.name,
             "compute": self.compute,

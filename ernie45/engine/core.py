@@ -16,6 +16,7 @@ from ernie45.engine.adapters import Adapters
 from ernie45.engine.cache import PagedCache, bytes_per_token
 from ernie45.engine.grammar import Grammars
 from ernie45.engine.output import Output
+from ernie45.engine.packed_cache import KV_BITS, PackedCache, packed_bytes_per_token
 from ernie45.engine.request import Request
 from ernie45.engine.runner import Runner, StepResult, merged
 from ernie45.engine.scheduler import Load, Plan, Scheduler, SchedulerConfig
@@ -41,6 +42,7 @@ class EngineConfig:
     idle_budget     the same while no answer is being written; None = four times token_budget
     max_running     sequences served at the same time
     max_adapters    adapters in memory at the same time, and adapter_bytes their bytes altogether
+    kv              keys and values in the cache: "whole" (the compute type), "int8" or "int4"
     """
 
     page_size: int = 32
@@ -52,8 +54,11 @@ class EngineConfig:
     prefix_sharing: bool = True
     max_adapters: int = 8
     adapter_bytes: int = 1 << 30
+    kv: str = "whole"
 
     def __post_init__(self) -> None:
+        if self.kv != "whole" and self.kv not in KV_BITS:
+            raise ConfigError(f"kv is '{self.kv}'; allowed: whole, {', '.join(KV_BITS)}")
         for name in ("page_size", "num_pages", "max_length", "token_budget", "idle_budget", "max_running", "max_adapters", "adapter_bytes"):
             value = getattr(self, name)
             if value is None and name in ("num_pages", "max_length", "idle_budget"):
@@ -61,12 +66,16 @@ class EngineConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
 
+    def bytes_per_token(self, model: TextConfig, dtype: torch.dtype) -> int:
+        """Cache bytes of one token."""
+        return bytes_per_token(model, dtype) if self.kv == "whole" else packed_bytes_per_token(model, KV_BITS[self.kv])
+
     def resolve(self, model: TextConfig, dtype: torch.dtype, available: int) -> SchedulerConfig:
         """Every number fixed, for a model, a compute type and so many available bytes. Raises `ConfigError` when it cannot be done."""
         wanted = self.max_length or model.max_positions
         if wanted > model.max_positions:
             raise ConfigError(f"max_length is {wanted}; the model knows positions for {model.max_positions}")
-        page_bytes = self.page_size * bytes_per_token(model, dtype)
+        page_bytes = self.page_size * self.bytes_per_token(model, dtype)
         per_sequence = -(-wanted // self.page_size)
         fitting = int(available * _CACHE_SHARE) // page_bytes
         pages = self.num_pages if self.num_pages is not None else min(fitting, per_sequence * self.max_running)
@@ -112,14 +121,14 @@ class Engine:
         config = config or EngineConfig()
         self.limits = config.resolve(decoder.config, decoder.dtype, free)
         self.model = decoder.config
+        self.bytes_per_token = config.bytes_per_token(decoder.config, decoder.dtype)
         self._new_seed = new_seed
         self._on_fault = on_fault
         self._grammars = grammars
         self._scheduler = Scheduler(self.limits)
         self._untold: list[Output] = []  # ends of requests whose step broke
-        cache = PagedCache(decoder.config, self.limits.num_pages, self.limits.page_size, decoder.dtype)
         self._adapters = Adapters(decoder, adapters, config.max_adapters, config.adapter_bytes) if adapters is not None else None
-        self._runner = Runner(decoder, cache, self._adapters)
+        self._runner = Runner(decoder, _cache(config, self.limits, decoder), self._adapters)
 
     @property
     def idle(self) -> bool:
@@ -247,3 +256,9 @@ class Engine:
     def verify(self) -> None:
         """Proves that pages and requests agree; meant for idle moments and tests."""
         self._scheduler.check()
+
+
+def _cache(config: EngineConfig, limits: SchedulerConfig, decoder: Decoder) -> PagedCache | PackedCache:
+    if config.kv == "whole":
+        return PagedCache(decoder.config, limits.num_pages, limits.page_size, decoder.dtype)
+    return PackedCache(decoder.config, limits.num_pages, limits.page_size, decoder.dtype, KV_BITS[config.kv])

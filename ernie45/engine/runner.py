@@ -13,9 +13,10 @@ from torch import Tensor
 from ernie45 import ops
 from ernie45.engine.adapters import Adapters
 from ernie45.engine.batch import Batch, BatchBuilder
-from ernie45.engine.cache import PagedAttend, PagedCache
+from ernie45.engine.cache import PagedCache
 from ernie45.engine.grammar import Matcher
 from ernie45.engine.output import TokenLogprobs
+from ernie45.engine.packed_cache import PackedCache
 from ernie45.engine.request import Request
 from ernie45.engine.sampler import SampleState, sample, score, take_best
 from ernie45.engine.scheduler import Plan, PlanRow
@@ -60,7 +61,7 @@ def merged(results: Sequence[StepResult], failed: frozenset[str]) -> StepResult:
 class Runner:
     """Executes plans of requests that were announced by `admit`, and holds what sampling must remember of them."""
 
-    def __init__(self, decoder: Decoder, cache: PagedCache, adapters: Adapters | None = None) -> None:
+    def __init__(self, decoder: Decoder, cache: PagedCache | PackedCache, adapters: Adapters | None = None) -> None:
         self._decoder = decoder
         self._adapters = adapters
         self._cache = cache
@@ -113,15 +114,15 @@ class Runner:
         return StepResult(sampled, frozenset(failed), logprobs, scored)
 
     def _compute(self, decoder: Decoder, batch: Batch, ends: list[int]) -> "_Computed":
-        """`decoder` over the batch, in one native call where it is the bare one and packed, and the logits of rows `ends`."""
-        if self._network is not None and decoder is self._decoder:
+        """`decoder` over the batch, and the logits of rows `ends`; one native call where it is the bare one, packed, over a whole cache."""
+        if self._network is not None and decoder is self._decoder and isinstance(self._cache, PagedCache):
             done = self._network.step(batch.tokens_T, batch.positions_T, batch.slots_T, self._cache.store, batch.places_R3, batch.pages_RP,
                                       self._cache.page_size, torch.tensor(ends, dtype=torch.int64))  # fmt: skip
             if done.logits_RV is not None:
                 return _Computed(done.hidden_TD, done.logits_RV, (done.best_R, done.best_logit_R))
             h_TD = done.hidden_TD
         else:
-            h_TD = decoder(decoder.embed(batch.tokens_T), batch.positions_T, PagedAttend(self._cache, batch))
+            h_TD = decoder(decoder.embed(batch.tokens_T), batch.positions_T, self._cache.attend(batch))
         h_RD = h_TD if len(ends) == len(h_TD) else h_TD[ends]
         return _Computed(h_TD, self._decoder.logits(h_RD).float() if ends else h_RD, None)
 

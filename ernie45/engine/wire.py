@@ -44,6 +44,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     adapters: str = ""
     max_adapters: int = 8
     adapter_bytes: int = 1 << 30
+    quantize: str | None = None
+    kv: str = "whole"
     step_seconds: float = 0.0
 
 

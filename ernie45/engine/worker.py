@@ -218,23 +218,26 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
     shorten_thread_waits()
     import torch
 
-    from ernie45.engine.cache import bytes_per_token
     from ernie45.engine.core import Engine, EngineConfig
     from ernie45.machine import available_memory
     from ernie45.models.load import find_model, load
+    from ernie45.models.on_the_fly import load_quantised
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     environment = Environment.read()
     path = find_model(spec.model, environment, lambda stage: progress(stage, 0, 0))
-    loaded = load(
-        path,
-        dtype=spec.dtype,
-        mtp=False,
-        compact=True,
-        environment=environment,
-        progress=lambda name, done, total: progress("weights", done, total),
-    )
+    if spec.quantize is None:
+        loaded = load(
+            path,
+            dtype=spec.dtype,
+            mtp=False,
+            compact=True,
+            environment=environment,
+            progress=lambda name, done, total: progress("weights", done, total),
+        )
+    else:
+        loaded = load_quantised(path, spec.quantize, dtype=spec.dtype, environment=environment, progress=progress)
     folder = text_folder(loaded.opened, Path(spec.text_folder))
     from ernie45.tokens.tokenizer import load_tokenizer
 
@@ -248,6 +251,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         prefix_sharing=spec.prefix_sharing,
         max_adapters=spec.max_adapters,
         adapter_bytes=spec.adapter_bytes,
+        kv=spec.kv,
     )
     folder_of_adapters = AdapterFolder(Path(spec.adapters)) if spec.adapters else None
     free = available_memory()
@@ -261,7 +265,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         on_fault=lambda request_id, error: traceback.print_exception(error),
     )
     limits, decoder = engine.limits, loaded.decoder
-    size = limits.num_pages * limits.page_size * bytes_per_token(decoder.config, decoder.dtype)
+    size = limits.num_pages * limits.page_size * engine.bytes_per_token
     weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
     settings = {
         "model": spec.model,

@@ -65,6 +65,14 @@ def turn_by_hadamard(x_TI: Tensor, group: int) -> Tensor:
     return turned * size**-0.5
 
 
+def hadamard(size: int) -> Tensor:
+    """The symmetric orthogonal Hadamard matrix, float32 [size, size]; `size` is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix * size**-0.5
+
+
 def hadamard_size(group: int) -> int:
     """Inputs that are turned together."""
     return 64 if group % 64 == 0 else 32

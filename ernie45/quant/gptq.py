@@ -19,7 +19,7 @@ from torch import Tensor
 from ernie45.quant.pack import group_width
 
 _BLOCK = 128  # columns whose updates of the rest are gathered into one product
-_CLIPS = tuple(0.5 + 0.025 * i for i in range(21))
+_CLIPS = tuple(0.5 + 0.05 * i for i in range(11))
 _SMALLEST_SCALE = 6.2e-5  # the least normal float16: below it a scale loses digits
 
 
@@ -44,8 +44,13 @@ class GptqSettings:
 
 
 def largest_whole(bits: int) -> int:
-    """The end of the symmetric range: 7 for 4 bits, 127 for 8."""
+    """The upper end of the range: 7 for 4 bits, 127 for 8."""
     return 2 ** (bits - 1) - 1
+
+
+def smallest_whole(bits: int) -> int:
+    """The lower end: -8 for 4 bits, where a sixteenth value is worth a scale of either sign, and -127 for 8."""
+    return -8 if bits == 4 else -127
 
 
 def in_groups(matrix_OI: Tensor, group: int) -> Tensor:
@@ -60,20 +65,24 @@ def spread(scales_OG: Tensor, in_size: int, group: int) -> Tensor:
 
 
 def storable(scales_OG: Tensor) -> Tensor:
-    """Scales as float16 keeps them, never zero."""
-    return scales_OG.clamp(min=_SMALLEST_SCALE).to(torch.float16).float()
+    """Scales as float16 keeps them, never zero; the sign stays."""
+    size_OG = scales_OG.abs().clamp(min=_SMALLEST_SCALE)
+    return torch.where(scales_OG < 0, -size_OG, size_OG).to(torch.float16).float()
 
 
 def weighted_scales(weight_OI: Tensor, energy_I: Tensor, bits: int, group: int) -> Tensor:
-    """Scales [O, G] of least squared error, inputs weighted by `energy` (the diagonal of H; ones for no data), clipped by .5 to 1."""
-    top = largest_whole(bits)
+    """Scales [O, G] of least squared error, inputs weighted by `energy` (the diagonal of H; ones for no data), clipped by .5 to 1.
+
+    At 4 bits a negative scale puts -8 on the positive side.
+    """
     grouped_OGW = in_groups(weight_OI, group)
     energy_GW = in_groups(energy_I[None], group)[0]
-    full_OG = grouped_OGW.abs().amax(-1) / top
+    full_OG = grouped_OGW.abs().amax(-1) / largest_whole(bits)
+    signs = (1, -1) if bits == 4 else (1,)
     best_OG, least_OG = storable(full_OG), torch.full_like(full_OG, float("inf"))
-    for clip in _CLIPS:
-        scales_OG = storable(full_OG * clip)
-        lost = grouped_OGW - (grouped_OGW / scales_OG[..., None]).round_().clamp_(-top, top) * scales_OG[..., None]
+    for factor in (sign * clip for sign in signs for clip in _CLIPS):
+        scales_OG = storable(full_OG * factor)
+        lost = grouped_OGW - _whole(grouped_OGW, scales_OG[..., None], bits) * scales_OG[..., None]
         error_OG = torch.einsum("ogw,ogw,gw->og", lost, lost, energy_GW)
         better = error_OG < least_OG
         best_OG = torch.where(better, scales_OG, best_OG)
@@ -83,8 +92,11 @@ def weighted_scales(weight_OI: Tensor, energy_I: Tensor, bits: int, group: int) 
 
 def to_nearest(weight_OI: Tensor, scales_OG: Tensor, bits: int, group: int) -> Tensor:
     """Whole numbers int8 [O, I] by rounding to nearest."""
-    top = largest_whole(bits)
-    return (weight_OI / spread(scales_OG, weight_OI.shape[1], group)).round_().clamp_(-top, top).to(torch.int8)
+    return _whole(weight_OI, spread(scales_OG, weight_OI.shape[1], group), bits).to(torch.int8)
+
+
+def _whole(values: Tensor, scales: Tensor, bits: int) -> Tensor:
+    return (values / scales).round_().clamp_(smallest_whole(bits), largest_whole(bits))
 
 
 def restored(rounded: Rounded, group: int) -> Tensor:
@@ -171,7 +183,6 @@ def _elimination(gram_II: Tensor, settings: GptqSettings) -> tuple[Tensor, Tenso
 
 def _spread_errors(weight_OI: Tensor, scales_OG: Tensor, order_I: Tensor, factor_II: Tensor, bits: int, group: int) -> Tensor:
     """One pass over the columns under fixed scales, int8 [O, I]."""
-    top = largest_whole(bits)
     O, I = weight_OI.shape  # noqa: E741
     rest_IO = weight_OI.t()[order_I].contiguous()
     scales_IO = spread(scales_OG, I, group).t()[order_I].contiguous()
@@ -182,7 +193,7 @@ def _spread_errors(weight_OI: Tensor, scales_OG: Tensor, order_I: Tensor, factor
         errors = torch.empty_like(block)
         factor = factor_II[begin:end, begin:end]
         for j in range(end - begin):
-            whole_O = (block[j] / scales_IO[begin + j]).round_().clamp_(-top, top)
+            whole_O = _whole(block[j], scales_IO[begin + j], bits)
             whole_IO[begin + j] = whole_O
             errors[j] = (block[j] - whole_O * scales_IO[begin + j]) / factor[j, j]
             block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
@@ -196,7 +207,7 @@ def fitted_scales(weight_OI: Tensor, whole_OI: Tensor, scales_OG: Tensor, gram_I
     """Scales that minimise the output error for given whole numbers, all groups of a row together: a G x G system per row.
 
     With q_g the whole numbers of group g (zero elsewhere): A_gh = q_g^T H q_h, b_g = q_g^T H w, s = A^-1 b. A row whose solution is not
-    positive and finite keeps its scales.
+    finite, or changes a sign, keeps its scales.
     """
     whole = whole_OI.float()
     grouped = in_groups(whole, group)
@@ -215,5 +226,5 @@ def fitted_scales(weight_OI: Tensor, whole_OI: Tensor, scales_OG: Tensor, gram_I
     system_OGG += torch.diag_embed(ridge_O[:, None].expand(-1, G))
     wanted_OG = wanted_OG + ridge_O[:, None] * scales_OG.double()
     solved_OG, _ = torch.linalg.solve_ex(system_OGG, wanted_OG)
-    sound_O1 = ((solved_OG > 0) & solved_OG.isfinite() & (solved_OG < 60000)).all(1, keepdim=True)
+    sound_O1 = ((solved_OG * scales_OG > 0) & (solved_OG.abs() < 60000)).all(1, keepdim=True)
     return storable(torch.where(sound_O1, solved_OG.float(), scales_OG))

@@ -262,9 +262,7 @@ def _search(
             assert isinstance(module, Experts)
             step = max(1, len(module.gate_up) // _EXPERTS_SEARCHED)
             shared = seen.everything.gram_II
-            readers += [
-                awq.Reader(module.gate_up[e], shared, scheme) for e in range(0, len(module.gate_up), step)
-            ]
+            readers += [awq.Reader(module.gate_up[e], shared, scheme) for e in range(0, len(module.gate_up), step)]
         else:
             assert isinstance(module, Linear)
             readers.append(awq.Reader(module.weight, seen.gram_II, scheme))

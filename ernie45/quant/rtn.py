@@ -4,7 +4,7 @@ For every row and group the largest magnitude is shrunk step by step, and the sc
 Letters: O and I out- and input widths, G groups of inputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,17 +16,27 @@ from ernie45.quant.pack import group_width, pack
 from ernie45.quant.spec import Scheme
 
 _CLIPS = {4: tuple(1 - 0.05 * step for step in range(9)), 8: (1.0,)}  # 1.0 .. 0.6; at 8 bits clipping gains nothing
-_ROWS_AT_ONCE = 4096  # bounds the memory of the search
+_FEW_CLIPS = {4: (0.95, 0.85), 8: (1.0,)}
+_ROWS_AT_ONCE = 256  # bounds the memory of the search, and stays in the cache
 
 
 def round_to_nearest(weight_OI: Tensor, scheme: Scheme) -> PackedWeight:
     """Quantise and pack a matrix [O, I]. Raises `CheckpointError` when it holds values that are no finite numbers."""
-    parts = [_quantise(turned(rows.float(), scheme), scheme) for rows in weight_OI.detach().split(_ROWS_AT_ONCE)]
+    return _packed(weight_OI, scheme, _CLIPS[scheme.weight_bits])
+
+
+def round_quickly(weight_OI: Tensor, scheme: Scheme) -> PackedWeight:
+    """`round_to_nearest` with four scales to choose from in place of 18: a quarter of the time, for models quantised at each start."""
+    return _packed(weight_OI, scheme, _FEW_CLIPS[scheme.weight_bits])
+
+
+def _packed(weight_OI: Tensor, scheme: Scheme, clips: Sequence[float]) -> PackedWeight:
+    parts = [_quantise(turned(rows.float(), scheme), scheme, clips) for rows in weight_OI.detach().split(_ROWS_AT_ONCE)]
     whole_OI, scales_OG = (torch.cat(list(p)) for p in zip(*parts, strict=True))
     return pack(whole_OI, scales_OG, scheme.weight_bits, scheme.group, hadamard=scheme.hadamard)
 
 
-def _quantise(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def _quantise(weight_OI: Tensor, scheme: Scheme, clips: Sequence[float]) -> tuple[Tensor, Tensor]:
     if not bool(weight_OI.isfinite().all()):
         raise CheckpointError("a weight holds NaN or infinities and cannot be quantised; the checkpoint is damaged")
     width = weight_OI.shape[1]
@@ -34,7 +44,7 @@ def _quantise(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     w = torch.nn.functional.pad(weight_OI.float(), (0, -width % group)).unflatten(1, (-1, group))
     largest = w.abs().amax(-1)
     best_error, best_scale = torch.full_like(largest, float("inf")), torch.zeros_like(largest)
-    for scale in _scales(w, largest, scheme.weight_bits):
+    for scale in _scales(w, largest, scheme.weight_bits, clips):
         whole = _round(w, scale, scheme.weight_bits)
         error = (whole * scale[..., None] - w).square().sum(-1)
         better = error < best_error
@@ -42,17 +52,17 @@ def _quantise(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return _round(w, best_scale, scheme.weight_bits).to(torch.int8).flatten(1)[:, :width], best_scale
 
 
-def _scales(w: Tensor, largest: Tensor, bits: int) -> Iterator[Tensor]:
+def _scales(w: Tensor, largest: Tensor, bits: int, clips: Sequence[float]) -> Iterator[Tensor]:
     """Scales to try, rounded to float16 as they will be stored: that comes before the choice of whole numbers.
 
     At 4 bits also those that map the largest value, sign and all, to -8: the lowest number has no positive twin and is lost otherwise.
     """
     top = 2 ** (bits - 1) - 1
-    for clip in _CLIPS[bits]:
+    for clip in clips:
         yield (largest * (clip / top)).to(torch.float16).float()
     if bits == 4:
         signed = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        for clip in _CLIPS[bits]:
+        for clip in clips:
             yield (signed * (clip / -(top + 1))).to(torch.float16).float()
 
 

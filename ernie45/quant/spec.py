@@ -1,7 +1,8 @@
 """What is quantised, and how: a table from module names to schemes, without torch.
 
-A scheme is a word: `w4a8` (weights of 4 bits, activations of 8) with a group such as `w4a8-g64`, or without, a scale per channel; `-h` at its
-end turns the inputs by a Hadamard matrix first (`ops/quantised.py`). Rules are tried in order, the first whose pattern fits a module's name decides, and every matrix that can be quantised must be decided by one.
+A scheme is a word: `w4a8` (weights of 4 bits, activations of 8) with a group such as `w4a8-g64`, or without, a scale per channel; `-h` at
+its end turns the inputs by a Hadamard matrix first (`ops/quantised.py`). Rules are tried in order, the first whose pattern fits a module's
+name decides, and every matrix that can be quantised must be decided by one.
 """
 
 import fnmatch
@@ -34,7 +35,7 @@ class Scheme:
         found = _WORD.fullmatch(word)
         if not found or found[1] not in ("4", "8") or found[2] != "8" or int(found[3] or 0) not in GROUPS or found[3] == "0":
             raise ConfigError(
-                f"'{word}' is not a quantisation scheme; write w4a8 or w8a8, if wanted with -g32, -g64 or -g128, and -h to turn inputs by a Hadamard matrix"
+                f"'{word}' is not a quantisation scheme; write w4a8 or w8a8, with -g32, -g64 or -g128 for groups, and -h to turn inputs"
             )
         return cls(int(found[1]), int(found[3] or 0), bool(found[4]))
 

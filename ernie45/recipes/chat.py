@@ -77,6 +77,10 @@ class ChatConfig:
     """Print one JSON object: text, reasoning, tokens, timing, settings. Needs --prompt or a pipe."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto takes the one this processor is fast at."""
+    quantize: Annotated[str | None, tyro.conf.arg(metavar="SCHEME", help_behavior_hint="")] = None
+    """Round the matrices as they are loaded: w4a8 or w8a8. Done anew at each start; `ernie quantize` loses less."""
+    kv: Literal["whole", "int8", "int4"] = "whole"
+    """Keys and values in the cache: in the compute type, or of 8 or 4 bits."""
 
     def __post_init__(self) -> None:
         thinking_of(self.thinking)
@@ -118,6 +122,8 @@ def run(config: ChatConfig, environment: Environment) -> int:
         config.model,
         environment,
         dtype=config.dtype,
+        quantize=config.quantize,
+        kv=config.kv,
         thinking=thinking_of(config.thinking),
         sampling=lambda folder: sampling_settings(config, folder),
         chat=interactive,

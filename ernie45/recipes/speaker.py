@@ -37,6 +37,8 @@ def open_speaker(
     sampling: Sampling,
     chat: bool,
     adapter: Path | None = None,
+    quantize: str | None = None,
+    kv: str = "whole",
 ) -> "ModelSpeaker":
     """Find, load and prepare a model, with progress on stderr. With `chat` a model that only continues text is refused.
 
@@ -59,10 +61,12 @@ def open_speaker(
         llm = LLM(
             path,
             dtype=dtype,
+            quantize=quantize,
+            kv=kv,
             max_running=1,
             adapters=None if adapter is None else adapter.parent,
             environment=environment,
-            progress=lambda tensor, done, total: progress("loading weights", done, total),
+            progress=lambda stage, done, total: progress(stage if quantize else "loading weights", done, total),
         )
     speaker = ModelSpeaker(llm, model_name(path), params, thinking, "" if adapter is None else adapter.name)
     if llm.template is None and thinking:

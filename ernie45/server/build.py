@@ -76,6 +76,8 @@ def process_opener(settings: ServerSettings, environment: Environment) -> Opener
             adapters="" if settings.adapters is None else str(settings.adapters.resolve()),
             max_adapters=engine.max_adapters,
             adapter_bytes=engine.adapter_bytes,
+            quantize=engine.quantize,
+            kv=engine.kv,
         )
         return EngineProcess(spec, environment.for_children, stuck_seconds=engine.stuck_seconds, **listeners)
 

@@ -97,6 +97,10 @@ class EngineSettings:
     """Adapters in memory at the same time; requests for further ones wait until one is unused."""
     adapter_bytes: int = 1 << 30
     """Bytes of all adapters in memory."""
+    quantize: str | None = None
+    """Round a float model's matrices as they are loaded: w4a8 or w8a8. Done anew at each start; `ernie quantize` loses less."""
+    kv: Literal["whole", "int8", "int4"] = "whole"
+    """Keys and values in the cache: in the compute type, or of 8 or 4 bits, which holds two to seven times as many tokens."""
     stuck_seconds: float = 300.0
     """An engine that does nothing for so long while requests run is ended and started again."""
 

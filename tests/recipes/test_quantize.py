@@ -80,7 +80,7 @@ def test_a_budget_is_kept_and_used(folder, tmp_path, environment, target, bits) 
     out = tmp_path / "small"
     report = quantize(QuantizeConfig(model=str(folder), out=out, limit=2.0, **target, **SMALL), environment)
     chosen = {matrix["name"]: matrix["scheme"] for layer in report["layers"] for matrix in layer["matrices"]}
-    assert set(chosen.values()) == {"w4a8-g32", "w8a8-g32"}
+    assert set(chosen.values()) == {"w4a8-g32-h", "w8a8-g32-h"}
     if bits is None:
         assert 60_000 < report["bytes"] <= 68_000
     else:
