@@ -72,7 +72,16 @@ NEAR = {torch.float32: 0.03, torch.bfloat16: 0.12}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("made", [{}, {"tied": False, "scheme": "w8a8"}, {"experts": True}, {"experts": True, "shared": 0}])
+@pytest.mark.parametrize(
+    "made",
+    [
+        {},
+        {"scheme": "w4a8-g32-h"},
+        {"tied": False, "scheme": "w8a8"},
+        {"experts": True},
+        {"experts": True, "shared": 0, "scheme": "w8a8-g64-h"},
+    ],
+)
 def test_a_step_is_what_the_layers_compute(each, made, dtype):
     decoder = packed(dtype=dtype, **made)
     ours, plain = Served(decoder, each), Served(decoder)
