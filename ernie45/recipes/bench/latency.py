@@ -12,7 +12,7 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -161,8 +161,10 @@ def time_run(decoder: "Decoder", prompts: list[list[int]], output_tokens: int, t
     from ernie45.engine.request import Request, SamplingParams
 
     length = len(prompts[0]) + output_tokens + 1
-    step = {"token_budget": token_budget, "idle_budget": token_budget} if token_budget else {}
-    engine = Engine(decoder, EngineConfig(max_running=len(prompts), max_length=length, prefix_sharing=False, **step))
+    config = EngineConfig(max_running=len(prompts), max_length=length, prefix_sharing=False)
+    if token_budget:
+        config = replace(config, token_budget=token_budget, idle_budget=token_budget)
+    engine = Engine(decoder, config)
     params = SamplingParams(temperature=0.0, max_tokens=output_tokens + 1, ignore_eos=True)
     start = time.perf_counter()
     for i, prompt in enumerate(prompts):
