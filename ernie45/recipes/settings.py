@@ -36,6 +36,11 @@ def read_yaml(cls: type[T], path: str | Path, where: str) -> T:
 
     Raises `ConfigError` when the file cannot be read, is no table, or says something that is not a setting.
     """
+    return from_mapping(cls, read_mapping(path), where)
+
+
+def read_mapping(path: str | Path) -> Any:
+    """What the YAML file says, plain; an empty table when it is empty. Raises `ConfigError` when it cannot be read."""
     try:
         # S506 does not apply: `_Loader` is a SafeLoader.
         data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
@@ -47,4 +52,4 @@ def read_yaml(cls: type[T], path: str | Path, where: str) -> T:
         raise ConfigError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    return from_mapping(cls, {} if data is None else data, where)
+    return {} if data is None else data

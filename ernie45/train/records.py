@@ -10,20 +10,23 @@
 | pairs | `prompt`, `chosen`, `rejected` (texts or lists of messages) |
 | plain text | `text`, or `tgt` alone |
 
-Files: `.jsonl`, `.json` (a list of rows), `.csv` (a header and texts), `.txt` (the whole file is one text), folders and patterns of these.
+Files: `.jsonl`, `.json` (a list of rows), `.csv` (a header and texts), `.parquet`, `.txt` (the whole file is one text), folders and
+patterns of these.
 """
 
 import csv
+import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ernie45.errors import DataError, TokenizerError, did_you_mean
+from ernie45.errors import DataError, MissingExtra, TokenizerError, did_you_mean
 from ernie45.tokens.messages import Message, as_messages
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 MAX_ROW = 64 << 20
 """Characters of a row; a longer line is no training row but a file of another kind."""
 
@@ -92,6 +95,29 @@ def read_records(paths: Sequence[Path], on_bad: Callable[[DataError], None] | No
                 on_bad(error)
 
 
+def read_weighted(
+    paths: Sequence[Path], weights: Sequence[float], seed: int, on_bad: Callable[[DataError], None] | None = None
+) -> Iterator[Record]:
+    """As `read_records`, each row of `paths[i]` on average `weights[i]` times (once, without weights).
+
+    What a weight has beyond a whole number is given to a share of the rows, chosen by `seed` and the row's place alone. Raises DataError
+    for weights that do not fit.
+    """
+    if not weights:
+        yield from read_records(paths, on_bad)
+        return
+    if len(weights) != len(paths):
+        raise DataError(f"weights has {len(weights)} numbers for {len(paths)} names in data; give one for each")
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise DataError(f"a weight of data must be a number above 0, not {weight}")
+    for path, weight in zip(paths, weights, strict=True):
+        for n, record in enumerate(read_records([path], on_bad)):
+            drawn = int.from_bytes(hashlib.sha256(f"{seed} {path.name} {n}".encode()).digest()[:8], "little") / 2**64
+            for _ in range(int(weight) + (drawn < weight % 1)):
+                yield record
+
+
 def _rows(file: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Where each row stands, and a call that reads it: a row that cannot be read must not end the file."""
     try:
@@ -103,6 +129,8 @@ def _rows(file: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
                 reader = csv.DictReader(stream)
                 for row in reader:
                     yield f"{file}: line {reader.line_num}", lambda row=row, line=reader.line_num: _csv_row(row, f"{file}: line {line}")
+        elif file.suffix == ".parquet":
+            yield from _parquet_rows(file)
         elif file.suffix == ".json":
             data = _parsed(file.read_text("utf-8-sig"), str(file))
             for number, row in enumerate(data if isinstance(data, list) else [data], 1):
@@ -117,6 +145,24 @@ def _rows(file: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         raise DataError(f"{file}: is not UTF-8 at byte {error.start}; convert the file") from None
     except (OSError, csv.Error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError:
+        raise MissingExtra("pyarrow", "train") from None
+    try:
+        number = 0
+        with ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    # a column that only some rows have is null in the others
+                    yield f"{file}: row {number}", lambda row=row: {key: value for key, value in row.items() if value is not None}
+    except ArrowException as error:
+        raise DataError(f"{file}: is no Parquet file that can be read: {error}") from None
 
 
 def _parsed(text: str, where: str) -> Any:

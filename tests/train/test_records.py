@@ -1,12 +1,15 @@
 """Rows of every kind, and bad rows: each is named by file, line and field."""
 
 import json
+from collections import Counter
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from ernie45.errors import DataError
 from ernie45.tokens.messages import Message
-from ernie45.train.records import Conversation, Document, Preference, as_record, find_files, read_records
+from ernie45.train.records import Conversation, Document, Preference, as_record, find_files, read_records, read_weighted
 
 
 def roles(messages):
@@ -135,3 +138,35 @@ def test_a_row_of_another_width_is_said(tmp_path):
     (tmp_path / "a.csv").write_text("instruction,output\n1\n", "utf-8")
     with pytest.raises(DataError, match="line 2: has another number of columns"):
         list(read_records([tmp_path / "a.csv"]))
+
+
+def test_parquet_rows_are_rows(tmp_path):
+    rows = [{"text": "one"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, {"text": "three"}]
+    columns = {key: [row.get(key) for row in rows] for key in ("text", "messages")}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    made = list(read_records([tmp_path / "rows.parquet"]))
+    assert [record.where.rpartition(": ")[2] for record in made] == ["row 1", "row 2", "row 3"]
+    assert made[0] == Document(made[0].where, "one")
+    assert roles(made[1].messages) == [("user", "a"), ("assistant", "b")]
+
+
+def test_a_broken_parquet_file_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 50] * 100}), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"rows\.parquet: is no Parquet file"):
+        list(read_records([path]))
+
+
+def test_weights_say_how_often_a_row_is_seen(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name}{n}"}) + "\n" for n in range(400)))
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    seen = Counter(record.text for record in read_weighted(paths, (2.0, 0.25), seed=1))
+    assert {seen[f"a{n}"] for n in range(400)} == {2}
+    assert 70 <= sum(seen[f"b{n}"] for n in range(400)) <= 130
+    assert list(read_weighted(paths, (2.0, 0.25), 1)) == list(read_weighted(paths, (2.0, 0.25), 1))
+    assert list(read_weighted(paths, (), 1)) == list(read_records(paths))
+    for weights, said in (((1.0,), "1 numbers for 2 names"), ((1.0, 0.0), "above 0"), ((1.0, float("nan")), "above 0")):
+        with pytest.raises(DataError, match=said):
+            list(read_weighted(paths, weights, 1))

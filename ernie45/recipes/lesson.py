@@ -1,0 +1,81 @@
+"""What `ernie sft` and `ernie align` share: the settings of learning from rows, and a run from a learner to a finished model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ernie45.config import Environment
+from ernie45.nn.lora import LoraConfig
+from ernie45.recipes.events import Events
+from ernie45.recipes.learning import (
+    BadRows,
+    LearningConfig,
+    Pupil,
+    Watcher,
+    add_adapters,
+    open_pupil,
+    plain_settings,
+    plan_text,
+    prepare,
+    write_result,
+)
+from ernie45.recipes.samples import Samples
+from ernie45.train.checkpoint import fingerprint
+from ernie45.train.examples import B, Batches
+from ernie45.train.loop import Learner, RunConfig, train
+
+_WITHOUT_EFFECT = ("out", "save_every", "dry_run", "skip_bad", "recompute", "samples", "sample_tokens", "tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LessonConfig(LearningConfig):
+    """How any training on rows runs."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "starter"
+    """Folder, Hub name, or `starter`."""
+    data: tuple[Path, ...]
+    """Files, folders or patterns of rows (.jsonl, .json, .csv, .parquet, .txt); the guide lists what a row may be."""
+    weights: tuple[float, ...] = ()
+    """How often an epoch holds the rows of each name in `data`: 2 is twice, 0.5 is every second row; by default once each."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters; `--lora.rank 0` trains all weights."""
+    chat_format: str | None = None
+    """How conversations are written, for a base model that has no template of its own."""
+
+
+def open_lesson(config: LessonConfig, environment: Environment) -> Pupil:
+    """Prepare the run's folder, unless nothing is to be done, and load the model that learns."""
+    if not config.dry_run:
+        prepare(config.out, plain_settings(config))
+    return open_pupil(config.model, config.dtype, environment)
+
+
+def announce(config: LessonConfig, pupil: Pupil, bad: BadRows, facts: Mapping[str, object]) -> None:
+    """Put adapters on where they are wanted, and print the plan."""
+    if config.lora.rank:
+        add_adapters(pupil.decoder, config.lora, config.seed)
+    common = {"computed in": f"{pupil.loaded.compute.dtype}".removeprefix("torch."), "left out": len(bad.errors)}
+    print(plan_text(pupil.decoder, common | dict(facts)))
+
+
+def teach(
+    config: LessonConfig, pupil: Pupil, learner: Learner[B], data: Batches[B], steps: int, ids: str, say: Callable[[str], str]
+) -> Path:
+    """Run the steps and write the model with its card. ids: digest of the data; say: the card's text, from how the weights were trained.
+
+    Raises RunError as `train` does. Returns the folder of the finished model.
+    """
+    same = plain_settings(config, *_WITHOUT_EFFECT) | {"steps": steps, "ids": ids}
+    length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
+    samples = Samples(pupil.decoder, pupil.tokenizer, pupil.template(config.chat_format), config.out, config.samples, config.sample_tokens)
+    with Watcher(steps, Events(config.out) if config.tensorboard else None) as watcher:
+        progress = train(
+            learner, pupil.decoder, data, config.schedule, length, config.out, fingerprint(same), on_report=watcher, on_saved=samples
+        )
+    how = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all weights"
+    card = say(f"{how}, {progress.step:,} steps, {progress.tokens:,} tokens")
+    card += " The settings stand in `settings.json` of the run. The licence of the base model applies.\n"
+    return write_result(pupil, config.out / "model", config.lora if config.lora.rank else None, card)
