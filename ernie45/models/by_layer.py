@@ -28,7 +28,7 @@ class LayeredModel:
             raise CheckpointError(opened.complaint())
         self.opened = opened
         with torch.device("meta"):
-            self._empty = Decoder(opened.config)
+            self._empty = Decoder(opened.config, opened.vision)
         self.config = opened.config
 
     @property

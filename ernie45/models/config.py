@@ -17,7 +17,7 @@ VISION_TYPES = ("ernie4_5_moe_vl", "ernie4_5_vl_moe")
 _TEXT_TYPES = (DENSE_TYPE, EXPERTS_TYPE, "ernie")
 
 # Keys that carry no architecture, by what they carry.
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "provenance": "architectures auto_map model_type model_name transformers_version _name_or_path ernie45_source torch_dtype dtype",
     "token ids that the tokenizer's files decide": "sep_token_id cls_token_id",
     "habits of transformers": (
@@ -97,6 +97,8 @@ class TextConfig:
     max_positions: int = 131_072
     tie_embeddings: bool = True
     use_bias: bool = False
+    head_bias: bool = False
+    """With use_bias the expert family has a bias on the head too, tied or not; the dense family has none. No release uses either."""
     experts: ExpertsConfig | None = None
     num_mtp: int = 0
     bos_id: int = 1
@@ -134,7 +136,7 @@ class TextConfig:
         """
         kind = data.get("model_type")
         if kind in VISION_TYPES:
-            raise CheckpointError(f"{where}: model_type '{kind}' is a vision-language model; this version reads the text family only")
+            raise CheckpointError(f"{where}: model_type '{kind}' is a vision-language model and not of the text family")
         if kind not in _TEXT_TYPES:
             raise CheckpointError(f"{where}: model_type '{kind}' is not of the ERNIE 4.5 family; supported: {', '.join(_TEXT_TYPES)}")
         _refuse_unknown(data, where)
@@ -161,6 +163,7 @@ class TextConfig:
             # transformers and the original classes both default to tied embeddings; the untied 300B says so in its file or by its tensors
             tie_embeddings=bool(data.get("tie_word_embeddings", True)),
             use_bias=bool(data.get("use_bias") or False),
+            head_bias=bool(data.get("use_bias") and experts),
             experts=experts,
             num_mtp=_whole(data, "num_nextn_predict_layers", where, 0, least=0),
             bos_id=_token_id(data, "bos_token_id", 1)[0],
@@ -233,7 +236,7 @@ def _check_sizes(c: TextConfig) -> None:
 
 
 def _refuse_unknown(data: Mapping[str, Any], where: str) -> None:
-    known = set(" ".join((_READ, *_WITHOUT_EFFECT.values())).split()) | _ONLY.keys()
+    known = set(" ".join((_READ, *WITHOUT_EFFECT.values())).split()) | _ONLY.keys()
     for key, value in data.items():
         if key not in known:
             raise CheckpointError(

@@ -6,7 +6,8 @@ Letters in the formulas: D width, F feed-forward width, E experts, V vocabulary.
 from dataclasses import dataclass
 
 from ernie45.models.config import TextConfig
-from ernie45.models.released import Release, VisionConfig
+from ernie45.models.released import Release
+from ernie45.models.vision_config import VisionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def count_parameters(text: TextConfig, vision: VisionConfig | None = None) -> Pa
         shared = _swiglu(c.hidden_size, e.shared_size, c.use_bias) if e.num_shared else 0
         chosen = e.top_k * expert + shared + router
         vision_expert = _swiglu(c.hidden_size, vision.expert_size) if vision else 0
-    head_bias = c.vocab_size if c.use_bias and e else 0
+    head_bias = c.vocab_size if c.head_bias else 0
     active = attention + dense + norms + expert_layers * chosen
     head_matrix = c.vocab_size * c.hidden_size
     return ParameterCount(

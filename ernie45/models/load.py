@@ -23,11 +23,12 @@ from ernie45.machine import available_memory
 from ernie45.models.compute import ComputeType, choose_compute, cpu_has_bfloat16
 from ernie45.models.config import TextConfig
 from ernie45.models.gguf_config import config_from_gguf
-from ernie45.models.names import FLOAT32_ENDINGS, detect_layout, has_mtp, head_name, name_table, without_head, without_mtp
-from ernie45.models.packed import packed_dtype, packed_spec, packed_table, without_rules_for_mtp
+from ernie45.models.names import FLOAT32_ENDINGS, detect_layout, has_mtp, head_name, name_table, without_head, without_mtp, without_sight
+from ernie45.models.packed import packed_dtype, packed_spec, packed_table, without_rules_for_mtp, without_rules_for_sight
 from ernie45.models.released import CHECKPOINTS, Release
 from ernie45.models.starter import STARTER_NAME, starter_folder
 from ernie45.models.text import Decoder
+from ernie45.models.vision_config import ModelConfig, PositionRule, VisionConfig
 from ernie45.quant.model import prepare_model
 from ernie45.quant.spec import QuantSpec
 from ernie45.weights.foreign import DecodedFiles
@@ -70,6 +71,8 @@ class OpenModel:
     """What was decided beyond the config, in plain sentences."""
     spec: QuantSpec | None = None
     """Which modules are packed and how; None for a float model."""
+    vision: VisionConfig | None = None
+    """The seeing half that will be loaded; None for a text model, and for a vision-language model of which only text was asked for."""
 
     def complaint(self) -> str:
         """Why the files do not make the model, with what to do; empty when they do."""
@@ -92,6 +95,8 @@ def load(
     *,
     dtype: str = "auto",
     mtp: bool = True,
+    text_only: bool = False,
+    positions: PositionRule = "original",
     mapped: bool | None = None,
     compact: bool = False,
     check: bool = True,
@@ -100,11 +105,11 @@ def load(
 ) -> LoadedModel:
     """`load_model` with what was decided on the way."""
     path = find_model(name_or_path, environment or Environment.read())
-    opened = open_model(path, mtp=mtp)
+    opened = open_model(path, mtp=mtp, text_only=text_only, positions=positions)
     if not opened.plan.complete:
         raise CheckpointError(opened.complaint())
     compute = choose_compute(dtype, opened.stored, fast_bfloat16=cpu_has_bfloat16())
-    decoder = _empty_decoder(opened.config, opened.spec, compute.dtype)
+    decoder = _empty_decoder(ModelConfig(opened.config, opened.vision), opened.spec, compute.dtype)
     kept = _exact_in_bfloat16(opened) if compact and compute.dtype == torch.float32 and ops.KERNELS else frozenset()
     if kept:
         compute = replace(compute, reason=f"{compute.reason}; matrices held as they are stored, which changes no result")
@@ -132,6 +137,8 @@ def load_model(
     *,
     dtype: str = "auto",
     mtp: bool = True,
+    text_only: bool = False,
+    positions: PositionRule = "original",
     mapped: bool | None = None,
     compact: bool = False,
     check: bool = True,
@@ -141,13 +148,24 @@ def load_model(
     """Load a model by folder, `.gguf` file, Hub name (`baidu/ERNIE-4.5-0.3B-PT`), short name (`0.3B`) or `starter`.
 
     `dtype`: "auto", "float32" or "bfloat16" (`compute.choose_compute` has the rule). `mtp=False` leaves a multi-token prediction block in
-    the file. `mapped` keeps weights in the mapped file where they need no change; None does so only when memory is short.
+    the file. Of a vision-language model `text_only` leaves vision tower, resampler and vision experts there too (`load` says how much
+    memory that saves), and `positions` chooses where positions go on after a long video: "original", as the model was trained, or
+    "transformers". `mapped` keeps weights in the mapped file where they need no change; None does so only when memory is short.
     `compact` is for inference in float32: where the native kernels are installed, matrices stored as bfloat16 are held so, in half the
     bytes and with the same results, since the kernels widen them exactly; training needs real float32 parameters.
     `check` refuses NaN and infinite weights. Raises CheckpointError, naming file and tensor, for anything that does not fit.
     """
     return load(
-        name_or_path, dtype=dtype, mtp=mtp, mapped=mapped, compact=compact, check=check, progress=progress, environment=environment
+        name_or_path,
+        dtype=dtype,
+        mtp=mtp,
+        text_only=text_only,
+        positions=positions,
+        mapped=mapped,
+        compact=compact,
+        check=check,
+        progress=progress,
+        environment=environment,
     ).decoder
 
 
@@ -182,13 +200,9 @@ def find_model(name_or_path: str | Path, environment: Environment, tell: Callabl
     """
     word = str(name_or_path).lower()
     for release in CHECKPOINTS.values():
-        if word in (name.lower() for name in _names_of(release)) and not Path(name_or_path).exists():
-            if release.vision is not None:
-                raise CheckpointError(f"{release.name} is a vision-language model; this version reads the text family only")
-            if release.stored != "bf16":
-                raise CheckpointError(
-                    f"{release.name} is stored as {release.stored}, which this version does not read; take the bf16 release"
-                )
+        named = word in (name.lower() for name in _names_of(release)) and not Path(name_or_path).exists()
+        if named and release.stored != "bf16":
+            raise CheckpointError(f"{release.name} is stored as {release.stored}, which this version does not read; take the bf16 release")
     published = {name: repository for release in CHECKPOINTS.values() for name, repository in _names_of(release).items()}
     return resolve(name_or_path, environment, published=published, makers={STARTER_NAME: lambda: starter_folder(environment, tell)})
 
@@ -202,55 +216,82 @@ def _names_of(release: Release) -> dict[str, str]:
     return names
 
 
-def open_model(path: Path, *, mtp: bool = True) -> OpenModel:
-    """Read the config, names and shapes of a model folder or GGUF file, and plan its loading. `.plan` says whether it can be loaded."""
+def open_model(path: Path, *, mtp: bool = True, text_only: bool = False, positions: PositionRule = "original") -> OpenModel:
+    """Read the config, names and shapes of a model folder or GGUF file, and plan its loading. `.plan` says whether it can be loaded.
+
+    `mtp`, `text_only` and `positions` as for `load_model`.
+    """
     if path.suffix == ".gguf":
         return _open_gguf(path)
     data = read_config(path)
     spec = packed_spec(data, str(path / "config.json"))
     if spec is not None:
-        return _open_packed(path, data, spec, mtp=mtp)
+        return _open_packed(path, data, spec, mtp=mtp, text_only=text_only, positions=positions)
     foreign = data.get("quantization_config")
-    config = TextConfig.from_hf(_without_quantisation(data), str(path / "config.json"))
+    described = _config_of(path, data, positions)
+    config, vision = described.text, described.vision
     files = open_safetensors(path)
     if foreign:
         files = DecodedFiles(files, foreign, str(path))
-    layout, prefix = detect_layout(files.names(), str(path))
+    layout = detect_layout(files.names(), str(path))
     infos = {name: files.info(name) for name in files.names()}
     shapes = {name: info.shape for name, info in infos.items()}
-    config, ignored, notes = _settle(config, data, shapes, layout, prefix, mtp=mtp)
-    plan = name_table(config, layout, prefix=prefix, ignored=ignored).load_plan(shapes, _wanted(config, len(shapes), path))
+    config, ignored, notes = _settle(config, data, shapes, layout.name, layout.prefix, mtp=mtp)
+    wanted = ModelConfig(config, None if text_only else vision)
+    if vision and text_only:
+        ignored += without_sight(layout)
+    table = name_table(config, layout, sighted=vision is not None, ignored=ignored)
+    plan = table.load_plan(shapes, _wanted(wanted, len(shapes), path))
+    if vision and text_only:
+        notes.append(_left_for_text(vision, sum(infos[name].nbytes for name in plan.ignored)))
     sizes: Counter[torch.dtype] = Counter()
     for info in infos.values():
         sizes[torch.bfloat16 if info.dtype == torch.uint16 else info.dtype] += math.prod(info.shape)
     if foreign:
         notes.append(f"quantised by {foreign['quant_method']}; read as floats")
-    return OpenModel(path, config, layout, files, plan, sizes.most_common(1)[0][0], tuple(notes))
+    return OpenModel(path, config, layout.name, files, plan, sizes.most_common(1)[0][0], tuple(notes), vision=wanted.vision)
+
+
+def _config_of(path: Path, data: Mapping[str, Any], positions: PositionRule) -> ModelConfig:
+    config = ModelConfig.from_hf(_without_quantisation(data), str(path / "config.json"))
+    return config if config.vision is None else replace(config, vision=replace(config.vision, position_rule=positions))
+
+
+def _left_for_text(vision: VisionConfig, nbytes: int) -> str:
+    return (
+        f"vision tower ({vision.depth} blocks), resampler and vision experts were left in the files (text_only): "
+        f"{nbytes / 2**20:,.1f} MiB as stored, which take no memory"
+    )
 
 
 def _without_quantisation(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key != "quantization_config"}
 
 
-def _open_packed(path: Path, data: Mapping[str, Any], spec: QuantSpec, *, mtp: bool) -> OpenModel:
-    config = TextConfig.from_hf(_without_quantisation(data), str(path / "config.json"))
+def _open_packed(path: Path, data: Mapping[str, Any], spec: QuantSpec, *, mtp: bool, text_only: bool, positions: PositionRule) -> OpenModel:
+    described = _config_of(path, data, positions)
+    config, vision = described.text, described.vision
     if not mtp:
         config, spec = replace(config, num_mtp=0), without_rules_for_mtp(spec)
     files = open_safetensors(path)
     infos = {name: files.info(name) for name in files.names()}
     shapes = {name: info.shape for name, info in infos.items()}
-    wanted = _wanted(config, len(shapes), path, spec)
-    plan = packed_table(wanted, mtp=mtp).load_plan(shapes, wanted)
+    notes = [f"packed by {', '.join(dict.fromkeys(rule.scheme or 'whole' for rule in spec.rules))}"]
+    if vision and text_only:
+        spec = without_rules_for_sight(spec)
+    wanted = _wanted(ModelConfig(config, None if text_only else vision), len(shapes), path, spec)
+    plan = packed_table(wanted, mtp=mtp, text_only=text_only).load_plan(shapes, wanted)
+    if vision and text_only:
+        notes.append(_left_for_text(vision, sum(infos[name].nbytes for name in plan.ignored)))
     stored = infos["norm.weight"].dtype if "norm.weight" in infos else torch.float32
-    schemes = ", ".join(dict.fromkeys(rule.scheme or "whole" for rule in spec.rules))
-    return OpenModel(path, config, "packed", files, plan, stored, (f"packed by {schemes}",), spec)
+    return OpenModel(path, config, "packed", files, plan, stored, tuple(notes), spec, None if text_only else vision)
 
 
 def _open_gguf(path: Path) -> OpenModel:
     files = open_gguf(path)
     shapes = {name: files.info(name).shape for name in files.names()}
     config = config_from_gguf(files.metadata, shapes, str(path))
-    plan = name_table(config, "gguf").load_plan(shapes, _wanted(config, len(shapes), path))
+    plan = name_table(config, "gguf").load_plan(shapes, _wanted(ModelConfig(config), len(shapes), path))
     sizes: Counter[str] = Counter()
     for name, shape in shapes.items():
         sizes[files.type_of(name)] += math.prod(shape)
@@ -289,27 +330,36 @@ def _settle(
     return config, ignored, notes
 
 
-def _wanted(config: TextConfig, num_tensors: int, where: Path, spec: QuantSpec | None = None) -> dict[str, Shape]:
+def _wanted(described: ModelConfig, num_tensors: int, where: Path, spec: QuantSpec | None = None) -> dict[str, Shape]:
     """Name and shape of every parameter of the model, without memory for them.
 
     A hostile config must cost no time either: a layer needs tensors of its own, and no width is near `MAX_WIDTH`.
     """
+    config, vision = described.text, described.vision
     e = config.experts
     widths = {"hidden_size": config.hidden_size, "feed-forward width": config.ffn_size, "query width": config.query_size}
     widths |= {"vocabulary": config.vocab_size}
     widths |= {"expert width": e.expert_size, "shared width": e.shared_size, "number of experts": e.num_experts * 256} if e else {}
+    if vision:
+        widths |= {
+            "width of joined patches": vision.joined_size,
+            "patch": vision.patch_values,
+            "vision feed-forward width": vision.ffn_size,
+        }
+        widths |= {"vision expert width": vision.expert_size}
     for name, width in widths.items():
         if width > MAX_WIDTH:
             raise CheckpointError(f"{where}: the config's {name} is too large to be a model's; take the config published with the weights")
-    if config.num_layers > num_tensors:
-        raise CheckpointError(f"{where}: the config has {config.num_layers:,} layers and the files have {num_tensors:,} tensors")
-    return _shapes(_empty_decoder(config, spec, torch.float32))
+    layers = config.num_layers + (vision.depth if vision else 0)
+    if layers > num_tensors:
+        raise CheckpointError(f"{where}: the config has {layers:,} layers and the files have {num_tensors:,} tensors")
+    return _shapes(_empty_decoder(described, spec, torch.float32))
 
 
-def _empty_decoder(config: TextConfig, spec: QuantSpec | None, dtype: torch.dtype) -> Decoder:
+def _empty_decoder(config: ModelConfig, spec: QuantSpec | None, dtype: torch.dtype) -> Decoder:
     """The network without memory for its weights, packed where `spec` says; packed embeddings answer in `dtype`."""
     with torch.device("meta"):
-        decoder = Decoder(config)
+        decoder = Decoder(config.text, config.vision)
         if spec is not None:
             prepare_model(decoder.to(dtype), spec)
     return decoder

@@ -1,4 +1,4 @@
-"""What the tensors of the ERNIE 4.5 text family are called in files: four layouts as tables over `weights.rename`.
+"""What the tensors of the ERNIE 4.5 family are called in files: four layouts as tables over `weights.rename`.
 
 | layout | where it occurs | what differs from our parameters |
 |---|---|---|
@@ -7,46 +7,70 @@
 | `paddle` | published `-Paddle` folders | every Linear transposed to [in, out]; q, k, v and gate, up joined; experts apart |
 | `gguf` | llama.cpp | its own short names; q, k, v and gate, up apart; experts stacked; no MTP |
 
+Vision-language files write the first three the same way, with these differences: routers lie transposed in `pt` too, the second one is
+`gate.weight_1`; one selection bias [2, E] holds both banks' rows; experts are counted on, vision experts from E; tower and resampler are
+`vision_model` and `resampler_model`. In `fused` both banks have names of their own, and the tower is `vision_tower`.
+
 Which one a folder has is read off its names. Linear matrices are never guessed by shape, except where uploads are known to differ: the
 router ([E, D] or [D, E]) and the MTP projection ([D, 2D], in the first 300B-PT upload [2D, D]). A router with as many experts as
 width is taken as its layout writes it; the MTP projection is never square.
 """
 
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 from ernie45.errors import CheckpointError
 from ernie45.models.config import TextConfig
 from ernie45.weights.rename import Ignored, NameTable, Rule, fold_names
 
 LAYOUTS = ("pt", "fused", "paddle", "gguf")
-PREFIXES = ("model", "ernie")
+PREFIXES = ("model", "ernie", "model.language_model")
+TOWERS = ("vision_model", "model.vision_model", "model.vision_tower")
 FLOAT32_ENDINGS = (".router.weight", ".router.selection_bias")
 """Parameters that stay float32 whatever the compute type: rounding them changes which experts are chosen."""
 _LAYER = "layers.{layer}"
 
 
-def name_table(config: TextConfig, layout: str, *, prefix: str | None = None, ignored: Iterable[Ignored] = ()) -> NameTable:
-    """The table of `layout` for a model of `config`. `prefix` is the first word of body names: `model`, or `ernie` in Paddle files."""
-    build = {"pt": _pt_rules, "fused": _fused_rules, "paddle": _paddle_rules, "gguf": _gguf_rules}[layout]
-    first = prefix or ("ernie" if layout == "paddle" else "model")
-    return NameTable(layout, build(config, first), tuple(ignored))
+class Layout(NamedTuple):
+    """How a folder names its tensors. `prefix` begins the names of the decoder, `tower` those of a vision tower; "" where there is none."""
+
+    name: str
+    prefix: str
+    tower: str = ""
 
 
-def detect_layout(names: Collection[str], where: str) -> tuple[str, str]:
-    """Layout and prefix of a safetensors folder by its tensor names. Raises CheckpointError for names of another family."""
-    if any("vision_model." in name or "resampler_model." in name or "vision_tower." in name for name in names):
-        raise CheckpointError(f"{where}: holds vision tensors; vision-language checkpoints are not read yet, text checkpoints are")
+def name_table(
+    config: TextConfig, layout: str | Layout, *, sighted: bool = False, prefix: str | None = None, ignored: Iterable[Ignored] = ()
+) -> NameTable:
+    """The table of `layout` for a model of `config`; `sighted` for the files of a vision-language model, whatever of it is wanted.
+
+    `prefix` is the first word of body names: `model`, or `ernie` in Paddle files; by default the one that published files have.
+    """
+    found = layout if isinstance(layout, Layout) else Layout(layout, prefix or "")
+    name = found.name
+    if sighted:
+        usual = {"pt": "model", "fused": "model.language_model", "paddle": "ernie", "gguf": ""}[name]
+        rules = _sighted_rules(config, name, found.prefix or usual, found.tower or ("model.vision_tower" if name == "fused" else TOWERS[0]))
+    else:
+        build = {"pt": _pt_rules, "fused": _fused_rules, "paddle": _paddle_rules, "gguf": _gguf_rules}[name]
+        rules = build(config, found.prefix or ("ernie" if name == "paddle" else "model"))
+    return NameTable(name, rules, tuple(ignored))
+
+
+def detect_layout(names: Collection[str], where: str) -> Layout:
+    """Layout and prefixes of a safetensors folder by its tensor names. Raises CheckpointError for names of another family."""
     prefix = next((first for first in PREFIXES if f"{first}.embed_tokens.weight" in names), None)
+    tower = next((first for first in TOWERS if any(name.startswith(f"{first}.") for name in names)), "")
     if prefix is not None:
         if any(name.endswith(".self_attn.qkv_proj.weight") for name in names):
-            return "paddle", prefix
-        if any(name.endswith(".mlp.experts.gate_up_proj") for name in names):
-            return "fused", prefix
+            return Layout("paddle", prefix, tower)
+        if any(name.endswith("experts.gate_up_proj") for name in names):
+            return Layout("fused", prefix, tower)
         if any(name.endswith(".self_attn.q_proj.weight") for name in names):
-            return "pt", prefix
+            return Layout("pt", prefix, tower)
     first = ", ".join(text for text, _ in fold_names(sorted(names)[:200])[:4]) or "none"
     raise CheckpointError(
-        f"{where}: its tensor names are not of the ERNIE 4.5 text family (first: {first}); "
+        f"{where}: its tensor names are not of the ERNIE 4.5 family (first: {first}); "
         "expected model.embed_tokens.weight with model.layers.N.self_attn.q_proj.weight (PT), or ernie. with qkv_proj (Paddle)"
     )
 
@@ -71,8 +95,16 @@ def without_head(layout: str) -> Ignored:
     return Ignored(head_name(layout), "the head is tied to the embedding and the stored copy equals it")
 
 
+def without_sight(found: Layout) -> list[Ignored]:
+    """Leaves tower, resampler and vision experts in the file, because the caller wants text alone."""
+    mlp = f"{found.prefix}.layers.{{layer}}.mlp"
+    outer = found.prefix.removesuffix(".language_model")
+    patterns = (f"{found.tower or TOWERS[0]}.*", f"{outer}.resampler_model.*", f"{mlp}.gate.weight_1", f"{mlp}.experts.{{expert}}.*")
+    return [Ignored(pattern, "it serves pictures, and only text was asked for") for pattern in (*patterns, f"{mlp}.vision_moe.*")]
+
+
 def _linear(ours: str, *files: str, sizes: tuple[int, ...] | None = None, turned: bool = False) -> list[Rule]:
-    """A Linear's weight and bias; only the weight is ever transposed."""
+    """Weight and bias of a Linear or LayerNorm; only a Linear's weight is ever transposed."""
     return [
         Rule(ours=f"{ours}.weight", files=tuple(f"{file}.weight" for file in files), sizes=sizes, turned=turned),
         Rule(ours=f"{ours}.bias", files=tuple(f"{file}.bias" for file in files), sizes=sizes),
@@ -130,7 +162,7 @@ def _pt_rules(config: TextConfig, first: str) -> list[Rule]:
     one = f"{mlp}.experts.{{expert}}"
     return [
         *_pt_ends(config, first),
-        Rule(ours=f"{_LAYER}.ffn.router.selection_bias", files=(f"{mlp}.moe_statics.e_score_correction_bias",), as_row=True),
+        Rule(ours=f"{_LAYER}.ffn.router.selection_bias", files=(f"{mlp}.moe_statics.e_score_correction_bias",), row=0),
         Rule(ours=f"{_LAYER}.ffn.experts.gate_up", files=(f"{one}.gate_proj.weight", f"{one}.up_proj.weight"), axis=1),
         Rule(ours=f"{_LAYER}.ffn.experts.down", files=(f"{one}.down_proj.weight",), axis=1),
     ]
@@ -140,7 +172,7 @@ def _fused_rules(config: TextConfig, first: str) -> list[Rule]:
     mlp = f"{first}.layers.{{layer}}.mlp"
     return [
         *_pt_ends(config, first),
-        Rule(ours=f"{_LAYER}.ffn.router.selection_bias", files=(f"{mlp}.gate.moe_statics.e_score_correction_bias",), as_row=True),
+        Rule(ours=f"{_LAYER}.ffn.router.selection_bias", files=(f"{mlp}.gate.moe_statics.e_score_correction_bias",), row=0),
         _one(f"{_LAYER}.ffn.experts.gate_up", f"{mlp}.experts.gate_up_proj"),
         _one(f"{_LAYER}.ffn.experts.down", f"{mlp}.experts.down_proj"),
     ]
@@ -167,7 +199,7 @@ def _paddle_rules(config: TextConfig, first: str) -> list[Rule]:
         *_linear(f"{_LAYER}.ffn.shared.gate_up", f"{shared}.up_gate_proj", turned=True),
         *_linear(f"{_LAYER}.ffn.shared.down", f"{shared}.down_proj", turned=True),
         Rule(ours=f"{_LAYER}.ffn.router.weight", files=(f"{layer}.mlp.gate.weight",), turned=True, either_way=True),
-        Rule(ours=f"{_LAYER}.ffn.router.selection_bias", files=(f"{layer}.mlp.moe_statics.e_score_correction_bias",), as_row=True),
+        Rule(ours=f"{_LAYER}.ffn.router.selection_bias", files=(f"{layer}.mlp.moe_statics.e_score_correction_bias",), row=0),
         Rule(ours=f"{_LAYER}.ffn.experts.gate_up", files=(f"{one}.up_gate_proj.weight",), axis=1, turned=True),
         Rule(ours=f"{_LAYER}.ffn.experts.down", files=(f"{one}.down_proj.weight",), axis=1, turned=True),
         _one("norm.weight", f"{first}.norm.weight"),
@@ -176,6 +208,72 @@ def _paddle_rules(config: TextConfig, first: str) -> list[Rule]:
         *_mtp_ends(first, turned=True),
         *_paddle_block("mtp.block", f"{first}.mtp_block.0"),
     ]
+
+
+def _sighted_rules(config: TextConfig, layout: str, first: str, tower: str) -> list[Rule]:
+    """The rules of a vision-language model's files: those of the text family, the routers and experts of two banks, tower and resampler."""
+    assert config.experts is not None
+    body = {"pt": _pt_rules, "fused": _fused_rules, "paddle": _paddle_rules, "gguf": _gguf_rules}[layout](config, first)
+    if layout == "gguf":  # llama.cpp has no names for these models
+        return body
+    rules = [rule for rule in body if ".ffn.router." not in rule.ours and ".ffn.experts." not in rule.ours]
+    mlp = f"{first}.layers.{{layer}}.mlp"
+    for row, (ours, bank) in enumerate(((f"{_LAYER}.ffn", "text_moe"), (f"{_LAYER}.ffn.vision", "vision_moe"))):
+        if layout == "fused":
+            rules += _stacked_bank(ours, f"{mlp}.{bank}")
+        else:
+            rules += _counted_bank(ours, mlp, row, row * config.experts.num_experts, turned=layout == "paddle")
+    outer = first.removesuffix(".language_model")
+    return [*rules, *_tower_rules(tower, turned=layout == "paddle"), *_resampler_rules(f"{outer}.resampler_model", layout)]
+
+
+def _stacked_bank(ours: str, theirs: str) -> list[Rule]:
+    return [
+        Rule(ours=f"{ours}.router.weight", files=(f"{theirs}.gate.weight",), either_way=True),
+        Rule(ours=f"{ours}.router.selection_bias", files=(f"{theirs}.gate.moe_statics.e_score_correction_bias",), row=0),
+        _one(f"{ours}.experts.gate_up", f"{theirs}.experts.gate_up_proj"),
+        _one(f"{ours}.experts.down", f"{theirs}.experts.down_proj"),
+    ]
+
+
+def _counted_bank(ours: str, mlp: str, row: int, start: int, *, turned: bool) -> list[Rule]:
+    """One bank of two in files that count the experts of both on: its row of the bias, its experts from `start` on."""
+    one = f"{mlp}.experts.{{expert}}"
+    parts = (f"{one}.up_gate_proj.weight",) if turned else (f"{one}.gate_proj.weight", f"{one}.up_proj.weight")
+    gate = f"{mlp}.gate.weight" + ("_1" if row else "")
+    return [
+        Rule(ours=f"{ours}.router.weight", files=(gate,), turned=True, either_way=True),
+        Rule(ours=f"{ours}.router.selection_bias", files=(f"{mlp}.moe_statics.e_score_correction_bias",), row=row, rows=2),
+        Rule(ours=f"{ours}.experts.gate_up", files=parts, axis=1, first=start, turned=turned),
+        Rule(ours=f"{ours}.experts.down", files=(f"{one}.down_proj.weight",), axis=1, first=start, turned=turned),
+    ]
+
+
+def _tower_rules(theirs: str, *, turned: bool) -> list[Rule]:
+    ours, block, files = "sight.tower", "sight.tower.blocks.{block}", f"{theirs}.blocks.{{block}}"
+    return [
+        Rule(ours=f"{ours}.patches.weight", files=(f"{theirs}.patch_embed.proj.weight",), turned=turned),
+        *_linear(f"{block}.attn_norm", f"{files}.norm1"),
+        *_linear(f"{block}.attn.qkv", f"{files}.attn.qkv", turned=turned),
+        *_linear(f"{block}.attn.out", f"{files}.attn.proj", turned=turned),
+        *_linear(f"{block}.ffn_norm", f"{files}.norm2"),
+        *_linear(f"{block}.up", f"{files}.mlp.fc1", turned=turned),
+        *_linear(f"{block}.down", f"{files}.mlp.fc2", turned=turned),
+        *_linear(f"{ours}.norm", f"{theirs}.ln"),
+    ]
+
+
+def _resampler_rules(theirs: str, layout: str) -> list[Rule]:
+    turned = layout == "paddle"
+    first, second, norm = ("fc1", "fc2", "ln") if layout == "fused" else ("0", "2", "3")
+    rules = []
+    for part in ("spatial", "temporal"):
+        ours, files = f"sight.resampler.{part}", f"{theirs}.{part}_linear"
+        rules += _linear(f"{ours}.first", f"{files}.{first}", turned=turned)
+        rules += _linear(f"{ours}.second", f"{files}.{second}", turned=turned)
+        rules += _linear(f"{ours}.norm", f"{files}.{norm}")
+    rules += _linear("sight.resampler.project", f"{theirs}.mlp", turned=turned)
+    return [*rules, _one("sight.resampler.norm.weight", f"{theirs}.after_norm.weight")]
 
 
 def _gguf_rules(config: TextConfig, first: str) -> list[Rule]:

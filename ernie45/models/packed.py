@@ -37,9 +37,13 @@ def packed_entry(spec: QuantSpec, method: str) -> dict[str, Any]:
     return {"quant_method": KIND, "version": VERSION, "made_by": method, **spec.to_dict()}
 
 
-def packed_table(names: Iterable[str], *, mtp: bool) -> NameTable:
+def packed_table(names: Iterable[str], *, mtp: bool, text_only: bool = False) -> NameTable:
     """Files and parameters have the same names."""
-    left = () if mtp else (Ignored("mtp.*", "the MTP block was left out as asked (mtp=False)"),)
+    left = [] if mtp else [Ignored("mtp.*", "the MTP block was left out as asked (mtp=False)")]
+    if text_only:
+        left += [
+            Ignored(pattern, "it serves pictures, and only text was asked for") for pattern in ("sight.*", "layers.{layer}.ffn.vision.*")
+        ]
     return NameTable("packed", [Rule(ours=name, files=(name,)) for name in names], left)
 
 
@@ -55,3 +59,8 @@ def packed_dtype(name: str, compute: torch.dtype) -> torch.dtype:
 def without_rules_for_mtp(spec: QuantSpec) -> QuantSpec:
     """For a model whose predictor is left out: a rule that fits nothing would be refused."""
     return QuantSpec(rules=tuple(rule for rule in spec.rules if not rule.pattern.startswith("mtp")))
+
+
+def without_rules_for_sight(spec: QuantSpec) -> QuantSpec:
+    """For a vision-language model of which only text is loaded: rules that speak of nothing else go."""
+    return QuantSpec(rules=tuple(rule for rule in spec.rules if not rule.pattern.startswith("sight") and ".vision." not in rule.pattern))

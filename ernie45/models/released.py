@@ -7,24 +7,7 @@ that match its published size. `docs/guides/models.md` shows the table.
 from dataclasses import dataclass
 
 from ernie45.models.config import ExpertsConfig, TextConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """The seeing half of a vision-language model: tower, resampler, and the second bank of experts in every expert layer.
-
-    The tower reads square patches of `patch_size` pixels; the resampler joins `merge` x `merge` patches and 2 frames into one token of the
-    decoder. `expert_size` is the width of one vision expert; the bank has as many experts as the text bank.
-    """
-
-    depth: int = 32
-    size: int = 1280
-    num_heads: int = 16
-    ffn_size: int = 5120
-    patch_size: int = 14
-    channels: int = 3
-    merge: int = 2
-    expert_size: int
+from ernie45.models.vision_config import VisionConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,10 @@ from torch import Tensor
 from ernie45.errors import CheckpointError
 from ernie45.models.names import FLOAT32_ENDINGS, LAYOUTS, name_table
 from ernie45.models.text import Decoder
+from ernie45.models.vision_config import ModelConfig
 from ernie45.weights.rename import Piece
 from ernie45.weights.safetensors_write import SHARD_BYTES, TensorSpec, check_room, write_safetensors
-from ernie45.weights.stream import save_piece
+from ernie45.weights.stream import save_tensor
 
 COMPANIONS = (
     "generation_config.json",
@@ -28,6 +29,9 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
 )
 """Files of a model folder that do not depend on its weights."""
 
@@ -50,16 +54,19 @@ def save_model(
     if layout not in LAYOUTS or layout == "gguf":
         raise CheckpointError(f"layout '{layout}' is not a folder layout; allowed: {', '.join(name for name in LAYOUTS if name != 'gguf')}")
     parameters = decoder.state_dict()
-    plan = name_table(decoder.config, layout).save_plan({name: tuple(value.shape) for name, value in parameters.items()})
-    pieces = {piece.file: piece for piece in plan}
-    specs = [_spec(piece, parameters[piece.ours], dtype) for piece in plan]
+    config = ModelConfig(decoder.config, decoder.sight.config if decoder.sight else None)
+    body = config.to_hf(original=layout == "paddle") | {"torch_dtype": str(dtype or decoder.dtype).removeprefix("torch.")}
+    plan = name_table(decoder.config, layout, sighted=config.vision is not None).save_plan(
+        {name: tuple(value.shape) for name, value in parameters.items()}
+    )
+    pieces: dict[str, list[Piece]] = {}
+    for piece in plan:
+        pieces.setdefault(piece.file, []).append(piece)
+    specs = [_spec(same[0], parameters[same[0].ours], dtype) for same in pieces.values()]
     with new_folder(folder) as partial:
         check_room(partial, sum(spec.nbytes for spec in specs))
         kinds = {spec.name: spec.dtype for spec in specs}
-        write_safetensors(
-            partial, specs, lambda file: save_piece(pieces[file], parameters[pieces[file].ours], kinds[file]), shard_bytes=shard_bytes
-        )
-        body = decoder.config.to_hf() | {"torch_dtype": str(dtype or decoder.dtype).removeprefix("torch.")}
+        write_safetensors(partial, specs, lambda file: save_tensor(pieces[file], parameters, kinds[file]), shard_bytes=shard_bytes)
         (partial / "config.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
         for name in COMPANIONS:
             if companions is not None and (companions / name).is_file():

@@ -57,6 +57,20 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x_TD, self.weight, self.eps)
 
 
+class LayerNorm(nn.Module):
+    """Norm by mean and variance, with a weight and a bias per dimension; the vision tower's."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        return nn.functional.layer_norm(x_TD, self.weight.shape, self.weight, self.bias, self.eps)
+
+
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`; gate and up are one matrix, gate rows first, so that `x` is read once."""
 

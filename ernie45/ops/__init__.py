@@ -5,7 +5,17 @@
 
 from ernie45.config import Environment
 from ernie45.ops import eager, native, quantised
-from ernie45.ops.eager import causal_attention, over_experts, rms_norm, rotate_pairs, route, swiglu
+from ernie45.ops.eager import (
+    causal_attention,
+    framed_attention,
+    over_experts,
+    quick_gelu,
+    rms_norm,
+    rotate_halves,
+    rotate_pairs,
+    route,
+    swiglu,
+)
 from ernie45.ops.native import Native
 from ernie45.ops.quantised import PackedWeight, dequantise, dequantise_rows
 from ernie45.ops.reference import Routing
@@ -19,6 +29,7 @@ __all__ = [
     "dequantise_rows",
     "describe",
     "experts",
+    "framed_attention",
     "linear",
     "over_experts",
     "packed_feed_forward",
@@ -27,7 +38,9 @@ __all__ = [
     "packed_qkv",
     "packed_swiglu",
     "paged_attention",
+    "quick_gelu",
     "rms_norm",
+    "rotate_halves",
     "rotate_pairs",
     "route",
     "swiglu",

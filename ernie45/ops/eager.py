@@ -10,9 +10,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ernie45.ops.reference import Routing, route
+from ernie45.ops.reference import Routing, quick_gelu, route
 
-__all__ = ["Routing", "causal_attention", "experts", "linear", "over_experts", "rms_norm", "rotate_pairs", "route", "swiglu"]
+__all__ = [
+    "Routing",
+    "causal_attention",
+    "experts",
+    "framed_attention",
+    "linear",
+    "over_experts",
+    "quick_gelu",
+    "rms_norm",
+    "rotate_halves",
+    "rotate_pairs",
+    "route",
+    "swiglu",
+]
 
 # Elements of a bfloat16 weight that are widened at a time for float32 activations: a megabyte, still in the cache when it is read.
 _WIDENED = 1 << 18
@@ -53,6 +66,19 @@ def rotate_pairs(x_TNH: Tensor, turns_TP: Tensor) -> Tensor:
     """Turn adjacent pairs by complex multiplication: 4 to 25 times as fast as the written-out form."""
     pairs = torch.view_as_complex(x_TNH.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns_TP[:, None, :]).flatten(-2).to(x_TNH.dtype)
+
+
+def rotate_halves(x_TNH: Tensor, turns_TP: Tensor) -> Tensor:
+    """Turn the pairs (i, i + P) by complex multiplication."""
+    first, second = x_TNH.float().chunk(2, dim=-1)
+    turned = torch.complex(first, second) * turns_TP[:, None, :]
+    return torch.cat((turned.real, turned.imag), dim=-1).to(x_TNH.dtype)
+
+
+def framed_attention(q_GLNH: Tensor, k_GLNH: Tensor, v_GLNH: Tensor) -> Tensor:
+    """Attention inside each of G frames of L tokens, [G, L, N, H]; no mask is made."""
+    q, k, v = (x.transpose(1, 2) for x in (q_GLNH, k_GLNH, v_GLNH))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def swiglu(gate_up_TF: Tensor) -> Tensor:

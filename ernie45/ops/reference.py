@@ -49,6 +49,30 @@ def rotate_pairs(x_TNH: Tensor, turns_TP: Tensor) -> Tensor:
     return turned.flatten(-2).to(x_TNH.dtype)
 
 
+def rotate_halves(x_TNH: Tensor, turns_TP: Tensor) -> Tensor:
+    """Turn the pairs of dimensions (i, i + P) by their angles, [T, N, H] -> [T, N, H] in the type of `x`; the vision tower's pairing.
+
+    `turns` is complex64 [T, P]. The turn is computed in float32 and cast back.
+    """
+    first, second = x_TNH.float().chunk(2, dim=-1)
+    cos, sin = turns_TP.real[:, None, :], turns_TP.imag[:, None, :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_TNH.dtype)
+
+
+def quick_gelu(x_TF: Tensor) -> Tensor:
+    """`x * sigmoid(1.702 x)`, the vision tower's activation."""
+    return x_TF * torch.sigmoid(1.702 * x_TF)
+
+
+def framed_attention(q_GLNH: Tensor, k_GLNH: Tensor, v_GLNH: Tensor) -> Tensor:
+    """Attention of every token of a frame to all tokens of that frame, G frames of L tokens, [G, L, N, H]; computed in float32.
+
+    Scores are scaled by 1 / sqrt(H).
+    """
+    scores = torch.einsum("glnh,gsnh->gnls", q_GLNH.float(), k_GLNH.float()) * q_GLNH.shape[-1] ** -0.5
+    return torch.einsum("gnls,gsnh->glnh", scores.softmax(dim=-1), v_GLNH.float()).to(q_GLNH.dtype)
+
+
 def swiglu(gate_up_TF: Tensor) -> Tensor:
     """`silu(gate) * up` of a [T, 2F] tensor whose first half is the gate, -> [T, F]."""
     gate, up = gate_up_TF.chunk(2, dim=-1)

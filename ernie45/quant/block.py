@@ -10,6 +10,7 @@ from ernie45 import ops
 from ernie45.nn.attention import Attend, Attention
 from ernie45.nn.block import Block
 from ernie45.nn.layers import SwiGLU
+from ernie45.nn.moe import Modality
 from ernie45.ops import PackedWeight
 from ernie45.quant.linear import QuantLinear
 
@@ -45,8 +46,8 @@ class QuantBlock(nn.Module):
         block.attn_norm, block.ffn_norm = self.attn_norm, self.ffn_norm
         return block
 
-    def forward(self, x_TD: Tensor, turns_TP: Tensor, attend: Attend) -> Tensor:
-        """[T, D] -> [T, D]."""
+    def forward(self, x_TD: Tensor, turns_TP: Tensor, attend: Attend, modality: Modality | None = None) -> Tensor:
+        """[T, D] -> [T, D]; a dense block treats seen tokens as any others."""
         attn, ffn = self.attn, self.ffn
         q_TNH, k_TKH, v_TKH = ops.packed_qkv(
             x_TD, self.attn_norm.weight, self.attn_norm.eps, _packed(attn.qkv), turns_TP, attn.num_heads, attn.num_kv_heads

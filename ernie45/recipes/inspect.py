@@ -16,8 +16,8 @@ import tyro
 
 from ernie45.config import Environment
 from ernie45.errors import ConfigError, ErnieError
-from ernie45.models.config import TextConfig
 from ernie45.models.counts import count_parameters
+from ernie45.models.vision_config import ModelConfig
 from ernie45.recipes.terminal import Progress, Style, clean, progress_bar, size_text
 
 LARGEST = 5
@@ -64,6 +64,7 @@ class Inspection:
     family: str = "unknown"
     layout: str = "unknown"
     model: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] | None = None
     parameters: int | None = None
     files: dict[str, int] = field(default_factory=dict)
     tensors: int = 0
@@ -168,7 +169,7 @@ def _look(path: Path, found: Inspection, check: bool, progress: Progress) -> Non
     _count(found, lines)
     shapes = {line.name: line.shape for line in lines}
     if opened:
-        _describe(found, opened.config, _LAYOUTS[opened.layout])
+        _describe(found, ModelConfig(opened.config, opened.vision), _LAYOUTS[opened.layout])
         found.notes += opened.notes
         if not opened.plan.complete:
             found.problems.append(opened.complaint().partition(": ")[2])
@@ -204,18 +205,17 @@ def _compare(folder: Path, found: Inspection, shapes: Mapping[str, tuple[int, ..
     """For a damaged folder: what the readable files would give, so that one knows what to fetch again."""
     import torch
 
-    from ernie45.models.config import TextConfig
     from ernie45.models.load import read_config
     from ernie45.models.names import detect_layout, name_table
     from ernie45.models.text import Decoder
 
     with found.noting():
-        config = TextConfig.from_hf(read_config(folder), str(folder / "config.json"))
-        layout, prefix = detect_layout([*shapes, *_listed(folder)], str(folder))
-        _describe(found, config, _LAYOUTS[layout])
+        config = ModelConfig.from_hf(read_config(folder), str(folder / "config.json"))
+        layout = detect_layout([*shapes, *_listed(folder)], str(folder))
+        _describe(found, config, _LAYOUTS[layout.name])
         with torch.device("meta"):
-            wanted = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
-        plan = name_table(config, layout, prefix=prefix).load_plan(shapes, wanted)
+            wanted = {name: tuple(tensor.shape) for name, tensor in Decoder(config.text, config.vision).state_dict().items()}
+        plan = name_table(config.text, layout, sighted=config.vision is not None).load_plan(shapes, wanted)
         if not plan.complete:
             found.problems.append("the readable files do not make the model:\n" + plan.explain())
 
@@ -228,9 +228,10 @@ def _listed(folder: Path) -> list[str]:
         return []
 
 
-def _describe(found: Inspection, config: TextConfig, layout: str) -> None:
-    count = count_parameters(config)
-    found.layout, found.model = layout, asdict(config)
+def _describe(found: Inspection, config: ModelConfig, layout: str) -> None:
+    count = count_parameters(config.text, config.vision)
+    found.layout, found.model = layout, asdict(config.text)
+    found.vision = asdict(config.vision) if config.vision else None
     found.parameters = count.total + count.mtp
     found.memory = {kind: found.parameters * size for kind, size in COMPUTE_BYTES.items()}
 
@@ -311,6 +312,8 @@ def report(found: Inspection, style: Style) -> list[str]:
     rows: list[tuple[str, str]] = [("family", found.family), ("layout", found.layout)]
     if found.model:
         rows.append(("model", _model_text(found.model)))
+    if found.vision:
+        rows.append(("vision", _vision_text(found.vision)))
     if found.parameters:
         rows.append(("parameters", f"{found.parameters:,}"))
     rows.append(("tensors", f"{found.tensors:,} in {_plural(_weight_files(found), 'file')}, {size_text(found.tensor_bytes)}"))
@@ -346,6 +349,13 @@ def _model_text(model: Mapping[str, Any]) -> str:
     if model.get("num_mtp"):
         text += ", multi-token prediction"
     return text + (", tied head" if model["tie_embeddings"] else ", separate head")
+
+
+def _vision_text(vision: Mapping[str, Any]) -> str:
+    return (
+        f"{vision['depth']} blocks of width {vision['size']:,}, {vision['num_heads']} heads, feed-forward {vision['ffn_size']:,}, patches "
+        f"of {vision['patch_size']} pixels, {vision['merge']} x {vision['merge']} to a token, experts of width {vision['expert_size']:,}"
+    )
 
 
 def _weight_files(found: Inspection) -> int:

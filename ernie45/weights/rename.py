@@ -1,9 +1,10 @@
 """Name tables: which file tensors make up which parameter, in both directions, as data.
 
 Our parameters are always the fused form (q|k|v in one matrix, gate|up in one, experts stacked), so every file tensor is one *box* of one
-parameter, possibly transposed. A `Rule` says so for a pattern of names; a `NameTable` turns rules and shapes into `Piece`s. Because the
-boxes of a parameter tile it exactly, the same pieces serve loading (file -> box) and saving (box -> file). Nothing is skipped: what no rule
-covers, what is missing and what does not fit are listed in the plan. No tensor is touched here, only names and shapes.
+parameter, possibly transposed; where a file stacks what belongs to several parameters, each of its rows is. A `Rule` says so for a pattern
+of names; a `NameTable` turns rules and shapes into `Piece`s. The boxes of a parameter tile it exactly, so the same pieces serve loading
+(file -> box) and saving (box -> file). Nothing is skipped: what no rule covers, what is missing and what does not fit are listed in the
+plan. No tensor is touched here, only names and shapes.
 """
 
 import re
@@ -22,7 +23,8 @@ class Rule:
     """One pattern of parameters and the file tensors that make it up.
 
     `{layer}`-like placeholders stand for numbers. A placeholder that only the files have counts the leading axis of the parameter
-    (one file per expert). Several files lie side by side along `axis` of the parameter, with extents `sizes`, or equal shares.
+    (one file per expert), from `first` on. Several files lie side by side along `axis` of the parameter, with extents `sizes`, or equal
+    shares.
     """
 
     ours: str
@@ -33,12 +35,16 @@ class Rule:
     """The file holds the matrix transposed (last two axes)."""
     either_way: bool = False
     """Uploads differ: the shape decides, and `turned` is assumed where it cannot (a square matrix)."""
-    as_row: bool = False
-    """The file has a leading axis of one more than the parameter; a file without it is accepted."""
+    row: int | None = None
+    """The file has a leading axis of `rows`, and this row of it is the parameter's; of one row a file without that axis is accepted."""
+    rows: int = 1
+    first: int = 0
+    """The number of the file that holds the first entry of the counted axis."""
 
     def __post_init__(self) -> None:
         assert self.sizes is None or len(self.sizes) == len(self.files), self
         assert len({self._counted(file) for file in self.files}) == 1, self
+        assert self.row is None or (0 <= self.row < self.rows and self.counted is None), self
 
     def _counted(self, file: str) -> tuple[str, ...]:
         inner = _PLACEHOLDER.findall(self.ours)
@@ -62,7 +68,10 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Piece:
-    """One file tensor and its place: `ours[box]`, which has shape `shape` in the file (after a transpose if `turned`)."""
+    """One file tensor and its place: `ours[box]`, which has shape `shape` in the file (after a transpose if `turned`).
+
+    Where `row` is a number, the piece is that row of the file tensor alone.
+    """
 
     file: str
     ours: str
@@ -71,6 +80,7 @@ class Piece:
     turned: bool
     whole: bool
     """The piece is the whole parameter."""
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,8 @@ class NameTable:
         self.ignored = tuple(ignored)
         self._ours = [(_pattern(rule.ours), rule) for rule in self.rules]
         self._files = [(_pattern(file), file, rule) for rule in self.rules for file in rule.files]
+        # a file counted from 64 on belongs to another rule than one counted from 0: the rule with the highest first number that it reaches
+        self._files.sort(key=lambda entry: -entry[2].first)
         self._left_out = [(_pattern(entry.pattern), entry.reason) for entry in self.ignored]
 
     def pieces(self, name: str, shape: Shape) -> tuple[Piece, ...] | None:
@@ -140,7 +152,8 @@ class NameTable:
         if not found:
             return None
         match, rule = found[0]
-        rows = range(shape[0]) if rule.counted else (None,)
+        counter = rule.counted
+        rows = range(shape[0]) if counter else (None,)
         sizes = rule.sizes or (shape[rule.axis] // len(rule.files),) * len(rule.files)
         assert sum(sizes) == shape[rule.axis], f"{name}: parts {sizes} do not fill axis {rule.axis} of {shape}"
         result = []
@@ -152,7 +165,7 @@ class NameTable:
                 if row is not None:
                     box[0] = (row, row + 1)
                 begin += size
-                filled = _fill(file, match.groupdict() | ({rule.counted: str(row)} if rule.counted else {}))
+                filled = _fill(file, match.groupdict() | ({counter: str(rule.first + row)} if counter and row is not None else {}))
                 result.append(_piece(rule, filled, name, tuple(box), shape))
         return tuple(result)
 
@@ -168,7 +181,7 @@ class NameTable:
                 result += pieces
         if uncovered:
             raise CheckpointError(f"the layout '{self.layout}' has no name for:\n" + "\n".join(_folded_lines(uncovered)))
-        assert len({piece.file for piece in result}) == len(result), "two parameters share a file tensor"
+        assert len({(piece.file, piece.row) for piece in result}) == len(result), "two parameters share a file tensor"
         return tuple(result)
 
     def load_plan(self, available: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> LoadPlan:
@@ -177,7 +190,7 @@ class NameTable:
         missing: list[str] = []
         wrong: list[WrongShape] = []
         uncovered: list[str] = []
-        taken: set[str] = set()
+        taken: set[tuple[str, int | None]] = set()
         for name, shape in wanted.items():
             canonical = self.pieces(name, shape)
             if canonical is None:
@@ -185,8 +198,8 @@ class NameTable:
                 continue
             rule = next(rule for pattern, rule in self._ours if pattern.fullmatch(name))
             for piece in canonical:
-                assert piece.file not in taken, f"two parameters claim {piece.file}"
-                taken.add(piece.file)
+                assert (piece.file, piece.row) not in taken, f"two parameters claim {piece.file}"
+                taken.add((piece.file, piece.row))
                 if piece.file not in available:
                     missing.append(piece.file)
                     continue
@@ -195,10 +208,12 @@ class NameTable:
                     wrong.append(WrongShape(piece.file, tuple(available[piece.file]), piece.shape))
                 else:
                     pieces.append(fitted)
-        left = [name for name in available if name not in taken]
+        found = {file for file, _ in taken}
+        left = [name for name in available if name not in found]
         ignored = {name: reason for name in left if (reason := self.reason_to_ignore(name)) is not None}
         unexpected = tuple(name for name in left if name not in ignored)
-        return LoadPlan(tuple(pieces), tuple(missing), unexpected, tuple(wrong), tuple(uncovered), ignored)
+        # a tensor that several parameters share is missing, or wrong, once
+        return LoadPlan(tuple(pieces), tuple(dict.fromkeys(missing)), unexpected, tuple(dict.fromkeys(wrong)), tuple(uncovered), ignored)
 
     def reason_to_ignore(self, file: str) -> str | None:
         """Why a file tensor may be left out; None when nothing says so."""
@@ -207,7 +222,8 @@ class NameTable:
     def ours_of(self, file: str) -> str | None:
         """The parameter a file tensor belongs to, whether or not a model has it; None for a name no rule knows."""
         for pattern, _, rule in self._files:
-            if match := pattern.fullmatch(file):
+            match = pattern.fullmatch(file)
+            if match and (rule.counted is None or int(match[rule.counted]) >= rule.first):
                 return _fill(rule.ours, match.groupdict())
         return None
 
@@ -275,17 +291,17 @@ def _piece(rule: Rule, file: str, ours: str, box: tuple[tuple[int, int], ...], s
     extents = [end - begin for begin, end in box[1 if rule.counted else 0 :]]
     if rule.turned:
         extents[-2:] = extents[:-3:-1]
-    if rule.as_row:
-        extents.insert(0, 1)
+    if rule.row is not None:
+        extents.insert(0, rule.rows)
     whole = all(pair == (0, extent) for pair, extent in zip(box, shape, strict=True))
-    return Piece(file, ours, box, tuple(extents), rule.turned, whole)
+    return Piece(file, ours, box, tuple(extents), rule.turned, whole, rule.row)
 
 
 def _fit(rule: Rule, piece: Piece, found: Shape) -> Piece | None:
     """The piece as the file really has it, or None when it cannot be that."""
     if found == piece.shape:
         return piece
-    if rule.as_row and found == piece.shape[1:]:
+    if rule.rows == 1 and rule.row is not None and found == piece.shape[1:]:
         return Piece(piece.file, piece.ours, piece.box, found, piece.turned, piece.whole)
     turned = (*piece.shape[:-2], *piece.shape[:-3:-1])
     if rule.either_way and found == turned:

@@ -6,7 +6,7 @@ weights. A copy costs a moment and is read faster ever after: the mapping comes 
 measured at 12 to 15 GB/s where it reads 19 to 21 from memory of its own (docs/log.md).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -59,6 +59,8 @@ def load_pieces(
     for piece in plan.pieces:
         dtype = dtype_of(piece.ours)
         tensor = source.read(piece.file)
+        if piece.row is not None:
+            tensor = tensor[piece.row]
         if dtype.is_floating_point:
             tensor = _as_float(piece.file, tensor)
             if check:
@@ -74,18 +76,31 @@ def load_pieces(
             place.copy_((tensor.mT if piece.turned else tensor).view(place.shape))
             del tensor
             source.release(piece.file)
-        done += _elements(piece.shape)
+        done += _elements(tuple(end - begin for begin, end in piece.box))
         if progress:
             progress(piece.file, done, total)
     return result
 
 
+def save_tensor(pieces: Sequence[Piece], ours: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """One file tensor out of its pieces: one, or one per row of the file tensor."""
+    parts = [save_piece(piece, ours[piece.ours], dtype) for piece in pieces]
+    if len(parts) == 1:
+        return parts[0]
+    assert [piece.row for piece in pieces] == list(range(pieces[0].shape[0])), "rows of one file tensor, all of them in order"
+    return torch.stack(parts)
+
+
 def save_piece(piece: Piece, ours: Tensor, dtype: torch.dtype) -> Tensor:
-    """The file tensor of `piece` out of its parameter: the box, transposed if the layout wants it, in type `dtype`, contiguous."""
+    """What `piece` holds of its parameter: the box, transposed if the layout wants it, in type `dtype`, contiguous.
+
+    Of several rows in one file tensor only the piece's own, without the leading axis.
+    """
+    shape = piece.shape if piece.row is None or piece.shape[0] == 1 else piece.shape[1:]
     box = ours.detach()[tuple(slice(begin, end) for begin, end in piece.box)]
     if piece.turned:
-        box = box.reshape(*piece.shape[:-2], *piece.shape[:-3:-1]).mT
-    return box.to(dtype).reshape(piece.shape).contiguous()
+        box = box.reshape(*shape[:-2], *shape[:-3:-1]).mT
+    return box.to(dtype).reshape(shape).contiguous()
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

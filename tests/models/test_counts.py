@@ -31,18 +31,23 @@ def test_vision_parts_of_the_28b():
     assert count_release(CHECKPOINTS["ERNIE-4.5-VL-424B-A47B"]).resampler == 173_072_384
 
 
-@pytest.mark.parametrize("release", [r for r in RELEASES if r.vision is None], ids=lambda r: r.name)
+@pytest.mark.parametrize("release", RELEASES, ids=lambda r: r.name)
 def test_counts_equal_the_modules(release):
     with torch.device("meta"):
-        model = Decoder(release.text)
+        model = Decoder(release.text, release.vision)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     count = count_release(release)
+    for part, beginning in (("vision_tower", "sight.tower."), ("resampler", "sight.resampler.")):
+        assert sum(n for name, n in sizes.items() if name.startswith(beginning)) == getattr(count, part)
+    assert sum(n for name, n in sizes.items() if ".vision.experts." in name) == count.vision_experts
     mtp = sum(n for name, n in sizes.items() if name.startswith("mtp."))
     assert mtp == count.mtp
     assert sum(sizes.values()) - mtp == count.total
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_bias": True}, {"tie_embeddings": False}, {"use_bias": True, "tie_embeddings": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_bias": True, "head_bias": True}, {"tie_embeddings": False}, {"use_bias": True, "tie_embeddings": False}]
+)
 @pytest.mark.parametrize("experts", [False, True])
 def test_counts_equal_the_modules_in_every_shape(experts, changes):
     from dataclasses import replace

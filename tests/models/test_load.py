@@ -267,7 +267,7 @@ def test_compute_types_that_do_not_exist():
 @pytest.mark.parametrize(
     ("name", "word"),
     [
-        ("ERNIE-4.5-VL-28B-A3B-PT", "vision-language"),
+        ("ERNIE-4.5-VL-28B-A3B-PT", "is not in the cache"),
         ("baidu/ERNIE-4.5-300B-A47B-FP8-Paddle", "stored as fp8"),
         ("0.3B", "baidu/ERNIE-4.5-0.3B-PT is not in the cache"),
         ("21B-A3B-Thinking", "baidu/ERNIE-4.5-21B-A3B-Thinking is not in the cache"),

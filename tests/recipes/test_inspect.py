@@ -84,7 +84,7 @@ def test_several_wounds_are_all_told(folder):
         ("{", "JSON"),
         ("[]", "JSON object"),
         ('{"model_type": "llama"}', "llama"),
-        ('{"model_type": "ernie4_5_moe_vl"}', "vision-language"),
+        ('{"model_type": "ernie4_5_moe_vl"}', "vision_config"),
         ("", "JSON"),
     ],
 )

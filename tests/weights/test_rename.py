@@ -20,7 +20,7 @@ TABLE = NameTable(
         Rule(ours="l.{layer}.turned", files=("t.{layer}",), turned=True),
         Rule(ours="l.{layer}.gate_up", files=("e.{layer}.{expert}.g", "e.{layer}.{expert}.u"), axis=1),
         Rule(ours="l.{layer}.down", files=("e.{layer}.{expert}.d",), axis=1, turned=True),
-        Rule(ours="l.{layer}.bias", files=("b.{layer}",), as_row=True),
+        Rule(ours="l.{layer}.bias", files=("b.{layer}",), row=0),
         ROUTER,
     ],
     [Ignored("extra.*", "not needed")],

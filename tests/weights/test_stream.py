@@ -18,7 +18,7 @@ TABLE = NameTable(
         Rule(ours="gate_up", files=("e.{expert}.g", "e.{expert}.u"), axis=1),
         Rule(ours="joined", files=("g", "u"), axis=1),
         Rule(ours="down", files=("e.{expert}.d",), axis=1, turned=True),
-        Rule(ours="bias", files=("b",), as_row=True),
+        Rule(ours="bias", files=("b",), row=0),
     ],
 )
 SHAPES = {"same": (5,), "qkv": (8, 3), "turned": (2, 6), "gate_up": (3, 4, 2), "joined": (2, 6, 3), "down": (3, 2, 5), "bias": (3,)}
