@@ -51,10 +51,12 @@ class LayeredModel:
         """Layer `layer` with its weights."""
         return self.part(f"layers.{layer}", self.empty_block(layer))
 
-    def ends(self) -> Decoder:
-        """A decoder without its layers: embedding, final norm, head, and the multi-token predictor where there is one."""
+    def ends(self, *, sight: bool = True) -> Decoder:
+        """A decoder without its layers: embedding, final norm, head, and the multi-token predictor and `sight` where there are such."""
         ends = self.skeleton_ends()
-        ends.load_state_dict(self.tensors(""), assign=True)
+        if not sight:
+            ends.sight = None
+        ends.load_state_dict(self.tensors("", without=() if sight else ("sight.",)), assign=True)
         return ends.eval().requires_grad_(False)
 
     def skeleton_ends(self) -> Decoder:
@@ -78,14 +80,14 @@ class LayeredModel:
         module.load_state_dict({key.removeprefix(f"{name}."): value for key, value in state.items()}, assign=True)
         return module.eval().requires_grad_(False)
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Parameters whose names begin with `prefix`, or for "" all outside the layers.
+    def tensors(self, prefix: str, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Parameters whose names begin with `prefix`, or for "" all outside the layers; none that begins with a word of `without`.
 
         Raises CheckpointError for weights that are no numbers.
         """
         every = {name: tuple(value.shape) for name, value in self._empty.state_dict().items()}
         inside = [name for name in every if (name.startswith(prefix) if prefix else not name.startswith("layers."))]
-        wanted = {name: every[name] for name in inside}
+        wanted = {name: every[name] for name in inside if not name.startswith(without)}
         plan = replace(self.opened.plan, pieces=tuple(piece for piece in self.opened.plan.pieces if piece.ours in wanted))
         return load_pieces(plan, self.opened.files, wanted, lambda name: torch.float32)
 

@@ -23,6 +23,7 @@ from ernie45.machine import available_memory
 from ernie45.models.compute import ComputeType, choose_compute, cpu_has_bfloat16
 from ernie45.models.config import TextConfig
 from ernie45.models.gguf_config import config_from_gguf
+from ernie45.models.memory import advice
 from ernie45.models.names import FLOAT32_ENDINGS, detect_layout, has_mtp, head_name, name_table, without_head, without_mtp, without_sight
 from ernie45.models.packed import packed_dtype, packed_spec, packed_table, without_rules_for_mtp, without_rules_for_sight
 from ernie45.models.released import CHECKPOINTS, Release
@@ -122,6 +123,7 @@ def load(
             _check_tied_head(opened)
         source = files if not isinstance(files, GgufFile) else _Decoded(files, {p.file: dtype_of(p.ours) for p in opened.plan.pieces})
         shapes = _shapes(decoder)
+        _refuse_what_cannot_fit(opened, dtype_of, compute.dtype.itemsize)
         if mapped is None:  # memory of its own is read faster, so the weights stay in the file only where they would crowd out the rest
             needed = sum(math.prod(shape) * dtype_of(name).itemsize for name, shape in shapes.items())
             mapped = needed > _ROOMY * available_memory() or (opened.spec is not None and needed > _LARGE_PACKED)
@@ -363,6 +365,20 @@ def _empty_decoder(config: ModelConfig, spec: QuantSpec | None, dtype: torch.dty
         if spec is not None:
             prepare_model(decoder.to(dtype), spec)
     return decoder
+
+
+def _refuse_what_cannot_fit(opened: OpenModel, dtype_of: Callable[[str], torch.dtype], float_bytes: int) -> None:
+    """Before a byte is read: raise CheckpointError when what cannot stay in the mapped files is more than the memory that is free."""
+    files, own = opened.files, 0
+    for piece in opened.plan.pieces:
+        dtype = dtype_of(piece.ours)
+        stays = isinstance(files, TensorFiles) and piece.whole and not piece.turned and files.info(piece.file).dtype == dtype
+        own += 0 if stays else math.prod(end - begin for begin, end in piece.box) * dtype.itemsize
+    free = available_memory()
+    if own > free:
+        context = min(8192, opened.config.max_positions)
+        said = "; ".join(advice(ModelConfig(opened.config, opened.vision), free, float_bytes=float_bytes, context=context))
+        raise CheckpointError(f"{opened.path}: its weights take {own / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free. {said}")
 
 
 def _shapes(decoder: Decoder) -> dict[str, Shape]:

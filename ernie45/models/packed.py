@@ -12,6 +12,7 @@ import torch
 from ernie45.errors import CheckpointError
 from ernie45.models.names import FLOAT32_ENDINGS
 from ernie45.quant.spec import QuantSpec
+from ernie45.quant.spec import Rule as QuantRule
 from ernie45.weights.rename import Ignored, NameTable, Rule
 
 KIND = "ernie45"
@@ -63,4 +64,9 @@ def without_rules_for_mtp(spec: QuantSpec) -> QuantSpec:
 
 def without_rules_for_sight(spec: QuantSpec) -> QuantSpec:
     """For a vision-language model of which only text is loaded: rules that speak of nothing else go."""
-    return QuantSpec(rules=tuple(rule for rule in spec.rules if not rule.pattern.startswith("sight") and ".vision." not in rule.pattern))
+    kept = []
+    for rule in spec.rules:
+        patterns = [pattern for pattern in rule.pattern.split("|") if not pattern.startswith("sight") and ".vision." not in pattern]
+        if patterns:
+            kept.append(QuantRule(pattern="|".join(patterns), scheme=rule.scheme))
+    return QuantSpec(rules=tuple(kept))

@@ -20,6 +20,8 @@ from ernie45.nn.attention import PackedCausal
 from ernie45.nn.layers import Linear
 from ernie45.nn.moe import Experts
 
+UNHEARD = ("ffn.vision.",)
+"""Parts of a block that text never reaches: the experts of a vision-language model for what it sees. They are rounded without data."""
 SEQUENCES_AT_ONCE = 2  # bounds the memory of a pass: a few hundred megabytes for the widest published layer
 
 
@@ -148,6 +150,11 @@ class Pair:
             now = inputs_of(self.now, names, self.now_SLD[part], self.turns_LP)
             same = self.original is self.now and self.original_SLD is self.now_SLD
             yield now, now if same else inputs_of(self.original, names, self.original_SLD[part], self.turns_LP)
+
+
+def reached_by_text(name: str) -> bool:
+    """Whether tokens of text ever pass the module `name` of a block."""
+    return not name.startswith(UNHEARD)
 
 
 class _Enough(Exception):

@@ -66,8 +66,11 @@ class Source(Protocol):
         """Layer `layer`, newly read."""
         ...
 
-    def ends(self) -> nn.Module:
-        """Everything but the trunk's layers, newly read; has the methods of `Ends`, and an empty `layers`."""
+    def ends(self, *, sight: bool = True) -> nn.Module:
+        """Everything but the trunk's layers, newly read; has the methods of `Ends`, and an empty `layers`.
+
+        `sight=False` leaves out a vision tower and resampler, which text does not pass.
+        """
         ...
 
 
@@ -106,9 +109,9 @@ def convert(source: Source, plan: Plan, work: Path, told: Told) -> Converted:
     """
     total = source.num_layers + 2
     told("embedding and head", 0, total)
-    original = source.ends()
-    schemes = decided(source, original, plan.spec)
     packed = source.ends()
+    schemes = decided(source, packed, plan.spec)
+    original = source.ends(sight=False)
     quantise_model(packed, _explicit(packed, schemes))
     walk = _Walk.start_or_resume(source, plan, work, original, packed)
     resumed_at = walk.done

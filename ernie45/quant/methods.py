@@ -20,7 +20,7 @@ from ernie45.nn.layers import Linear, RMSNorm, SwiGLU
 from ernie45.nn.moe import Experts, MixtureOfExperts
 from ernie45.ops import PackedWeight
 from ernie45.quant import awq
-from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Statistics
+from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Statistics, reached_by_text
 from ernie45.quant.gptq import GptqSettings, corrected, gptq, output_errors, restored, round_to_nearest
 from ernie45.quant.hadamard import turned, turned_back, turned_gram
 from ernie45.quant.linear import QuantExperts, QuantLinear
@@ -110,13 +110,14 @@ def quantise_block(
     todo = {name: scheme for name, scheme in named.items() if scheme is not None}
     exponents: dict[str, float] = {}
     if method.widen and streams is not None and todo:
-        exponents = _widen(block, named, streams.pair(block, block).observe(list(named), streams.least_tokens))
+        heard = [name for name in named if reached_by_text(name)]
+        exponents = _widen(block, named, streams.pair(block, block).observe(heard, streams.least_tokens))
     original = copy.deepcopy(block) if method.spread else block
     reports: list[MatrixReport] = []
     packed: dict[str, PackedWeight | list[tuple[PackedWeight, PackedWeight]]] = {}
     for stage in _stages(todo):
         statistics: Statistics = {}
-        if streams is not None:
+        if streams is not None and all(map(reached_by_text, stage)):
             statistics = streams.pair(block, original).observe(stage, streams.least_tokens)
         for name in stage:
             module, scheme, seen = block.get_submodule(name), todo[name], statistics.get(name)
@@ -137,6 +138,7 @@ def quantise_block(
 def _stages(names: Collection[str]) -> list[list[str]]:
     """Modules that see their inputs at the same time, in the order of the pass."""
     order = (("attn.qkv",), ("attn.out",), ("ffn.gate_up", "ffn.shared.gate_up", "ffn.experts"), ("ffn.down", "ffn.shared.down"))
+    order += (("ffn.vision.experts",),)
     assert not set(names) - {name for stage in order for name in stage}, "a block with matrices this file does not know"
     return [found for stage in order if (found := [name for name in stage if name in names])]
 
@@ -225,6 +227,9 @@ def _widen(block: Block, schemes: Mapping[str, Scheme | None], statistics: Stati
             norm.weight.div_(found.factors_I)
             if isinstance(ffn, MixtureOfExperts) and source == "ffn_norm":
                 ffn.router.weight.mul_(found.factors_I)
+                if ffn.vision is not None:  # what reads the same norm takes its share, seen or not
+                    ffn.vision.router.weight.mul_(found.factors_I)
+                    ffn.vision.experts.gate_up.mul_(found.factors_I)
             exponents |= dict.fromkeys(names, found.exponent)
     found = _search(block, ["attn.out"], schemes, statistics, attn)
     if found is not None:

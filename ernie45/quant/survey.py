@@ -14,7 +14,7 @@ from ernie45.nn.layers import Linear
 from ernie45.nn.moe import Experts
 from ernie45.nn.rope import turns
 from ernie45.quant.allocate import Need
-from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Statistics, advance
+from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Statistics, advance, reached_by_text
 from ernie45.quant.convert import Source, Told, embedded
 from ernie45.quant.gptq import output_errors, round_to_nearest
 from ernie45.quant.hadamard import turned, turned_gram
@@ -27,13 +27,13 @@ _LAST_OF_BRANCH = {"attn": ("attn.out",), "ffn": ("ffn.down", "ffn.shared.down",
 @torch.inference_mode()
 def survey(source: Source, calibration_SL: Tensor, words: Sequence[str], least_tokens: int, told: Told) -> list[Need]:
     """The needs of every matrix in the layers under the schemes `words`; one pass over the model, one layer in memory."""
-    x_SLD = embedded(source.ends(), calibration_SL)
+    x_SLD = embedded(source.ends(sight=False), calibration_SL)
     turns_LP = turns(torch.arange(calibration_SL.shape[1]), source.frequencies)
     needs: list[Need] = []
     for layer in range(source.num_layers):
         told(f"measuring needs, layer {layer}", layer + 1, source.num_layers)
         block = source.block(layer)
-        names = [name for name, _ in quantisable(block)]
+        names = [name for name, _ in quantisable(block) if reached_by_text(name)]
         seen = Pair(block, x_SLD, block, x_SLD, turns_LP).observe(names, least_tokens)
         advance(block, x_SLD, turns_LP)
         needs += _needs(block, f"layers.{layer}", seen, words, float(x_SLD.square().sum(dtype=torch.float64)))

@@ -72,6 +72,7 @@ class Inspection:
     numbers: dict[str, dict[str, int]] = field(default_factory=dict)
     largest: list[TensorLine] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
+    fits: list[str] = field(default_factory=list)
     tokenizer: str = "none"
     template: str = "none"
     checked: bool = False
@@ -169,7 +170,9 @@ def _look(path: Path, found: Inspection, check: bool, progress: Progress) -> Non
     _count(found, lines)
     shapes = {line.name: line.shape for line in lines}
     if opened:
-        _describe(found, ModelConfig(opened.config, opened.vision), _LAYOUTS[opened.layout])
+        described = ModelConfig(opened.config, opened.vision)
+        _describe(found, described, _LAYOUTS[opened.layout])
+        found.fits = _fits(described, opened.spec)
         found.notes += opened.notes
         if not opened.plan.complete:
             found.problems.append(opened.complaint().partition(": ")[2])
@@ -234,6 +237,21 @@ def _describe(found: Inspection, config: ModelConfig, layout: str) -> None:
     found.vision = asdict(config.vision) if config.vision else None
     found.parameters = count.total + count.mtp
     found.memory = {kind: found.parameters * size for kind, size in COMPUTE_BYTES.items()}
+
+
+def _fits(config: ModelConfig, spec: Any) -> list[str]:
+    """What this machine's free memory is enough for, with numbers; counted from sizes, so no weight is read."""
+    from ernie45.machine import available_memory
+    from ernie45.models.memory import advice, plan_memory
+
+    free, context = available_memory(), min(8192, config.text.max_positions)
+    if spec is None:
+        lines = advice(config, free, context=context)
+    else:
+        plan = plan_memory(config, spec, float_bytes=4, context=context)
+        verdict = "fits" if plan.total <= free else "does not fit"
+        lines = [f"as it is packed it {verdict} into {free / 2**30:.2f} GiB: {plan}"]
+    return [*lines, f"counted with {context:,} tokens in the cache"]
 
 
 def _count(found: Inspection, lines: list[TensorLine]) -> None:
@@ -322,6 +340,7 @@ def report(found: Inspection, style: Style) -> list[str]:
         rows.append(("largest" if i == 0 else "", f"{line.name} {list(line.shape)} {line.stored}, {size_text(line.bytes)}"))
     if found.memory:
         rows.append(("to load", ", ".join(f"{size_text(size)} in {kind}" for kind, size in found.memory.items())))
+    rows += [("free memory" if i == 0 else "", line) for i, line in enumerate(found.fits)]
     rows += [("tokenizer", found.tokenizer), ("template", found.template)]
     width = max(len(name) for name, _ in rows)
     lines = [style.bold(clean(found.path)), *(f"  {style.dim(f'{name:<{width}}')}  {clean(text)}" for name, text in rows)]

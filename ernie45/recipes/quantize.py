@@ -46,6 +46,8 @@ class QuantizeConfig:
     """Turn the inputs of every matrix by a Hadamard matrix, so that a few large ones do not set the scale of their group."""
     head: str = "w8a8"
     """Scheme of the output head and an embedding tied to it; `whole` keeps it in floats."""
+    vision: str = "w8a8"
+    """Scheme of the vision tower and resampler of a model that has them; `whole` keeps them in floats."""
     rule: tuple[str, ...] = ()
     """Exceptions, tried first: PATTERN=SCHEME, such as 'layers.0.*=w8a8' or '*.shared.*=whole'."""
     calibration: Annotated[Path | None, _NONE] = None
@@ -87,9 +89,15 @@ class QuantizeConfig:
             raise ConfigError("--window must be at least 2: a token is judged by the one after it")
 
 
-def spec_of(config: QuantizeConfig, tied: bool) -> QuantSpec:
-    """The table from module names to schemes that the flags ask for. Raises `ConfigError` for words that are no scheme."""
+def spec_of(config: QuantizeConfig, tied: bool, sighted: bool = False) -> QuantSpec:
+    """The table from module names to schemes that the flags ask for. Raises `ConfigError` for words that are no scheme.
+
+    Of a model that sees, the patch embedding stays whole: it is few of the weights, and everything passes it.
+    """
     rules = [_rule(text) for text in config.rule]
+    if sighted:
+        rules.append(Rule(pattern="sight.tower.patches", scheme=None))
+        rules.append(Rule(pattern="sight.*", scheme=None if config.vision == "whole" else _completed(config.vision, config)))
     head = None if config.head == "whole" else _completed(config.head, config)
     rules.append(Rule(pattern="embed" if tied else "head", scheme=head))
     rules.append(Rule(pattern="*", scheme=_completed(config.scheme, config)))
@@ -183,7 +191,7 @@ def quantize(config: QuantizeConfig, environment: Environment) -> dict[str, Any]
             raise CheckpointError(f"{path} is quantised already; quantise the original instead")
         source = LayeredModel(opened)
         try:
-            spec = spec_of(config, opened.config.tie_embeddings)
+            spec = spec_of(config, opened.config.tie_embeddings, opened.vision is not None)
             texts = _texts(config, opened)
             plan = _plan(config, spec, texts, path)
             if config.target_bits is not None or config.target_size is not None:
@@ -282,12 +290,16 @@ def _finish(config: QuantizeConfig, spec: QuantSpec, source: Any, converted: Any
     """Everything a model folder has beside weights, then the folder in its place."""
     from ernie45.models.packed import packed_entry
     from ernie45.models.save import COMPANIONS
+    from ernie45.models.vision_config import ModelConfig
     from ernie45.quant.convert import leave_only_model
     from ernie45.quant.measure import picture
 
     work = converted.work
     try:
-        body = source.config.to_hf() | {"torch_dtype": "float32", "quantization_config": packed_entry(spec, config.method)}
+        body = ModelConfig(source.config, source.opened.vision).to_hf() | {
+            "torch_dtype": "float32",
+            "quantization_config": packed_entry(spec, config.method),
+        }
         if path.is_dir():
             original = json.loads((path / "config.json").read_text(encoding="utf-8"))
             body |= {key: original[key] for key in ("ernie45_source",) if key in original}
