@@ -59,7 +59,10 @@ def _packed(source: LayeredModel, word: str, dtype: torch.dtype, progress: Calla
     progress("quantising embedding and head", 0, source.num_layers)
     decoder = source.ends()
     end = Rule(pattern="embed" if decoder.head is None else "head", scheme=completed("w8a8"))
-    quantise_model(decoder, QuantSpec(rules=(end,)), algorithm=round_quickly)
+    rules = [end]
+    if decoder.sight is not None:  # the patch embedding stays whole, as `ernie quantize` leaves it
+        rules += [Rule(pattern="sight.tower.patches", scheme=None), Rule(pattern="sight.*", scheme=completed("w8a8"))]
+    quantise_model(decoder, QuantSpec(rules=tuple(rules)), algorithm=round_quickly)
     if isinstance(decoder.embed, QuantEmbedding):
         decoder.embed.dtype = dtype
     _cast(decoder, dtype)

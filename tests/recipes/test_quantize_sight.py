@@ -8,6 +8,7 @@ import torch
 
 from ernie45.models.load import load, load_model
 from ernie45.models.memory import SIGHT_RULES, weight_bytes
+from ernie45.models.on_the_fly import load_quantised
 from ernie45.models.released import tiny
 from ernie45.models.save import save_model
 from ernie45.models.text import Decoder
@@ -91,6 +92,15 @@ def test_rules_of_the_plan_are_those_of_the_command(sighted, tmp_path, environme
     assert spec.rules[0].scheme is None
     assert spec.rules[1].scheme is not None
     assert Scheme.parse(spec.rules[1].scheme).weight_bits == 8
+
+
+def test_packed_as_it_loads(sighted) -> None:
+    original, packed = load_model(sighted, dtype="float32"), load_quantised(sighted, "w8a8", dtype="float32").decoder
+    assert isinstance(packed.layers[1].ffn.vision.experts, QuantExperts)
+    assert isinstance(packed.sight.tower.blocks[0].up, QuantLinear)
+    assert isinstance(packed.sight.tower.patches.weight, torch.nn.Parameter)
+    seen, lost = (model.prompt_logits(TOKENS, [(patches(), GRID)]) for model in (original, packed))
+    assert (lost - seen).square().sum() < 0.01 * seen.square().sum()  # 8 bits: a rounding of 1 in 254 each way
 
 
 def test_what_sees_takes_its_share_when_the_norm_is_widened() -> None:
