@@ -103,7 +103,7 @@ def test_the_version_is_said(capsys):
         (["chat", "--dtype", "float23"], "float23"),
         (["chat", "one", "two"], "two"),
         (["chat", "--thinking", "perhaps", "--prompt", "x"], "on, off, or a number"),
-        (["inspect"], "FOLDER"),
+        (["inspect"], "folder"),
         (["bench"], "`ernie bench` takes one more word: latency, serve, make"),
         (["bench", "lateny"], "takes one more word"),
         (["bench", "make", "--shceme", "w4a8"], "did you mean '--scheme'"),

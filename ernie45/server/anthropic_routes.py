@@ -49,7 +49,7 @@ def add_anthropic(app: FastAPI, service: Service) -> None:
             def on_failure(failure: Failure) -> bytes:
                 return event(failure.anthropic(request.state.request_id), "error")
 
-            return stream_response(service, _events(head, tickets[0]), on_failure, end)
+            return stream_response(service, request, _events(head, tickets[0]), on_failure, end)
         try:
             await unless_gone(request, finished(tickets))
             return JSONResponse(_whole(head, tickets[0]))

@@ -13,15 +13,17 @@ from ernie45.server.openapi import body_of
 from ernie45.server.prepare import CHAT_FIELDS, chat_jobs, completion_jobs
 from ernie45.server.protocol import REFUSED, ChatRequest, CompletionRequest, check_counts, read_fields
 from ernie45.server.reply import Writer, new_id, usage
+from ernie45.server.resume import HeldStream
 from ernie45.server.service import Service
 from ernie45.server.stream import EventStream, event, unless_gone
 from ernie45.server.ticket import Job, Ticket
 
 DONE = event("[DONE]")
+_LAST_EVENT = {"name": "Last-Event-ID", "in": "header", "required": True, "schema": {"type": "string"}}
 
 
 def add_openai(app: FastAPI, service: Service) -> None:
-    """POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /v1/models/{name}."""
+    """POST /v1/chat/completions, POST /v1/completions, GET /v1/streams, GET /v1/models, GET /v1/models/{name}."""
 
     @app.post("/v1/chat/completions", tags=["OpenAI"], openapi_extra=body_of(ChatRequest))
     async def chat(request: Request) -> Response:
@@ -34,6 +36,12 @@ def add_openai(app: FastAPI, service: Service) -> None:
         """Continues texts, whole or as server-sent events."""
         asked = read_fields(CompletionRequest, await read_json(request, service.settings.limits), REFUSED["completions"])
         return await completion_answer(service, request, asked)
+
+    @app.get("/v1/streams", tags=["OpenAI"], openapi_extra={"parameters": [_LAST_EVENT]})
+    async def take_up(request: Request) -> Response:
+        """The rest of a stream whose connection was lost, after the event named by `Last-Event-ID`."""
+        held, after = service.streams.find(request.headers.get("last-event-id"), request.state.caller)
+        return _held_response(service, held, after)
 
     @app.get("/v1/models", tags=["OpenAI"])
     async def models() -> JSONResponse:
@@ -134,21 +142,35 @@ def _streamed(
         tell(request, model, tickets)
         service.release(model, tickets, writer.id)
 
-    return stream_response(service, events(), on_failure, on_end)
+    return stream_response(service, request, events(), on_failure, on_end)
 
 
 def stream_response(
-    service: Service, events: AsyncIterator[bytes], on_failure: Callable[[Failure], bytes], on_end: Callable[[], None]
+    service: Service,
+    request: Request,
+    events: AsyncIterator[bytes],
+    on_failure: Callable[[Failure], bytes],
+    on_end: Callable[[], None],
 ) -> Response:
-    """Events as a response, with the server's patience."""
+    """Events as a response, with the server's patience; they can be taken up again when the client asked for it."""
+    try:
+        held = service.streams.hold(request.headers, request.state.caller, events, on_failure, on_end)
+    except Failure:
+        on_end()
+        raise
+    if held is not None:
+        return _held_response(service, held, 0)
+    return EventStream(events, on_failure=on_failure, on_end=on_end, headers={}, **_patience(service))
+
+
+def _held_response(service: Service, held: HeldStream, after: int) -> Response:
     return EventStream(
-        events,
-        on_failure=on_failure,
-        on_end=on_end,
-        headers={},
-        keep_alive=service.settings.keep_alive_seconds,
-        write_seconds=service.settings.limits.write_seconds,
+        held.follow(after), on_failure=lambda failure: b"", on_end=lambda: None, headers={"x-stream-id": held.id}, **_patience(service)
     )
+
+
+def _patience(service: Service) -> dict[str, float]:
+    return {"keep_alive": service.settings.keep_alive_seconds, "write_seconds": service.settings.limits.write_seconds}
 
 
 async def finished(tickets: Sequence[Ticket]) -> None:

@@ -58,7 +58,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
             def on_failure(failure: Failure) -> bytes:
                 return writer.failed(failure)
 
-            return stream_response(service, writer.events(tickets[0]), on_failure, end)
+            return stream_response(service, request, writer.events(tickets[0]), on_failure, end)
         try:
             await unless_gone(request, finished(tickets))
             return JSONResponse(writer.body(tickets[0]))

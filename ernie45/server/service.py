@@ -12,6 +12,7 @@ from ernie45.server.journal import Journal
 from ernie45.server.metrics import Metrics
 from ernie45.server.model import ServedModel
 from ernie45.server.prepare import Context
+from ernie45.server.resume import Streams
 from ernie45.server.settings import ServerSettings
 from ernie45.server.ticket import Job, Ticket
 
@@ -45,6 +46,7 @@ class Service:
         self.draining = False
         self.version = version
         self.live: dict[str, list[Ticket]] = {}  # by the request's id, for cancelling
+        self.streams = Streams(settings.limits)
         self._threads = ThreadPoolExecutor(_PREPARERS, thread_name_prefix="prepare")
         self._names: dict[str, ServedModel] = {}
         for model in models:
@@ -131,6 +133,7 @@ class Service:
     async def close(self) -> None:
         """Ends everything."""
         self.draining = True
+        self.streams.close()
         await asyncio.gather(*(model.close() for model in self.models))
         for call in self._at_end:
             await asyncio.get_running_loop().run_in_executor(None, call)

@@ -43,6 +43,12 @@ class Limits:
     """Time for a client to send a request."""
     write_seconds: float = 30.0
     """Time for a client to take a piece of an answer; then its answer is stopped and the connection closed."""
+    resume_seconds: float = 60.0
+    """Longest that a stream may wait for its client to come back (X-Resume-Seconds)."""
+    resume_bytes: int = 1 << 20
+    """Bytes of a stream that are kept for a client that comes back; then the answer waits."""
+    resumable: int = 256
+    """Streams that can be taken up again at the same time; more are given without."""
     request_seconds: float = 3600.0
     """Time for a whole request, waiting included."""
     queue: int = 256
