@@ -1,9 +1,9 @@
 """Pages of the key-value cache as numbers: who holds which, and which hold a known prefix. No tensors here.
 
-A page holds `page_size` consecutive positions of one sequence. A full page is known by the SHA-256 of its own tokens and its parent's
-digest (the first page's parent is the salt), so equal digests mean equal prefixes; a cryptographic hash leaves no room for a crafted
-collision to read another's prompt. A page that nobody holds any more stays known until its place is needed; the one unused for
-longest goes first. Every operation takes constant time.
+A page holds `page_size` consecutive positions of one sequence. A full page is known by the SHA-256 of its own tokens, of the pictures that
+some of them stand for, and of its parent's digest (the first page's parent is the salt), so equal digests mean equal prefixes; a
+cryptographic hash leaves no room for a crafted collision to read another's prompt. A page that nobody holds any more stays known until its
+place is needed; the one unused for longest goes first. Every operation takes constant time.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ def root_digest(salt: str, adapter: str = "") -> bytes:
     return hashlib.sha256(b"ernie45 prefix\0" + network + salt.encode("utf-8", "surrogatepass")).digest()
 
 
-def page_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The name of a full page: SHA-256 over the parent's digest and the page's token ids (32 bits each)."""
-    return hashlib.sha256(parent + array("I", tokens).tobytes()).digest()
+def page_digest(parent: bytes, tokens: Sequence[int], seen: bytes = b"") -> bytes:
+    """The name of a full page: SHA-256 over the parent's digest, the page's token ids (32 bits each), and the pictures among them."""
+    return hashlib.sha256(parent + array("I", tokens).tobytes() + seen).digest()
 
 
 class PagePool:

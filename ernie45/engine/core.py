@@ -14,10 +14,11 @@ import torch
 
 from ernie45.engine.adapters import Adapters
 from ernie45.engine.cache import PagedCache, bytes_per_token
+from ernie45.engine.eyes import Eyes
 from ernie45.engine.grammar import Grammars
 from ernie45.engine.output import Output
 from ernie45.engine.packed_cache import KV_BITS, PackedCache, packed_bytes_per_token
-from ernie45.engine.request import Request
+from ernie45.engine.request import FinishReason, Request
 from ernie45.engine.runner import Runner, StepResult, merged
 from ernie45.engine.scheduler import Load, Plan, Scheduler, SchedulerConfig
 from ernie45.errors import ConfigError, RequestError
@@ -25,9 +26,12 @@ from ernie45.machine import available_memory
 from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.models.config import TextConfig
 from ernie45.models.text import Decoder, check_tokens
+from ernie45.tokens.pictures import PixelRules
 
 _EMBEDDING = "\0embedding"  # who holds the adapter of a text to embed
 _IDLE_SHARE = 4
+_RGB = 3
+_ALONE = 16  # times its budget the vision tower gets in a step when no answer is being written
 _CACHE_SHARE = 0.5  # of the available memory, at most, for an automatic cache: activations and the caller need some too
 
 
@@ -43,6 +47,9 @@ class EngineConfig:
     max_running     sequences served at the same time
     max_adapters    adapters in memory at the same time, and adapter_bytes their bytes altogether
     kv              keys and values in the cache: "whole" (the compute type), "int8" or "int4"
+    vision_budget   billions of multiplications the vision tower may do in a step beside answers that are being written; larger sees
+                    sooner, smaller keeps answers smooth
+    picture_bytes   of encoded pictures in memory; a single request may have more
     """
 
     page_size: int = 32
@@ -55,11 +62,14 @@ class EngineConfig:
     max_adapters: int = 8
     adapter_bytes: int = 1 << 30
     kv: str = "whole"
+    vision_budget: int = 10
+    picture_bytes: int = 1 << 29
 
     def __post_init__(self) -> None:
         if self.kv != "whole" and self.kv not in KV_BITS:
             raise ConfigError(f"kv is '{self.kv}'; allowed: whole, {', '.join(KV_BITS)}")
-        for name in ("page_size", "num_pages", "max_length", "token_budget", "idle_budget", "max_running", "max_adapters", "adapter_bytes"):
+        names = ("page_size", "num_pages", "max_length", "token_budget", "idle_budget", "max_running", "max_adapters", "adapter_bytes")
+        for name in (*names, "vision_budget", "picture_bytes"):
             value = getattr(self, name)
             if value is None and name in ("num_pages", "max_length", "idle_budget"):
                 continue
@@ -109,13 +119,15 @@ class Engine:
         available: int | None = None,
         grammars: Grammars | None = None,
         adapters: AdapterFolder | None = None,
+        rules: PixelRules | None = None,
         new_seed: Callable[[], int] = lambda: secrets.randbits(63),
         on_fault: Callable[[str, Exception], None] = lambda request_id, error: None,
     ) -> None:
         """available: bytes of memory, asked from the system when None. grammars: compiler for requests with a grammar; None refuses them.
 
-        adapters: what requests may name; None refuses all. new_seed: for requests without a seed.
-        on_fault: told of each request that ended alone because its part of a step broke, and how.
+        adapters: what requests may name; None refuses all. rules: how pictures are made for a model that sees; beside adapters
+        it sees none. new_seed: for requests without a seed. on_fault: told of each request that ended alone because its part of a step
+        broke, and how.
         """
         free = available_memory() if available is None else available
         config = config or EngineConfig()
@@ -128,21 +140,28 @@ class Engine:
         self._scheduler = Scheduler(self.limits)
         self._untold: list[Output] = []  # ends of requests whose step broke
         self._adapters = Adapters(decoder, adapters, config.max_adapters, config.adapter_bytes) if adapters is not None else None
-        self._runner = Runner(decoder, _cache(config, self.limits, decoder), self._adapters)
+        self._eyes = _eyes(decoder, rules, config.picture_bytes) if self._adapters is None else None
+        self._vision_budget = config.vision_budget * 10**9
+        self._runner = Runner(decoder, _cache(config, self.limits, decoder), self._adapters, self._eyes)
 
     @property
     def idle(self) -> bool:
         """True when no request is alive and every end has been told."""
-        return self._scheduler.idle and not self._untold
+        return self._scheduler.idle and not self._untold and not (self._eyes and self._eyes.waiting)
 
     @property
     def load(self) -> Load:
-        """How busy it is."""
-        return self._scheduler.load
+        """How busy it is. Requests whose pictures are being encoded wait."""
+        load = self._scheduler.load
+        return replace(load, waiting=load.waiting + self._eyes.waiting) if self._eyes is not None else load
 
     def check(self, request: Request) -> int:
         """max_tokens as it would be served. Raises `RequestError` (names the field) when the request could not be."""
         request.check_vocabulary(self.model.vocab_size)
+        if self._eyes is not None:
+            self._eyes.check(request)
+        elif request.pictures:
+            raise RequestError("this model sees no pictures; leave them out", "messages")
         return self._scheduler.check_fits(request)
 
     def submit(self, request: Request) -> None:
@@ -155,14 +174,17 @@ class Engine:
             matcher = self._grammars.matcher(request.grammar, sorted(request.end_ids))
         if request.adapter and not self._scheduler.has(request.id):
             request = replace(request, adapter=self._hold(request.id, request.adapter))
-        self._scheduler.add(request)
+        if self._eyes is not None and (self._eyes.has(request.id) or self._scheduler.has(request.id)):
+            raise RequestError(f"a request with the id '{request.id}' is already alive", "id")
+        if self._eyes is None or self._eyes.begin(request):
+            self._scheduler.add(request)
         self._runner.admit(request, self._new_seed() if request.params.seed is None else request.params.seed, matcher)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request: nothing more comes of it, and its pages are free. False when it was not alive."""
-        self._forget(request_id)
+        waited = self._forget(request_id)
         self._untold = [output for output in self._untold if output.request_id != request_id]
-        return self._scheduler.cancel(request_id)
+        return self._scheduler.cancel(request_id) or waited
 
     def step(self) -> tuple[Output, ...]:
         """Computes one step; empty when only parts of prompts were read, or nothing was to do.
@@ -171,6 +193,7 @@ class Engine:
         When every row breaks, or the step is interrupted, all its requests end, their pages are free, and the exception goes on to the
         caller; the next call tells of the ends.
         """
+        self._look()
         plan = self._scheduler.plan()
         outputs, self._untold = self._untold, []
         if not plan.rows:
@@ -249,13 +272,44 @@ class Engine:
         if self._adapters is not None:
             self._adapters.drop(request_id)
 
-    def _forget(self, request_id: str) -> None:
+    def _forget(self, request_id: str) -> bool:
+        """True when its pictures were not encoded yet."""
         self._runner.forget(request_id)
         self._drop(request_id)
+        return self._eyes is not None and self._eyes.forget(request_id)
+
+    def _look(self) -> None:
+        """Encodes pictures that are waited for, and lets the scheduler have the requests that have all of theirs."""
+        if self._eyes is None or not self._eyes.waiting:
+            return
+        try:
+            for request in self._eyes.look(self._vision_budget * (1 if self._scheduler.load.running else _ALONE)):
+                self._scheduler.add(request)
+        except BaseException:
+            for name in self._eyes.lost():
+                self._forget(name)
+                self._untold.append(Output(name, (), (), (), FinishReason.error, 0))
+            raise
 
     def verify(self) -> None:
         """Proves that pages and requests agree; meant for idle moments and tests."""
         self._scheduler.check()
+        if self._eyes is not None:
+            self._eyes.verify()
+
+
+def _eyes(decoder: Decoder, rules: PixelRules | None, capacity: int) -> Eyes | None:
+    """For a decoder that sees colours. Raises `ConfigError` when the rules cut other patches than its tower reads."""
+    if decoder.sight is None or decoder.sight.config.channels != _RGB:
+        return None
+    vision = decoder.sight.config
+    rules = rules or PixelRules(patch=vision.patch_size, merge=vision.merge)
+    if (rules.patch, rules.merge) != (vision.patch_size, vision.merge):
+        raise ConfigError(
+            f"the folder's rules cut patches of {rules.patch} pixels, {rules.merge} x {rules.merge} to a token; its vision tower reads "
+            f"patches of {vision.patch_size}, {vision.merge} x {vision.merge}: mend preprocessor_config.json or config.json"
+        )
+    return Eyes(decoder.sight, rules, decoder.config.hidden_size, capacity)
 
 
 def _cache(config: EngineConfig, limits: SchedulerConfig, decoder: Decoder) -> PagedCache | PackedCache:

@@ -4,7 +4,7 @@ Letters: T tokens of the step, R rows that sample, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from ernie45 import ops
 from ernie45.engine.adapters import Adapters
 from ernie45.engine.batch import Batch, BatchBuilder
 from ernie45.engine.cache import PagedCache
+from ernie45.engine.eyes import Eyes, Look
 from ernie45.engine.grammar import Matcher
 from ernie45.engine.output import TokenLogprobs
 from ernie45.engine.packed_cache import PackedCache
@@ -61,8 +62,13 @@ def merged(results: Sequence[StepResult], failed: frozenset[str]) -> StepResult:
 class Runner:
     """Executes plans of requests that were announced by `admit`, and holds what sampling must remember of them."""
 
-    def __init__(self, decoder: Decoder, cache: PagedCache | PackedCache, adapters: Adapters | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: PagedCache | PackedCache, adapters: Adapters | None = None, eyes: Eyes | None = None
+    ) -> None:
         self._decoder = decoder
+        self._eyes = eyes
+        seen = decoder.sight.config.placeholder_ids if decoder.sight is not None else frozenset()
+        self._unspeakable = sorted(seen)  # what stands for a picture in a prompt is nothing to say
         self._adapters = adapters
         self._cache = cache
         self._network = native_network(decoder, ops.KERNELS) if ops.KERNELS is not None else None
@@ -84,7 +90,8 @@ class Runner:
             spans = [(span.first, span.end) for span in batch.spans]
             decoder = self._adapters.network([row.request_id for row in plan.rows], spans)
         ends = [span.end - 1 for row, span in zip(plan.rows, batch.spans, strict=True) if row.samples]
-        computed = self._compute(decoder, batch, ends)
+        look = self._eyes.compose(plan, batch) if self._eyes is not None else None
+        computed = self._compute(decoder, batch, ends, look)
         scored = {
             row.request_id: found
             for row, span in zip(plan.rows, batch.spans, strict=True)
@@ -95,7 +102,9 @@ class Runner:
             self._note_scored(plan)
             return StepResult({}, frozenset(), {}, scored)
         states = [self._states[row.request_id] for row in rows]
-        if computed.best is not None and all(state.takes_best for state in states):
+        if self._unspeakable and ends:
+            computed.logits_RV[:, self._unspeakable] = float("-inf")
+        if computed.best is not None and all(state.takes_best for state in states) and self._may_say(computed.best[0]):
             result = take_best(*computed.best)
         else:
             result = sample(computed.logits_RV, states)
@@ -113,9 +122,19 @@ class Runner:
                 logprobs[row.request_id] = (entry,)
         return StepResult(sampled, frozenset(failed), logprobs, scored)
 
-    def _compute(self, decoder: Decoder, batch: Batch, ends: list[int]) -> "_Computed":
+    def _may_say(self, best_R: Tensor) -> bool:
+        return not self._unspeakable or not set(best_R.tolist()) & set(self._unspeakable)
+
+    def _compute(self, decoder: Decoder, batch: Batch, ends: list[int], look: Look | None) -> "_Computed":
         """`decoder` over the batch, and the logits of rows `ends`; one native call where it is the bare one, packed, over a whole cache."""
-        if self._network is not None and decoder is self._decoder and isinstance(self._cache, PagedCache):
+        if look is not None and look.vision_T is None:  # text behind pictures is text further on
+            batch, look = replace(batch, positions_T=look.positions), None
+        if look is not None:
+            x_TD = decoder.embed(batch.tokens_T)
+            if look.places_F is not None and look.features_FD is not None:
+                x_TD = x_TD.index_copy(0, look.places_F, look.features_FD)
+            h_TD = decoder(x_TD, look.positions, self._cache.attend(batch), look.vision_T)
+        elif self._network is not None and decoder is self._decoder and isinstance(self._cache, PagedCache):
             done = self._network.step(batch.tokens_T, batch.positions_T, batch.slots_T, self._cache.store, batch.places_R3, batch.pages_RP,
                                       self._cache.page_size, torch.tensor(ends, dtype=torch.int64))  # fmt: skip
             if done.logits_RV is not None:
