@@ -1,6 +1,8 @@
 """A tiny random model that sees, and pictures of noise for it. Its answers mean nothing: it serves tests alone."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -77,3 +79,33 @@ def write_rules(folder, rules=RULES):
     (folder / "preprocessor_config.json").write_text(json.dumps(data))
     video = {"size": {"shortest_edge": rules.frame_min, "longest_edge": rules.frame_max}}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+
+
+CHAT = (
+    "{{ '<|begin_of_sentence|>' }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] + '\\n' }}"
+    "{% elif m['role'] == 'user' %}{{ 'User: ' + m['content'] }}"
+    "{% else %}{{ '\\nAssistant: ' + m['content'] + '<|end_of_sentence|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\nAssistant: <think>\\n\\n</think>\\n\\n' }}{% endif %}"
+)
+
+
+def sighted_folder(folder):
+    """The tiny model as a folder with a tokenizer, a chat template and rules for pictures."""
+    from ernie45.models.save import save_model
+    from ernie45.tokens.tokenizer import load_tokenizer
+    from tests.tokens.conftest import PLACEHOLDERS, TAGS, write_pieces_folder
+
+    words = write_pieces_folder(folder.parent / f"{folder.name}-words", PLACEHOLDERS[:1] + TAGS)
+    tokenizer = load_tokenizer(words)
+    names = {"image_id": "IMAGE_PLACEHOLDER", "video_id": "IMAGE_PLACEHOLDER", "image_start_id": "IMAGE_START", "image_end_id": "IMAGE_END"}
+    names |= {"video_start_id": "VIDEO_START", "video_end_id": "VIDEO_END"}
+    vision = replace(VISION, **{field: tokenizer.id_of(f"<|{name}|>") for field, name in names.items()})
+    save_model(sighted_decoder(vision=vision, vocab_size=tokenizer.vocab_size), folder)
+    for file in words.iterdir():
+        if file.name != "config.json":
+            shutil.copy(file, folder / file.name)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHAT}))
+    write_rules(folder)
+    return folder

@@ -38,6 +38,7 @@ class Completion:
     cached_tokens  how many of the prompt's tokens were found in shared pages
     logprobs       one entry per id when asked for; None for ids that a thinking budget put in
     prompt_logprobs one entry per prompt token from the second on, when asked for
+    image_tokens    prompt tokens that stand for images, and video_tokens for videos
     """
 
     text: str
@@ -50,6 +51,8 @@ class Completion:
     logprobs: tuple[TokenLogprobs | None, ...] | None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None
     timing: Timing
+    image_tokens: int = 0
+    video_tokens: int = 0
 
 
 class Answer:
@@ -208,6 +211,8 @@ class Answer:
             cached_tokens=self._cached,
             logprobs=None if params.logprobs is None else tuple(self._logprobs),
             prompt_logprobs=None if params.prompt_logprobs is None else tuple(self._prompt_logprobs),
+            image_tokens=self.request.seen_tokens("image"),
+            video_tokens=self.request.seen_tokens("video"),
             timing=Timing(prefill=self._first - self._asked, decode=self._last - self._first, tokens=self._sampled),
         )
 

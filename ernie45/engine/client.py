@@ -15,7 +15,7 @@ from typing import Any, cast
 from ernie45.config import Environment
 from ernie45.engine.answer import Answer, Completion
 from ernie45.engine.core import Engine, EngineConfig
-from ernie45.engine.request import Request, SamplingParams
+from ernie45.engine.request import PlacedPicture, Request, SamplingParams
 from ernie45.engine.scheduler import Load, SchedulerConfig
 from ernie45.errors import CheckpointError, ConfigError, RequestError
 from ernie45.models.adapter_folder import AdapterFolder
@@ -23,8 +23,10 @@ from ernie45.models.load import OpenModel, load
 from ernie45.models.on_the_fly import load_quantised
 from ernie45.models.text import Decoder
 from ernie45.tokens.gguf_vocabulary import tokenizer_from_gguf
-from ernie45.tokens.messages import Message
+from ernie45.tokens.messages import Message, as_messages
 from ernie45.tokens.parse import Delta
+from ernie45.tokens.pictures import Picture, PixelRules, read_pixel_rules
+from ernie45.tokens.sight import Sight, Sources, place_pictures
 from ernie45.tokens.template import ChatTemplate, Prompt, load_template
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
 from ernie45.weights.gguf import GgufFile
@@ -104,6 +106,8 @@ class LLM:
         max_adapters: int = 8,
         adapter_bytes: int = 1 << 30,
         kv: str = "whole",
+        text_only: bool = False,
+        rules: PixelRules | None = None,
         progress: Progress | None = None,
         environment: Environment | None = None,
     ) -> None:
@@ -111,7 +115,8 @@ class LLM:
 
         quantize rounds a float model's matrices as they are loaded, such as "w4a8" (`models.on_the_fly`).
         chat_format names a known chat format for a model without a template of its own. adapters: a folder of PEFT adapters, which the
-        methods below name by their folders' names. The engine's settings: see `EngineConfig`.
+        methods below name by their folders' names. text_only leaves what a model sees with in its files; rules: how pictures are made for
+        a decoder that sees (a folder brings its own). The engine's settings: see `EngineConfig`.
         Raises CheckpointError, TokenizerError or ConfigError.
         """
         config = EngineConfig(
@@ -138,12 +143,17 @@ class LLM:
             decoder = model
         else:
             if quantize is None:
-                loaded = load(model, dtype=dtype, mtp=False, compact=True, progress=progress, environment=environment)
+                loaded = load(model, dtype=dtype, mtp=False, compact=True, text_only=text_only, progress=progress, environment=environment)
             else:
-                loaded = load_quantised(model, quantize, dtype=dtype, progress=progress, environment=environment)
+                loaded = load_quantised(model, quantize, dtype=dtype, text_only=text_only, progress=progress, environment=environment)
             decoder, self.compute, self.name = loaded.decoder, str(loaded.compute), str(model)
             self._read_text_side(loaded.opened, chat_format)
-        self._engine = Engine(decoder, config, adapters=folder)
+            if decoder.sight is not None:
+                vision = decoder.sight.config
+                rules = read_pixel_rules(loaded.opened.path, PixelRules(patch=vision.patch_size, merge=vision.merge))
+        self._engine = Engine(decoder, config, adapters=folder, rules=rules)
+        # the files are the caller's own: any path may be read
+        self.sight = Sight(rules=self._engine.rules, sources=Sources(paths=True)) if self._engine.rules is not None else None
         self._dtype = decoder.dtype
         self._live: dict[str, Answer] = {}
         self._asked = 0
@@ -173,19 +183,43 @@ class LLM:
 
     def render(self, messages: Messages, *, thinking: bool | int | None = None, tools: Sequence[Mapping[str, Any]] | None = None) -> Prompt:
         """The prompt that `chat` would send. Raises RequestError or TokenizerError as the template does."""
+        return self._render(messages, thinking, tools)[0]
+
+    def _render(
+        self, messages: Messages, thinking: bool | int | None, tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[Prompt, tuple[PlacedPicture, ...]]:
         if self.template is None:
             raise RequestError(f"{self._without_template}; use generate, or name a chat_format", "messages")
-        return self.template.render([Message("user", messages)] if isinstance(messages, str) else messages, thinking=thinking, tools=tools)
+        checked = as_messages([Message("user", messages)] if isinstance(messages, str) else messages)
+        pictures: tuple[Picture, ...] = ()
+        if any(message.media for message in checked):
+            if self.sight is None:
+                raise RequestError("this model sees no images or videos, or was loaded without its eyes; leave them out", "messages")
+            checked, pictures = self.sight.look(checked)
+        prompt = self.template.render(checked, thinking=thinking, tools=tools)
+        return prompt, tuple(PlacedPicture(span.start, picture) for span, picture in zip(prompt.media, pictures, strict=True))
 
     def generate(
-        self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None, *, adapter: str = ""
+        self,
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str = "",
+        pictures: Sequence[Sequence[Picture]] | None = None,
     ) -> list[Completion]:
-        """Continues each prompt (text, or ids); one completion per prompt, in order. Raises RequestError before anything is computed."""
+        """Continues each prompt (text, or ids); one completion per prompt, in order. Raises RequestError before anything is computed.
+
+        pictures: those of each prompt, in order. In a text `<|image@placeholder|>` and `<|video@placeholder|>` say where they stand; ids
+        hold the placeholder tokens already.
+        """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         settings = [params or SamplingParams()] * len(several) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(settings) != len(several):
             raise RequestError(f"there are {len(several)} prompts and {len(settings)} params; give one for all, or one for each", "params")
-        answers = [self._plain(prompt, setting, adapter) for prompt, setting in zip(several, settings, strict=True)]
+        shown: Sequence[Sequence[Picture]] = [()] * len(several) if pictures is None else pictures
+        if len(shown) != len(several):
+            raise RequestError(f"there are {len(several)} prompts, and pictures for {len(shown)}; give a list for each", "pictures")
+        answers = [self._plain(prompt, setting, adapter, seen) for prompt, setting, seen in zip(several, settings, shown, strict=True)]
         try:
             for answer in answers:
                 self._submit(answer)
@@ -220,9 +254,9 @@ class LLM:
         adapter: str = "",
     ) -> Stream:
         """As `chat`, piece by piece. The request is checked and queued at once; several streams may be open, each drives all."""
-        prompt = self.render(messages, thinking=thinking, tools=tools)
+        prompt, pictures = self._render(messages, thinking, tools)
         assert self.template is not None
-        request = self._request(prompt.ids, params, self.template.stop_ids, adapter)
+        request = self._request(prompt.ids, params, self.template.stop_ids, adapter, pictures)
         answer = Answer(
             request,
             self._engine.check(request),
@@ -266,24 +300,34 @@ class LLM:
         self._engine.submit(answer.request)
         self._live[answer.request.id] = answer
 
-    def _plain(self, prompt: str | Sequence[int], params: SamplingParams, adapter: str) -> Answer:
+    def _plain(self, prompt: str | Sequence[int], params: SamplingParams, adapter: str, pictures: Sequence[Picture] = ()) -> Answer:
         """An answer to a prompt that no template has touched. Raises RequestError."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("this model was given without a tokenizer; give the prompt as token ids", "prompt")
-            ids: Sequence[int] = self.tokenizer.encode(prompt)
+            ids: Sequence[int]
+            starts: Sequence[int]
+            ids, starts = place_pictures(prompt, pictures, self.tokenizer) if pictures else (self.tokenizer.encode(prompt), ())
         else:
-            ids = prompt
+            ids, starts = prompt, self._engine.starts(prompt, pictures)
         eos = self.tokenizer.eos_ids if self.tokenizer is not None and self.tokenizer.eos_ids else self._engine.model.eos_ids
-        request = self._request(ids, params, eos, adapter)
+        request = self._request(ids, params, eos, adapter, tuple(map(PlacedPicture, starts, pictures)))
         return Answer(request, self._engine.check(request), time.perf_counter(), tokenizer=self.tokenizer)
 
-    def _request(self, ids: Sequence[int], params: SamplingParams | None, eos: tuple[int, ...], adapter: str) -> Request:
+    def _request(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams | None,
+        eos: tuple[int, ...],
+        adapter: str,
+        pictures: tuple[PlacedPicture, ...] = (),
+    ) -> Request:
         params = SamplingParams() if params is None else params
         if self.tokenizer is None and isinstance(params, SamplingParams) and params.stop:
             raise RequestError("this model was given without a tokenizer, so it cannot find stop strings; use stop_token_ids", "stop")
         self._asked += 1
-        return Request(id=str(self._asked), prompt=cast(tuple[int, ...], ids), params=params, eos_ids=eos, adapter=adapter)
+        prompt = cast(tuple[int, ...], ids)
+        return Request(id=str(self._asked), prompt=prompt, params=params, eos_ids=eos, adapter=adapter, pictures=pictures)
 
     def _read_text_side(self, opened: OpenModel, chat_format: str | None) -> None:
         """Tokenizer and template from the model's folder, or from its GGUF file's metadata."""

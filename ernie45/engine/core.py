@@ -26,7 +26,7 @@ from ernie45.machine import available_memory
 from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.models.config import TextConfig
 from ernie45.models.text import Decoder, check_tokens
-from ernie45.tokens.pictures import PixelRules
+from ernie45.tokens.pictures import Picture, PixelRules
 
 _EMBEDDING = "\0embedding"  # who holds the adapter of a text to embed
 _IDLE_SHARE = 4
@@ -145,6 +145,11 @@ class Engine:
         self._runner = Runner(decoder, _cache(config, self.limits, decoder), self._adapters, self._eyes)
 
     @property
+    def rules(self) -> PixelRules | None:
+        """How pictures are to be made for it; None for a model that sees none."""
+        return self._eyes.rules if self._eyes is not None else None
+
+    @property
     def idle(self) -> bool:
         """True when no request is alive and every end has been told."""
         return self._scheduler.idle and not self._untold and not (self._eyes and self._eyes.waiting)
@@ -163,6 +168,14 @@ class Engine:
         elif request.pictures:
             raise RequestError("this model sees no pictures; leave them out", "messages")
         return self._scheduler.check_fits(request)
+
+    def starts(self, prompt: Sequence[int], pictures: Sequence[Picture]) -> tuple[int, ...]:
+        """Where in a prompt of ids each picture begins. Raises `RequestError` when there is no place for one, or the model sees none."""
+        if not pictures:
+            return ()
+        if self._eyes is None:
+            raise RequestError("this model sees no pictures; leave them out", "pictures")
+        return self._eyes.starts(prompt, pictures)
 
     def submit(self, request: Request) -> None:
         """Puts a request into the queue. Raises `RequestError` when it can never be served."""

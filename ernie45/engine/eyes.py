@@ -6,6 +6,7 @@ Letters: T tokens of a step or of a prompt, F tokens of pictures, D width.
 """
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,13 +78,20 @@ class Eyes:
             picture = placed.picture
             if (picture.patch, picture.merge, picture.pair) != (self.rules.patch, self.rules.merge, self.rules.pair):
                 raise RequestError("the pictures were made by the rules of another model", "pictures")
-        self._sight.positions(request.prompt, [placed.picture.grid for placed in request.pictures])
-        at = 0
-        for placed in request.pictures:  # their number and sizes are right: left is where each stands
-            at = next(i for i in range(at, len(request.prompt)) if request.prompt[i] in self._sight.config.placeholder_ids)
-            if placed.start != at:
-                raise RequestError(f"a picture is said to stand at {placed.start}; its placeholders begin at {at}", "pictures")
-            at += placed.picture.tokens
+        starts = self.starts(request.prompt, [placed.picture for placed in request.pictures])
+        for placed, start in zip(request.pictures, starts, strict=True):
+            if placed.start != start:
+                raise RequestError(f"a picture is said to stand at {placed.start}; its placeholders begin at {start}", "pictures")
+
+    def starts(self, prompt: Sequence[int], pictures: Sequence[Picture]) -> tuple[int, ...]:
+        """Where each picture's placeholders begin. Raises `RequestError` when placeholders and pictures do not meet."""
+        self._sight.positions(prompt, [picture.grid for picture in pictures])  # from here on numbers and sizes are right
+        starts, at = [], 0
+        for picture in pictures:
+            at = next(i for i in range(at, len(prompt)) if prompt[i] in self._sight.config.placeholder_ids)
+            starts.append(at)
+            at += picture.tokens
+        return tuple(starts)
 
     def begin(self, request: Request) -> bool:
         """Takes in a checked request; True when it can be scheduled at once, having nothing to wait for."""

@@ -8,9 +8,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from ernie45.errors import RequestError
+from ernie45.tokens.pictures import Picture
 
 GREEDY_BELOW = 1e-5  # a temperature below this is greedy: dividing by it would overflow float32
 MAX_LOGPROBS = 20
@@ -97,6 +98,14 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+@dataclass(frozen=True)
+class PlacedPicture:
+    """A picture, and where its tokens begin in the prompt."""
+
+    start: int
+    picture: Picture
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One prompt to continue.
@@ -109,6 +118,7 @@ class Request:
     adapter     the adapter the model answers with; empty = none. Only requests with the same one share prompt pages
     grammar     what the answer must follow, as `engine.grammar` reads it; empty = anything. It ends the answer when it is complete, before
                 min_tokens too
+    pictures    what the prompt's placeholder tokens stand for, in order
     """
 
     id: str
@@ -120,6 +130,7 @@ class Request:
     cache_salt: str = ""
     adapter: str = ""
     grammar: str = ""
+    pictures: tuple[PlacedPicture, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("id", "cache_salt", "adapter", "grammar"):
@@ -134,6 +145,15 @@ class Request:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
         if self.grammar and self.params.ignore_eos:
             raise RequestError("ignore_eos cannot be combined with a grammar: a complete answer could not end", "ignore_eos")
+
+    def seen_between(self, start: int, end: int) -> bytes:
+        """What the placeholders from `start` to `end` stand for: the digests of their pictures, in order."""
+        placed = (p for p in self.pictures if p.start < end and start < p.start + p.picture.tokens)
+        return b"".join(p.picture.digest for p in placed)
+
+    def seen_tokens(self, kind: Literal["image", "video"]) -> int:
+        """How many tokens of the prompt stand for images, or for videos."""
+        return sum(placed.picture.tokens for placed in self.pictures if placed.picture.kind == kind)
 
     @property
     def end_ids(self) -> frozenset[int]:

@@ -348,7 +348,8 @@ class Scheduler:
         size, digests = self.config.page_size, sequence.digests
         while len(digests) < count:
             parent = digests[-1] if digests else root_digest(sequence.request.cache_salt, sequence.request.adapter)
-            digests.append(page_digest(parent, sequence.tokens[len(digests) * size : (len(digests) + 1) * size]))
+            start, end = len(digests) * size, (len(digests) + 1) * size
+            digests.append(page_digest(parent, sequence.tokens[start:end], sequence.request.seen_between(start, end)))
 
     def _accept(self, sequence: _Sequence, sampled: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:
         """Appends sampled tokens up to the one that ends the answer."""

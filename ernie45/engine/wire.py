@@ -16,6 +16,7 @@ except ImportError as error:
 from ernie45.engine.output import Output
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load, SchedulerConfig
+from ernie45.tokens.pictures import PixelRules
 
 MAX_FRAME = 256 << 20  # bytes; the longest prompt of the longest model is a few megabytes
 _HEAD = struct.Struct(">I")
@@ -41,6 +42,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     idle_budget: int | None = None
     max_running: int = 32
     prefix_sharing: bool = True
+    text_only: bool = False
     adapters: str = ""
     max_adapters: int = 8
     adapter_bytes: int = 1 << 30
@@ -50,7 +52,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded. text_folder: where tokenizer and template are, empty for the fake. settings: for people to read."""
+    """What was loaded. text_folder: where tokenizer and template are, empty for the fake. settings: for people to read.
+
+    rules: how pictures are made for it; None when it sees none.
+    """
 
     name: str
     text_folder: str
@@ -59,6 +64,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...]
     limits: SchedulerConfig
     settings: dict[str, str]
+    rules: PixelRules | None = None
     max_adapters: int = 8
 
 

@@ -36,6 +36,7 @@ from ernie45.engine.wire import (
     pack,
 )
 from ernie45.errors import ErnieError, RequestError
+from ernie45.tokens.pictures import PixelRules, read_pixel_rules
 
 if TYPE_CHECKING:
     from ernie45.models.adapter_folder import AdapterFolder
@@ -233,11 +234,12 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
             dtype=spec.dtype,
             mtp=False,
             compact=True,
+            text_only=spec.text_only,
             environment=environment,
             progress=lambda name, done, total: progress("weights", done, total),
         )
     else:
-        loaded = load_quantised(path, spec.quantize, dtype=spec.dtype, environment=environment, progress=progress)
+        loaded = load_quantised(path, spec.quantize, dtype=spec.dtype, text_only=spec.text_only, environment=environment, progress=progress)
     folder = text_folder(loaded.opened, Path(spec.text_folder))
     from ernie45.tokens.tokenizer import load_tokenizer
 
@@ -256,12 +258,17 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
     folder_of_adapters = AdapterFolder(Path(spec.adapters)) if spec.adapters else None
     free = available_memory()
     tokenizer = load_tokenizer(folder)
+    rules = None
+    if loaded.decoder.sight is not None:
+        vision = loaded.decoder.sight.config
+        rules = read_pixel_rules(folder, PixelRules(patch=vision.patch_size, merge=vision.merge))
     engine = Engine(
         loaded.decoder,
         config,
         available=free,
         grammars=Grammars(tokenizer),
         adapters=folder_of_adapters,
+        rules=rules,
         on_fault=lambda request_id, error: traceback.print_exception(error),
     )
     limits, decoder = engine.limits, loaded.decoder
@@ -285,6 +292,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         eos_ids=tokenizer.eos_ids or decoder.config.eos_ids,
         limits=limits,
         settings=settings,
+        rules=engine.rules,
         max_adapters=spec.max_adapters,
     )
     return engine, info

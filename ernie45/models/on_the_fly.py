@@ -28,6 +28,7 @@ def load_quantised(
     scheme: str,
     *,
     dtype: str = "auto",
+    text_only: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     environment: Environment | None = None,
 ) -> LoadedModel:
@@ -37,7 +38,7 @@ def load_quantised(
     already or does not load.
     """
     word = completed(scheme)
-    opened = open_model(find_model(name_or_path, environment or Environment.read()), mtp=False)
+    opened = open_model(find_model(name_or_path, environment or Environment.read()), mtp=False, text_only=text_only)
     if opened.spec is not None:
         raise CheckpointError(f"{opened.path} is quantised already; leave --quantize out")
     compute = choose_compute(dtype, torch.float32, fast_bfloat16=cpu_has_bfloat16())

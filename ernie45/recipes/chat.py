@@ -73,6 +73,12 @@ class ChatConfig:
     """The same seed gives the same answer."""
     adapter: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
     """A PEFT adapter that the model answers with."""
+    image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE", help_behavior_hint="(repeatable)")] = ()
+    """Show the model this image, in front of the (first) prompt."""
+    video: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE", help_behavior_hint="(repeatable)")] = ()
+    """Show the model this video, in front of the (first) prompt."""
+    text_only: bool = False
+    """Leave what a vision-language model sees with in its files: less memory, no pictures."""
     json: bool = False
     """Print one JSON object: text, reasoning, tokens, timing, settings. Needs --prompt or a pipe."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -84,6 +90,8 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         thinking_of(self.thinking)
+        if self.text_only and (self.image or self.video):
+            raise ConfigError("--text-only loads a model without its eyes: leave --image and --video out, or --text-only")
         for name in ("prompt", "system"):
             _check_text(getattr(self, name), f"--{name}")
 
@@ -128,11 +136,16 @@ def run(config: ChatConfig, environment: Environment) -> int:
         sampling=lambda folder: sampling_settings(config, folder),
         chat=interactive,
         adapter=config.adapter,
+        text_only=config.text_only,
     )
     turns = [Turn(role="system", content=config.system)] if config.system else []
     if interactive:
-        return Session(speaker, environment, max_tokens=config.max_tokens, turns=turns).run()
-    turns.append(Turn(role="user", content=prompt))
+        session = Session(speaker, environment, max_tokens=config.max_tokens, turns=turns)
+        for kind, names in (("image", config.image), ("video", config.video)):
+            for name in names:
+                session.show(kind, name)
+        return session.run()
+    turns.append(Turn(role="user", content=prompt, images=config.image, videos=config.video))
     if not config.json:  # there the settings are part of the object
         print(Style.of(sys.stderr, environment).dim(clean(f"{speaker.name} · {headline(speaker)}")), file=sys.stderr)
     fitted = fit(turns, speaker.count, speaker.limit, config.max_tokens)

@@ -17,12 +17,17 @@ ANSWER_ROOM = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One message. `interrupted` marks an answer that was stopped by hand or by a limit before its end."""
+    """One message. `interrupted` marks an answer that was stopped by hand or by a limit before its end.
+
+    images and videos are files that stand in front of the text.
+    """
 
     role: Literal["system", "user", "assistant"]
     content: str
     reasoning: str = ""
     interrupted: bool = False
+    images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,5 +123,8 @@ def load(path: Path) -> list[Turn]:
 
 def _markdown(model: str, turns: Sequence[Turn]) -> str:
     names = {"system": "System", "user": "You", "assistant": model}
-    parts = [f"## {names[t.role]}\n\n{t.content}" + ("\n\n*(interrupted)*" if t.interrupted else "") for t in turns]
+    parts = []
+    for turn in turns:
+        shown = "".join(f"![{Path(name).name}](<{name}>)\n\n" for name in turn.images + turn.videos)
+        parts.append(f"## {names[turn.role]}\n\n{shown}{turn.content}" + ("\n\n*(interrupted)*" if turn.interrupted else ""))
     return f"# Conversation with {model}\n\n" + "\n\n".join(parts) + "\n"

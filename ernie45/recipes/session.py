@@ -43,6 +43,7 @@ class Session:
         self.outcomes: list[Outcome] = []
         self.retries = 0
         self.leaving = False
+        self.shown: dict[str, tuple[str, ...]] = {"image": (), "video": ()}  # files that go with the next question
         self.written: set[Path] = set()  # files of this session: /save may replace them without asking
 
     def run(self) -> int:
@@ -87,13 +88,22 @@ class Session:
 
     def ask(self, text: str) -> None:
         """Send a question. When it cannot be answered at all, it does not stay in the conversation."""
-        self.turns.append(Turn(role="user", content=text))
+        self.turns.append(Turn(role="user", content=text, images=self.shown["image"], videos=self.shown["video"]))
         self.retries = 0
         try:
             self.answer()
         except ErnieError:
             self.turns.pop()
             raise
+        self.shown = {"image": (), "video": ()}
+
+    def show(self, kind: str, name: str) -> None:
+        """A file that goes with the next question. Raises an `ErnieError` that says why the model cannot see it; then it does not go."""
+        files = self.shown | {kind: (*self.shown[kind], name)}
+        asked = Turn(role="user", content="", images=files["image"], videos=files["video"])
+        tokens = self.speaker.count([asked]) - self.speaker.count([Turn(role="user", content="")])
+        self.shown = files
+        self.say(self.style.dim(f"{clean(name)} goes with your next message; its pictures take {tokens:,} tokens."), "")
 
     def answer(self) -> None:
         """Stream the answer to the last turn and keep it, also when it was stopped halfway."""
@@ -209,7 +219,7 @@ def completer() -> "Completer":
                 for name, entry in COMMANDS.items():
                     if name.startswith(word):
                         yield Completion(name, start_position=-len(word), display_meta=entry.does)
-            elif word in ("/save", "/save!", "/load"):
+            elif word in ("/save", "/save!", "/load", "/image", "/video"):
                 yield from PathCompleter(expanduser=True).get_completions(Document(argument), complete_event)
 
     return SlashCompleter()
@@ -247,6 +257,8 @@ def _load(session: Session, argument: str) -> None:
 
 
 def _show(session: Session, turn: Turn) -> None:
+    for name in turn.images + turn.videos:
+        session.say(session.style.dim(clean(f"[{name}]")))
     text = clean(turn.content)
     if turn.role == "assistant":
         view = MarkdownLines(color=session.style.color)
@@ -254,6 +266,15 @@ def _show(session: Session, turn: Turn) -> None:
         session.say("", *view.lines(terminal_size()[0]), "")
     else:
         session.say(session.style.accent("› ") + text.replace("\n", "\n  "))
+
+
+def _picture(kind: str) -> Callable[[Session, str], None]:
+    def show(session: Session, argument: str) -> None:
+        if not argument:
+            raise ConfigError(f"/{kind} needs the name of a file")
+        session.show(kind, argument)
+
+    return show
 
 
 def _system(session: Session, argument: str) -> None:
@@ -314,6 +335,8 @@ COMMANDS: dict[str, Command] = {
     "/save": Command("FILE", "write the conversation; .md to read, else JSON", _save),
     "/save!": Command("FILE", "the same, replacing a file", lambda session, argument: _save(session, argument, overwrite=True)),
     "/load": Command("FILE", "go on with a saved conversation", _load),
+    "/image": Command("FILE", "show the model an image, with the next message", _picture("image")),
+    "/video": Command("FILE", "show the model a video, with the next message", _picture("video")),
     "/system": Command("[TEXT]", "show or set the system message", _system),
     "/retry": Command("", "answer the last question again", _retry),
     "/reasoning": Command("", "show the thinking behind the last answer", _reasoning),

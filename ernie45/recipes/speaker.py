@@ -39,6 +39,7 @@ def open_speaker(
     adapter: Path | None = None,
     quantize: str | None = None,
     kv: str = "whole",
+    text_only: bool = False,
 ) -> "ModelSpeaker":
     """Find, load and prepare a model, with progress on stderr. With `chat` a model that only continues text is refused.
 
@@ -64,6 +65,7 @@ def open_speaker(
             quantize=quantize,
             kv=kv,
             max_running=1,
+            text_only=text_only,
             adapters=None if adapter is None else adapter.parent,
             environment=environment,
             progress=lambda stage, done, total: progress(stage if quantize else "loading weights", done, total),
@@ -179,10 +181,18 @@ class ModelReply:
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    return [{"role": turn.role, "content": turn.content, "reasoning": turn.reasoning or None} for turn in turns]
+    return [{"role": turn.role, "content": _content(turn), "reasoning": turn.reasoning or None} for turn in turns]
+
+
+def _content(turn: Turn) -> str | list[dict[str, str]]:
+    """The text, or with pictures a list of parts, the pictures first."""
+    media = [{"type": "image", "image": name} for name in turn.images] + [{"type": "video", "video": name} for name in turn.videos]
+    return [*media, {"type": "text", "text": turn.content}] if media else turn.content
 
 
 def _only_text(name: str, turns: Sequence[Turn]) -> str:
     if len(turns) != 1:
         raise RequestError(f"{name} is a base model, which continues one text: leave the system message out", "system")
+    if turns[0].images or turns[0].videos:
+        raise RequestError(f"{name} is a base model, which continues one text: leave images and videos out", "messages")
     return turns[0].content

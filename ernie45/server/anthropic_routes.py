@@ -30,7 +30,7 @@ def add_anthropic(app: FastAPI, service: Service) -> None:
     @app.post("/v1/messages", tags=["Anthropic"], openapi_extra=body_of(MessagesRequest))
     async def messages(request: Request) -> Response:
         """Answers a conversation in Anthropic's form."""
-        body = await read_json(request, limits)
+        body = await read_json(request, service.body_limits)
         asked = read_fields(MessagesRequest, without_refused(body), REFUSED)
         chat = as_chat(asked, body)
         check_counts(chat, limits)
@@ -59,7 +59,7 @@ def add_anthropic(app: FastAPI, service: Service) -> None:
     @app.post("/v1/messages/count_tokens", tags=["Anthropic"], openapi_extra=body_of(CountRequest))
     async def count(request: Request) -> JSONResponse:
         """The tokens of the prompt that a conversation makes."""
-        body = await read_json(request, limits)
+        body = await read_json(request, service.body_limits)
         asked = read_fields(CountRequest, without_refused(body), REFUSED)
         _, context = await service.context(asked.model, request.state.caller)
         prompted = await service.prepare(chat_prompt, as_chat(asked, body), context, fields=CHAT_FIELDS)

@@ -151,6 +151,7 @@ def _message(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         raise bad(f"{where}: content must be a text or a list of blocks", f"{where}.content")
     results: list[dict[str, Any]] = []
     texts: list[str] = []
+    parts: list[dict[str, Any]] = []  # of a user's message, in order
     calls: list[dict[str, Any]] = []
     thoughts: list[str] = []
     for n, block in enumerate(content):
@@ -158,6 +159,9 @@ def _message(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "text":
             texts.append(_text([block], place))
+            parts.append({"type": "text", "text": texts[-1]})
+        elif kind == "image" and role == "user":
+            parts.append({"type": "image", "source": block.get("source")})
         elif kind == "tool_result" and role == "user":
             results.append(
                 {"role": "tool", "tool_call_id": str(block.get("tool_use_id") or ""), "content": _text(block.get("content") or "", place)}
@@ -167,11 +171,13 @@ def _message(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         elif kind == "thinking" and role == "assistant":
             thoughts.append(str(block.get("thinking") or ""))
         elif kind != "redacted_thinking":
-            raise bad(f"{place}: blocks of type {str(kind)[:40]!r} are not read here; the models of this server read text only", place)
+            raise bad(f"{place}: blocks of type {str(kind)[:40]!r} are not read here", place)
     if role == "assistant":
         made: dict[str, Any] = {"role": role, "content": "".join(texts)}
         made |= {"tool_calls": calls} if calls else {}
         return [made | ({"reasoning": "".join(thoughts)} if thoughts else {})]
+    if len(parts) > len(texts):
+        return [*results, {"role": role, "content": parts}]
     return results + ([{"role": role, "content": "\n".join(texts)}] if texts or not results else [])
 
 

@@ -73,6 +73,7 @@ def process_opener(settings: ServerSettings, environment: Environment) -> Opener
             idle_budget=engine.idle_budget,
             max_running=engine.max_running,
             prefix_sharing=engine.prefix_sharing,
+            text_only=engine.text_only,
             adapters="" if settings.adapters is None else str(settings.adapters.resolve()),
             max_adapters=engine.max_adapters,
             adapter_bytes=engine.adapter_bytes,

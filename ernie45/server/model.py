@@ -25,6 +25,7 @@ from ernie45.errors import CheckpointError, ErnieError, RequestError
 from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.server.failures import Failure, engine_lost, failure_of, overloaded
 from ernie45.server.line import Line
+from ernie45.server.seeing import Seeing
 from ernie45.server.settings import Limits
 from ernie45.server.ticket import State, Ticket
 from ernie45.tokens.template import ChatTemplate, load_template
@@ -67,6 +68,7 @@ class TextSide:
     without_template: str
     grammars: Grammars
     sampling: Mapping[str, Any]
+    seeing: Seeing | None = None
 
 
 class Observer(Protocol):
@@ -174,7 +176,7 @@ class ServedModel:
         )
         try:
             self.info = await engine.start()
-            self.text = await asyncio.to_thread(read_text_side, self.info, self._chat_format)
+            self.text = await asyncio.to_thread(read_text_side, self.info, self._chat_format, self._limits)
         except (ErnieError, EngineDied) as error:
             self.state, self.trouble = "failed", str(error)
             await engine.stop()
@@ -365,7 +367,7 @@ class ServedModel:
         self._end(ticket, Failure(504, f"the request took {seconds:g} s, the longest it may", code="request_timeout"))
 
 
-def read_text_side(info: EngineInfo, chat_format: str | None) -> TextSide:
+def read_text_side(info: EngineInfo, chat_format: str | None, limits: Limits) -> TextSide:
     """Tokenizer, template and sampling of a model that an engine has loaded. Raises ErnieError subclasses."""
     if not info.text_folder:
         tokenizer = fake_tokenizer()
@@ -378,8 +380,14 @@ def read_text_side(info: EngineInfo, chat_format: str | None) -> TextSide:
         template = load_template(folder, tokenizer, chat_format)
     except CheckpointError as error:
         without = str(error)
+    can_write = template is not None and (template.family is None or template.family.media)
     return TextSide(
-        tokenizer=tokenizer, template=template, without_template=without, grammars=Grammars(tokenizer), sampling=read_sampling(folder)
+        tokenizer=tokenizer,
+        template=template,
+        without_template=without,
+        grammars=Grammars(tokenizer),
+        sampling=read_sampling(folder),
+        seeing=Seeing(info.rules, limits) if info.rules is not None and can_write else None,
     )
 
 

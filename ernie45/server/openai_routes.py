@@ -28,7 +28,7 @@ def add_openai(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", tags=["OpenAI"], openapi_extra=body_of(ChatRequest))
     async def chat(request: Request) -> Response:
         """Answers a conversation, whole or as server-sent events."""
-        asked = read_fields(ChatRequest, await read_json(request, service.settings.limits), REFUSED["chat"])
+        asked = read_fields(ChatRequest, await read_json(request, service.body_limits), REFUSED["chat"])
         return await chat_answer(service, request, asked)
 
     @app.post("/v1/completions", tags=["OpenAI"], openapi_extra=body_of(CompletionRequest))
@@ -67,9 +67,11 @@ def _card(model: ServedModel, name: str, parent: str | None = None) -> dict[str,
     if parent is not None:
         card["parent"] = parent
     template = model.text.template if model.text else None
-    if template is not None and template.family is not None:  # of a folder's own template nobody knows what it can say
+    if (
+        model.text is not None and template is not None and template.family is not None
+    ):  # of a folder's own template nobody knows what it can say
         family = template.family
-        card["capabilities"] = {"vision": False, "thinking": family.thinking != "never", "tools": family.tools}
+        card["capabilities"] = {"vision": model.text.seeing is not None, "thinking": family.thinking != "never", "tools": family.tools}
     return card
 
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ernie45.engine.answer import Answer
-from ernie45.engine.request import Request, SamplingParams
+from ernie45.engine.request import PlacedPicture, Request, SamplingParams
 from ernie45.engine.wire import EngineInfo
 from ernie45.errors import RequestError
 from ernie45.server.access import BEHIND, Caller
 from ernie45.server.failures import bad
 from ernie45.server.model import TextSide
 from ernie45.server.protocol import ChatRequest, CompletionRequest, Sampling
+from ernie45.server.seeing import PARTS, has_pictures, refuse_pictures
 from ernie45.server.settings import Limits
 from ernie45.server.structured import Shape, Tags, call_shape, forced_tools, framed, shape_of, tool_schemas
 from ernie45.server.ticket import Job
@@ -50,6 +51,7 @@ class Prompted:
     grammar: str = ""
     after: str | None = None
     one_call: bool = False
+    pictures: tuple[PlacedPicture, ...] = ()
 
 
 def chat_prompt(request: ChatRequest, context: Context) -> Prompted:
@@ -61,12 +63,21 @@ def chat_prompt(request: ChatRequest, context: Context) -> Prompted:
         raise bad(f"messages has {len(request.messages)} entries; at most {limits.messages}", "messages")
     if len(request.tools or []) > limits.tool_definitions:
         raise bad(f"tools has {len(request.tools or [])} entries; at most {limits.tool_definitions}", "tools")
-    messages = [conversation_message(message, n) for n, message in enumerate(request.messages)]
+    seeing = context.text.seeing
+    messages = [conversation_message(message, n, seeing is not None) for n, message in enumerate(request.messages)]
+    pictures: tuple[PlacedPicture, ...] = ()
     thinking = thinking_of(request)
     forced = forced_tools(request)
     tools = tool_schemas(request.tools or []) if request.tool_choice != "none" else []
     if request.prompt_token_ids is not None:
         ids, starts_in = tuple(request.prompt_token_ids), "content"
+    elif seeing is not None and has_pictures(messages):
+        if request.continue_final_message:
+            raise bad("continue_final_message goes on with conversations of text only, and this one has pictures", "continue_final_message")
+        measured, seen = seeing.look(messages)
+        prompt = template.render(measured, tools=tools or None, thinking=thinking)
+        ids, starts_in = prompt.ids, prompt.starts_in
+        pictures = tuple(PlacedPicture(span.start, picture) for span, picture in zip(prompt.media, seen, strict=True))
     elif request.continue_final_message:
         ids, starts_in = _continued(messages, context, tools, thinking), "content"
     else:
@@ -79,6 +90,7 @@ def chat_prompt(request: ChatRequest, context: Context) -> Prompted:
         reply_format=template.reply_format,
         starts_in=starts_in,
         budget=thinking if isinstance(thinking, int) and not isinstance(thinking, bool) and thinking > 0 else None,
+        pictures=pictures,
         one_call=request.parallel_tool_calls is False,
     )
     if shape is None:
@@ -106,8 +118,8 @@ def _chat_shape(request: ChatRequest, context: Context, forced: bool) -> Shape |
     return call_shape(functions, Tags(context.text.tokenizer), several=request.parallel_tool_calls is not False, free=not forced)
 
 
-def conversation_message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """A message of the protocol as templates read it. Raises `Failure` 400 naming the message."""
+def conversation_message(message: Mapping[str, Any], number: int, sees: bool = False) -> dict[str, Any]:
+    """A message of the protocol as templates read it; `sees`: it may hold pictures. Raises `Failure` 400 naming the message."""
     where = f"messages[{number}]"
     kept = {}
     for name, value in message.items():
@@ -121,13 +133,13 @@ def conversation_message(message: Mapping[str, Any], number: int) -> dict[str, A
         kept["role"] = "system"
     content = kept.get("content")
     if isinstance(content, list):
-        kept["content"] = [_part(part, f"{where}.content[{n}]") for n, part in enumerate(content)]
+        kept["content"] = [_part(part, f"{where}.content[{n}]", sees) for n, part in enumerate(content)]
     return kept
 
 
-def _part(part: Any, where: str) -> Any:
-    if isinstance(part, dict) and part.get("type") not in ("text", "refusal"):
-        raise bad(f"{where}: the models of this server read text only, not {str(part.get('type'))[:40]!r}", where, "unsupported_content")
+def _part(part: Any, where: str, sees: bool) -> Any:
+    if isinstance(part, dict) and part.get("type") not in ("text", "refusal", *(PARTS if sees else ())):
+        raise refuse_pictures(part.get("type"), where)
     if isinstance(part, dict) and part.get("type") == "refusal":
         return {"type": "text", "text": part.get("refusal")}
     return part
@@ -276,6 +288,7 @@ def jobs(
             cache_salt="\0".join(part for part in (context.caller.salt, request.cache_salt) if part),
             adapter=context.adapter,
             grammar=prompted.grammar,
+            pictures=prompted.pictures,
         )
         asked.check_vocabulary(context.info.vocab_size)
         most = context.info.limits.check_fits(asked)

@@ -219,10 +219,11 @@ def usage(tickets: Sequence[Ticket], per_prompt: int | None = None) -> dict[str,
     prompt = sum(ticket.answer.prompt_tokens for ticket in tickets[::step])
     cached = sum(ticket.answer.cached_tokens for ticket in tickets[::step])
     written = sum(len(ticket.answer.ids) for ticket in tickets)
+    seen = {f"{kind}_tokens": sum(ticket.answer.request.seen_tokens(kind) for ticket in tickets[::step]) for kind in ("image", "video")}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": written,
         "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": cached} | {name: count for name, count in seen.items() if count},
         "completion_tokens_details": {"reasoning_tokens": sum(ticket.answer.reasoning_tokens for ticket in tickets)},
     }

@@ -34,7 +34,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
     @app.post("/v1/responses", tags=["OpenAI"], openapi_extra=body_of(ResponsesRequest))
     async def create(request: Request) -> Response:
         """Answers a conversation as OpenAI's responses, whole or as events; kept unless `store` is false."""
-        asked = read_fields(ResponsesRequest, without_neutral(await read_json(request, service.settings.limits)), REFUSED)
+        asked = read_fields(ResponsesRequest, without_neutral(await read_json(request, service.body_limits)), REFUSED)
         caller = request.state.caller
         kept = not caller.background if asked.store is None else asked.store  # a batch would push out what people keep
         earlier = store.find(asked.previous_response_id, caller).messages if asked.previous_response_id else ()

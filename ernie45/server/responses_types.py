@@ -138,7 +138,7 @@ def messages_of(given: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for n, item in enumerate(given):
         where, kind = f"input[{n}]", item.get("type", "message")
         if kind == "message":
-            message = {"role": item.get("role"), "content": _text(item.get("content"), f"{where}.content")}
+            message = {"role": item.get("role"), "content": _seen(item.get("content"), f"{where}.content")}
             if thoughts and item.get("role") == "assistant":
                 message["reasoning"], thoughts = thoughts, ""
             messages.append(message)
@@ -159,6 +159,23 @@ def messages_of(given: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             raise bad(f"{where}: items of type {str(kind)[:40]!r} are not read here", where)
     return messages
+
+
+def _seen(content: Any, where: str) -> str | list[dict[str, Any]]:
+    """A message's content: its text, or with images its parts in order."""
+    if not isinstance(content, list) or not any(isinstance(part, dict) and part.get("type") == "input_image" for part in content):
+        return _text(content, where)
+    parts: list[dict[str, Any]] = []
+    for n, part in enumerate(content):
+        if isinstance(part, dict) and part.get("type") == "input_image":
+            if part.get("file_id") is not None:
+                raise bad(
+                    f"{where}[{n}]: this server keeps no files; send the image as a data: address in image_url", f"{where}[{n}].file_id"
+                )
+            parts.append({"type": "image_url", "image_url": {"url": part.get("image_url"), "detail": part.get("detail") or "auto"}})
+        else:
+            parts.append({"type": "text", "text": _text([part], f"{where}[{n}]")})
+    return parts
 
 
 def _text(content: Any, where: str) -> str:

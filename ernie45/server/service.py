@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ernie45.errors import ConfigError, ErnieError
@@ -13,7 +14,7 @@ from ernie45.server.metrics import Metrics
 from ernie45.server.model import ServedModel
 from ernie45.server.prepare import Context
 from ernie45.server.resume import Streams
-from ernie45.server.settings import ServerSettings
+from ernie45.server.settings import Limits, ServerSettings
 from ernie45.server.ticket import Job, Ticket
 
 T = TypeVar("T")
@@ -71,6 +72,14 @@ class Service:
             raise Failure(404, what, field="model", code="model_not_found")
         known = ", ".join(self._names)
         raise Failure(404, f"the model '{name[:120]}' is not served here; there is: {known}", field="model", code="model_not_found")
+
+    @property
+    def body_limits(self) -> Limits:
+        """The limits of a request that may carry pictures: its body has room for them where a model sees."""
+        limits = self.settings.limits
+        if not any(model.text is not None and model.text.seeing is not None for model in self.models):
+            return limits
+        return replace(limits, body_bytes=limits.body_bytes + limits.images_bytes * 4 // 3)
 
     async def context(self, name: str | None, caller: Caller) -> tuple[ServedModel, Context]:
         """The model that is asked for, loaded, and what preparing needs. Raises `Failure`: 404, 429, 503."""

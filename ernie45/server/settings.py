@@ -14,7 +14,13 @@ class Limits:
     """What one request may ask for, and how long things may take. Passing one is a 4xx or 5xx that names it."""
 
     body_bytes: int = 4 << 20
-    """Bytes of a request's body."""
+    """Bytes of a request's body; for models that see, images_bytes come on top."""
+    images_bytes: int = 48 << 20
+    """Bytes that the images and videos in a body may take there."""
+    images: int = 16
+    """Images and videos of a conversation."""
+    image_pixels: int = 50_000_000
+    """Pixels of an image, width times height."""
     json_depth: int = 64
     """How deep a body may be nested."""
     messages: int = 4096
@@ -107,6 +113,8 @@ class EngineSettings:
     """Round a float model's matrices as they are loaded: w4a8 or w8a8. Done anew at each start; `ernie quantize` loses less."""
     kv: Literal["whole", "int8", "int4"] = "whole"
     """Keys and values in the cache: in the compute type, or of 8 or 4 bits, which holds two to seven times as many tokens."""
+    text_only: bool = False
+    """Leave what a vision-language model sees with in its files: less memory, no pictures."""
     stuck_seconds: float = 300.0
     """An engine that does nothing for so long while requests run is ended and started again."""
 

@@ -60,7 +60,7 @@ def add_text(app: FastAPI, service: Service) -> None:
     @app.post("/apply_template", tags=["text"], openapi_extra=body_of(ChatRequest))
     async def apply_template(request: Request) -> JSONResponse:
         """The prompt that a chat request would make: its text and its ids. Takes what /v1/chat/completions takes."""
-        asked = read_fields(ChatRequest, await read_json(request, limits), REFUSED["chat"])
+        asked = read_fields(ChatRequest, await read_json(request, service.body_limits), REFUSED["chat"])
         _, context = await service.context(asked.model, request.state.caller)
         prompted = await service.prepare(chat_prompt, asked, context, fields=CHAT_FIELDS)
         text = context.text.tokenizer.decode(prompted.ids, skip_special=False)

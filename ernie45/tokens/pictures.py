@@ -132,12 +132,12 @@ class Picture:
         return hashlib.sha256(head + self.rgb).digest()
 
 
-def read_pixel_rules(folder: Path) -> PixelRules:
-    """The rules of a model folder, from its processor's files where it has them; the released models' rules where not.
+def read_pixel_rules(folder: Path, usual: PixelRules | None = None) -> PixelRules:
+    """The rules of a model folder, from its processor's files where it has them; `usual` or the released models' rules where not.
 
     Raises `CheckpointError` when a file is damaged or asks for what is not done here.
     """
-    rules = PixelRules(font=str(folder / FONT) if (folder / FONT).is_file() else None)
+    rules = replace(usual or PixelRules(), font=str(folder / FONT) if (folder / FONT).is_file() else None)
     for name in _FILES:
         if not (folder / name).is_file():
             continue

@@ -6,6 +6,7 @@ reads nothing but what the request itself carries, unless it was told otherwise.
 
 import base64
 import binascii
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from ernie45.errors import RequestError
 from ernie45.tokens.images import ImageLimits, read_image
 from ernie45.tokens.messages import Image, Message, Part, Text, Video, as_messages
 from ernie45.tokens.pictures import Picture, PixelRules
+from ernie45.tokens.template import PLACEHOLDER, required
+from ernie45.tokens.tokenizer import Tokenizer
 from ernie45.tokens.video import FrameChoice, VideoLimits, read_video
 
 LOW_DETAIL = 256
@@ -132,3 +135,28 @@ class Sight:
         if part.frames is not None:
             choice = replace(choice, count=part.frames)
         return read_video(self.sources.read(part.source, self.videos.file_bytes), self.rules, choice, self.videos).picture
+
+
+_WORDS = re.compile(r"<\|(image|video)@placeholder\|>")
+
+
+def place_pictures(text: str, pictures: Sequence[Picture], tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A text whose `<|image@placeholder|>` and `<|video@placeholder|>` stand for the pictures, as ids; and where each picture begins.
+
+    Raises `RequestError` when words and pictures do not meet, `TokenizerError` when the vocabulary has no tokens for pictures.
+    """
+    pieces = _WORDS.split(text)
+    kinds, given = pieces[1::2], [picture.kind for picture in pictures]
+    if kinds != given:
+        raise RequestError(
+            f"the text has places for {', '.join(kinds) or 'no picture'}, and given are {', '.join(given) or 'none'}: write "
+            "<|image@placeholder|> or <|video@placeholder|> where each stands",
+            "pictures",
+        )
+    ids, starts = list(tokenizer.encode(pieces[0])), []
+    for picture, following in zip(pictures, pieces[2::2], strict=True):
+        name = picture.kind.upper()
+        before, here, behind = (required(tokenizer, token) for token in (f"<|{name}_START|>", PLACEHOLDER, f"<|{name}_END|>"))
+        starts.append(len(ids) + 1)
+        ids += [before, *[here] * picture.tokens, behind, *tokenizer.encode(following, start=False)]
+    return tuple(ids), tuple(starts)

@@ -141,11 +141,11 @@ def compile_segments(segments: Iterable[Segment], tokenizer: Tokenizer, learns: 
         if segment.media is not None:
             flush()
             media.append(_span(segment.media, media, len(ids)))
-            extend([_required(tokenizer, PLACEHOLDER)] * media[-1].length, None)
+            extend([required(tokenizer, PLACEHOLDER)] * media[-1].length, None)
         elif segment.kind == "control" or id is not None:
             flush()
             label = tokenizer.named.get(segment.label) if segment.label else None
-            extend([_required(tokenizer, segment.text)], segment.turn, tokenizer.id_of(label) if label else None)
+            extend([required(tokenizer, segment.text)], segment.turn, tokenizer.id_of(label) if label else None)
         elif segment.text:
             kind = (segment.turn, segment.trusted)
             if kind != run_kind:
@@ -156,7 +156,8 @@ def compile_segments(segments: Iterable[Segment], tokenizer: Tokenizer, learns: 
     return Prompt(tuple(ids), tuple(label != IGNORED for label in labels), tuple(labels), "".join(text), tuple(media))
 
 
-def _required(tokenizer: Tokenizer, token: str) -> int:
+def required(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token the chat format cannot do without. Raises `TokenizerError`."""
     id = tokenizer.id_of(token)
     if id is None:
         raise TokenizerError(f"the chat format needs the token '{token}', which this tokenizer does not have")

@@ -1,0 +1,48 @@
+"""Images and videos in requests, read within the server's limits: from the request itself and from nowhere else."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ernie45.server.failures import bad
+from ernie45.server.settings import Limits
+from ernie45.tokens.images import ImageLimits
+from ernie45.tokens.messages import Message
+from ernie45.tokens.pictures import Picture, PixelRules
+from ernie45.tokens.sight import Sight
+from ernie45.tokens.video import VideoLimits
+
+PARTS = ("image_url", "image", "video_url", "video")
+"""Types of the parts of a message that are seen."""
+
+_VIDEO_SECONDS = 25  # of the time a request has to be made ready
+
+
+class Seeing:
+    """How the pictures of one served model are read. `limits` are the server's; nothing but data: addresses is read."""
+
+    def __init__(self, rules: PixelRules, limits: Limits) -> None:
+        self._sight = Sight(
+            rules=rules,
+            images=ImageLimits(file_bytes=limits.images_bytes, pixels=limits.image_pixels),
+            videos=VideoLimits(file_bytes=limits.images_bytes, cpu_seconds=_VIDEO_SECONDS, wall_seconds=_VIDEO_SECONDS),
+            pictures=limits.images,
+        )
+
+    def look(self, messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[Message, ...], tuple[Picture, ...]]:
+        """Messages whose pictures know their tokens, and the pictures. Raises `RequestError` and `TokenizerError` naming the part."""
+        return self._sight.look(messages)
+
+
+def has_pictures(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a part of any message is an image or a video."""
+    return any(isinstance(part, Mapping) and part.get("type") in PARTS for m in messages for part in _parts(m))
+
+
+def _parts(message: Mapping[str, Any]) -> Sequence[Any]:
+    content = message.get("content")
+    return content if isinstance(content, list) else ()
+
+
+def refuse_pictures(kind: object, where: str) -> Exception:
+    """For a model without eyes."""
+    return bad(f"{where}: this model reads text only, not {str(kind)[:40]!r}", where, "unsupported_content")

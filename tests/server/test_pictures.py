@@ -1,0 +1,131 @@
+"""Pictures over HTTP, to a tiny random model that sees in an engine process of its own: every protocol, and what each refuses."""
+
+import base64
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from tests.sighted import RULES, sighted_folder
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    folder = sighted_folder(tmp_path_factory.mktemp("served") / "model")
+    command = [sys.executable, "-m", "ernie45", "serve", str(folder), "--port", "0", "--limits.images", "2", "--log", "off"]
+    with subprocess.Popen([*command, "--engine.num-pages", "256"], stderr=subprocess.PIPE, text=True) as server:
+        for line in server.stderr:
+            if line.startswith("ready: "):
+                break
+        yield line.split()[1].removesuffix("/v1")
+        server.terminate()
+        server.stderr.read()
+
+
+@pytest.fixture(scope="module")
+def cat(photo):
+    return base64.b64encode(photo("chelsea.png")).decode()
+
+
+@pytest.fixture(scope="module")
+def tokens(photo):
+    from ernie45.tokens.images import read_image
+
+    return read_image(photo("chelsea.png"), RULES).tokens
+
+
+def post(url, path, body):
+    return httpx.post(url + path, json=body, timeout=60)
+
+
+def chat(url, *parts, **fields):
+    body = {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}], "max_tokens": 3, "temperature": 0}
+    return post(url, "/v1/chat/completions", body | fields)
+
+
+def image(data, **more):
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}", **more}}
+
+
+def test_the_models_say_that_they_see(url):
+    (card,) = httpx.get(url + "/v1/models").json()["data"]
+    assert card["capabilities"]["vision"] is True
+
+
+def test_openai_chat_counts_images_and_finds_them_again(url, cat, tokens):
+    first = chat(url, image(cat))
+    assert first.status_code == 200, first.text
+    usage = first.json()["usage"]
+    assert usage["prompt_tokens_details"]["image_tokens"] == tokens
+    assert usage["prompt_tokens"] > tokens
+    again = chat(url, image(cat))
+    assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > tokens
+    assert again.json()["choices"] == first.json()["choices"]
+    assert "image_tokens" not in chat(url).json()["usage"]["prompt_tokens_details"]
+
+
+def test_videos_are_counted_as_videos(url, clip):
+    film = base64.b64encode(clip("carphone_pristine.mp4")).decode()
+    part = {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{film}", "num_frames": 2}}
+    done = chat(url, part)
+    assert done.status_code == 200, done.text
+    assert done.json()["usage"]["prompt_tokens_details"]["video_tokens"] > 0
+
+
+def test_responses_and_messages_take_images_and_count_the_same(url, cat):
+    whole = chat(url, image(cat)).json()["usage"]["prompt_tokens"]
+    content = [{"type": "input_image", "image_url": f"data:image/png;base64,{cat}"}, {"type": "input_text", "text": "What?"}]
+    asked = {"model": "model", "input": [{"role": "user", "content": content}], "max_output_tokens": 3}
+    response = post(url, "/v1/responses", asked)
+    assert response.status_code == 200, response.text
+    assert response.json()["usage"]["input_tokens"] == whole
+    block = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": cat}}
+    messages = [{"role": "user", "content": [block, {"type": "text", "text": "What?"}]}]
+    said = post(url, "/v1/messages", {"model": "model", "messages": messages, "max_tokens": 3})
+    assert said.status_code == 200, said.text
+    usage = said.json()["usage"]
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == whole
+    counted = post(url, "/v1/messages/count_tokens", {"model": "model", "messages": messages})
+    assert counted.json() == {"input_tokens": whole}
+
+
+def test_pictures_are_streamed_about_too(url, cat):
+    body = {"messages": [{"role": "user", "content": [image(cat)]}], "max_tokens": 3, "stream": True}
+    with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as stream:
+        assert stream.status_code == 200
+        assert list(stream.iter_lines())[-2] == "data: [DONE]"
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ({"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}, "addresses of other machines are not fetched"),
+        ({"type": "image_url", "image_url": {"url": "file:///etc/hostname"}}, "files of this machine are not read"),
+        ({"type": "image_url", "image_url": {"url": "/etc/hostname"}}, "is no address that is read here"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}, "no image of a known format"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "most"}}, "detail is 'most'"),
+        ({"type": "input_audio", "input_audio": {}}, "reads text only|reads no"),
+        ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}, "no video of a known container"),
+    ],
+)
+def test_what_cannot_be_seen_is_a_400_that_names_the_part(url, part, says):
+    answer = chat(url, part)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert any(word in error["message"] for word in says.split("|")), error
+    assert "messages[0]" in error["message"]
+
+
+def test_more_images_than_allowed_are_refused(url, cat):
+    assert chat(url, *[image(cat)] * 2).status_code == 200
+    answer = chat(url, *[image(cat)] * 3)
+    assert answer.status_code == 400
+    assert "more than 2 images" in answer.json()["error"]["message"]
+
+
+def test_a_model_without_eyes_refuses_by_field(serve, cat):
+    answer = serve().post("/v1/chat/completions", {"messages": [{"role": "user", "content": [image(cat)]}]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[0].content[0]"
+    assert "reads text only" in answer.json()["error"]["message"]
