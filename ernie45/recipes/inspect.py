@@ -39,6 +39,8 @@ class InspectConfig:
     """An image file: write a PNG of it as the model sees it, resized, with patches, tokens and positions."""
     out: str = ""
     """Where that PNG goes (default: beside the image, NAME.patches.png)."""
+    experts: bool = False
+    """With --image and a model: load the model, and draw which vision experts each token goes to."""
     check: bool = False
     """Read every weight and look for NaN and infinity."""
     json: bool = False
@@ -95,8 +97,8 @@ def run(config: InspectConfig, environment: Environment) -> int:
     """Inspect and print; the exit code is 0 when the model would load and 1 when there are problems."""
     if config.image:
         return run_map(config, environment)
-    if not config.path or config.out:
-        raise ConfigError("ernie inspect needs a model folder or file, or --image FILE; --out is for --image")
+    if not config.path or config.out or config.experts:
+        raise ConfigError("ernie inspect needs a model folder or file, or --image FILE; --out and --experts are for --image")
     with progress_bar(environment) as progress:
         path = find(config.path, environment, progress)
         found = inspect(path, check=config.check, progress=progress)
@@ -124,12 +126,29 @@ def run_map(config: InspectConfig, environment: Environment) -> int:
     image = Path(config.image).expanduser()
     seen = see(image, rules)
     out = Path(config.out).expanduser() if config.out else image.with_suffix(".patches.png")
-    write_map(seen, out)
+    if config.experts:
+        with progress_bar(environment) as progress:
+            write_map(seen, out, lambda drawn: _with_experts(drawn, seen, config.path, rules, progress))
+    else:
+        write_map(seen, out)
     if config.json:
         print(clean(json.dumps(seen.facts() | {"map": str(out)}, ensure_ascii=False, indent=2)))
     else:
         print("\n".join([*map(clean, seen.lines()), f"map        {clean(str(out))}"]))
     return 0
+
+
+def _with_experts(drawn: Any, seen: Any, model: str, rules: Any, progress: Progress) -> Any:
+    """The map, and below it the experts of each layer. Raises `ConfigError` for a model that does not see."""
+    from ernie45.models.load import load_model
+    from ernie45.recipes.expert_map import draw_experts, experts_of, stacked
+
+    if not model:
+        raise ConfigError("--experts needs a model: ernie inspect MODEL --image FILE --experts")
+    decoder = load_model(model, progress=lambda name, done, total: progress("loading weights", done, total))
+    chosen = experts_of(decoder, seen, rules)
+    assert decoder.config.experts is not None
+    return stacked(drawn, draw_experts(seen, chosen, decoder.config.experts.num_experts))
 
 
 def find(name: str, environment: Environment, progress: Progress) -> Path:

@@ -4,6 +4,7 @@ Thin lines bound patches, thick ones the blocks of patches that become one token
 the h and w positions counted from where the image begins.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,12 +76,12 @@ def see(path: Path, rules: PixelRules) -> Seen:
     return Seen(path.name, image.height, image.width, to_picture(image, rules))
 
 
-def write_map(seen: Seen, path: Path) -> None:
-    """Draws the map into a PNG file. Raises `ConfigError` when it cannot be written."""
+def write_map(seen: Seen, path: Path, below: "Callable[[Image.Image], Image.Image]" = lambda drawn: drawn) -> None:
+    """Draws the map into a PNG file; `below` may add to it. Raises `ConfigError` when it cannot be written."""
     if path.suffix.lower() != ".png":
         raise ConfigError(f"{path} must end in .png")
     try:
-        draw_map(seen).save(path, "PNG")
+        below(draw_map(seen)).save(path, "PNG")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
 

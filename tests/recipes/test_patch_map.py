@@ -74,9 +74,42 @@ def test_a_models_own_rules_are_used(cat, tmp_path, capsys):
         (["--image", "{cat}", "--check"], "give one of them"),
         (["{cat}", "--image", "{cat}"], "is no model folder"),
         ([], "needs a model folder or file"),
-        (["model", "--out", "x.png"], "--out is for --image"),
+        (["model", "--out", "x.png"], "are for --image"),
     ],
 )
 def test_mistakes_are_named(cat, arguments, says, capsys):
     assert main(["inspect", *(argument.replace("{cat}", str(cat)) for argument in arguments)]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_experts_of_a_model_that_sees_are_drawn_below(cat, tmp_path, capsys):
+    from tests.sighted import sighted_folder
+
+    folder = sighted_folder(tmp_path / "model")
+    assert main(["inspect", str(folder), "--image", str(cat), "--out", str(tmp_path / "plain.png")]) == 0
+    assert main(["inspect", str(folder), "--image", str(cat), "--out", str(tmp_path / "map.png"), "--experts"]) == 0
+    with Image.open(tmp_path / "plain.png") as plain, Image.open(tmp_path / "map.png") as drawn:
+        assert drawn.height > plain.height + 50
+        below = drawn.crop((0, plain.height, drawn.width, drawn.height))
+        assert len(below.convert("RGB").getcolors(100_000)) > 8  # each expert has its colour
+    assert main(["inspect", "--image", str(cat), "--experts"]) == 2
+    assert "--experts needs a model" in capsys.readouterr().err
+
+
+def test_the_experts_are_those_the_router_chooses():
+    import torch
+
+    from ernie45.nn.moe import MixtureOfExperts
+    from ernie45.recipes.expert_map import experts_of
+    from ernie45.recipes.patch_map import Seen
+    from tests.sighted import RULES, noise, sighted_decoder
+
+    decoder, seen = sighted_decoder(), Seen("noise", 1, 1, noise(3, 4))
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
+    chosen = experts_of(decoder, seen, RULES)
+    layers = [n for n, block in enumerate(decoder.layers) if isinstance(block.ffn, MixtureOfExperts)]
+    assert list(chosen) == layers
+    assert all(len(experts) == 12 and set(experts) <= set(range(8)) for experts in chosen.values())
+    assert len({tuple(experts) for experts in chosen.values()}) > 1
+    assert not any(block.ffn.vision.router._forward_hooks for block in decoder.layers if isinstance(block.ffn, MixtureOfExperts))
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
