@@ -1,6 +1,40 @@
 """What this machine has to give."""
 
+import os
 from pathlib import Path
+
+_CPUS, _GROUP = Path("/sys/devices/system/cpu"), Path("/sys/fs/cgroup")
+
+
+def usable_cores(cpus: Path = _CPUS, group: Path = _GROUP) -> int:
+    """Cores that arithmetic may use: physical ones inside the process's affinity mask, and no more than the control group's quota pays for.
+
+    Two threads of one core share its multipliers, so the second one brings next to nothing and costs a place in every barrier. A system
+    that says nothing of its cores counts each processor as one.
+    """
+    mask = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = {_core_of(cpu, cpus) for cpu in mask}
+    return max(1, min(len(cores), _quota(group) or len(cores)))
+
+
+def _core_of(cpu: int, cpus: Path) -> tuple[str, str] | int:
+    """Package and core of a processor; the processor itself where the system does not say."""
+    try:
+        package, core = ((cpus / f"cpu{cpu}" / "topology" / name).read_text().strip() for name in ("physical_package_id", "core_id"))
+    except OSError:
+        return cpu
+    return package, core
+
+
+def _quota(group: Path) -> int | None:
+    """Whole processors that the control group's quota pays for, rounded up; None without one."""
+    try:
+        words = (group / "cpu.max").read_text().split()
+    except OSError:
+        return None
+    if len(words) != 2 or not all(word.isdigit() for word in words) or int(words[1]) == 0:
+        return None
+    return max(1, -(-int(words[0]) // int(words[1])))
 
 
 def available_memory() -> int:

@@ -15,10 +15,13 @@ from typing import Any, cast
 from ernie45.config import Environment
 from ernie45.engine.answer import Answer, Completion
 from ernie45.engine.core import Engine, EngineConfig
+from ernie45.engine.memory import EnginePlan, check_fits, gib
 from ernie45.engine.request import PlacedPicture, Request, SamplingParams
 from ernie45.engine.scheduler import Load, SchedulerConfig
 from ernie45.errors import CheckpointError, ConfigError, RequestError
+from ernie45.machine import available_memory
 from ernie45.models.adapter_folder import AdapterFolder
+from ernie45.models.compute import ComputeType
 from ernie45.models.load import OpenModel, load
 from ernie45.models.on_the_fly import load_quantised
 from ernie45.models.text import Decoder
@@ -84,6 +87,7 @@ class LLM:
 
     compute    the compute type and why, when the model was loaded here
     limits     the engine's resolved settings
+    plan       the memory that was reckoned before it was loaded here
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class LLM:
         kv: str = "whole",
         text_only: bool = False,
         rules: PixelRules | None = None,
+        memory: int | None = None,
         progress: Progress | None = None,
         environment: Environment | None = None,
     ) -> None:
@@ -116,7 +121,9 @@ class LLM:
         quantize rounds a float model's matrices as they are loaded, such as "w4a8" (`models.on_the_fly`).
         chat_format names a known chat format for a model without a template of its own. adapters: a folder of PEFT adapters, which the
         methods below name by their folders' names. text_only leaves what a model sees with in its files; rules: how pictures are made for
-        a decoder that sees (a folder brings its own). The engine's settings: see `EngineConfig`.
+        a decoder that sees (a folder brings its own). memory: bytes that weights, work and
+        cache may take; None = what is available. What does not fit is refused before its weights are read. The engine's settings: see
+        `EngineConfig`.
         Raises CheckpointError, TokenizerError or ConfigError.
         """
         config = EngineConfig(
@@ -135,6 +142,8 @@ class LLM:
         self.tokenizer, self.template = tokenizer, template
         self.compute, self.name = "as the decoder was given", "decoder"
         self._without_template = "this model was given without a chat template"
+        self.plan: EnginePlan | None = None
+        free: int | None = None
         if isinstance(model, Decoder):
             if quantize is not None:
                 raise ConfigError(
@@ -142,16 +151,23 @@ class LLM:
                 )
             decoder = model
         else:
-            if quantize is None:
-                loaded = load(model, dtype=dtype, mtp=False, compact=True, text_only=text_only, progress=progress, environment=environment)
-            else:
-                loaded = load_quantised(model, quantize, dtype=dtype, text_only=text_only, progress=progress, environment=environment)
+            available = available_memory() if memory is None else memory
+
+            def approve(opened: OpenModel, compute: ComputeType, weights: int) -> None:
+                self.plan = config.plan(opened.config, compute.dtype, weights, adapters=folder is not None)
+                check_fits(self.plan, available, str(model), opened.config, packed=opened.spec is not None)
+
+            how: dict[str, Any] = {"dtype": dtype, "text_only": text_only, "environment": environment}
+            how |= {"progress": progress, "approve": approve}
+            loaded = load(model, mtp=False, compact=True, **how) if quantize is None else load_quantised(model, quantize, **how)
+            assert self.plan is not None
+            free = available - self.plan.fixed
             decoder, self.compute, self.name = loaded.decoder, str(loaded.compute), str(model)
             self._read_text_side(loaded.opened, chat_format)
             if decoder.sight is not None:
                 vision = decoder.sight.config
                 rules = read_pixel_rules(loaded.opened.path, PixelRules(patch=vision.patch_size, merge=vision.merge))
-        self._engine = Engine(decoder, config, adapters=folder, rules=rules)
+        self._engine = Engine(decoder, config, adapters=folder, rules=rules, available=free)
         # the files are the caller's own: any path may be read
         self.sight = Sight(rules=self._engine.rules, sources=Sources(paths=True)) if self._engine.rules is not None else None
         self._dtype = decoder.dtype
@@ -176,6 +192,7 @@ class LLM:
             "model": self.name,
             "compute": self.compute,
             "context": f"{limits.max_length:,} tokens",
+            **({} if self.plan is None else {"memory": f"{self.plan.text()}; at least {gib(self.plan.least)}"}),
             "cache": f"{limits.num_pages:,} pages of {limits.page_size} tokens, at most {size / 2**30:.2f} GiB, taken as it fills",
             "step": limits.describe(),
             "chat format": self.template.source if self.template else "none",

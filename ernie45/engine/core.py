@@ -14,8 +14,10 @@ import torch
 
 from ernie45.engine.adapters import Adapters
 from ernie45.engine.cache import PagedCache, bytes_per_token
+from ernie45.engine.experts_load import ExpertsLoad
 from ernie45.engine.eyes import Eyes
 from ernie45.engine.grammar import Grammars
+from ernie45.engine.memory import CACHE_SHARE, EnginePlan, plan_memory
 from ernie45.engine.output import Output
 from ernie45.engine.packed_cache import KV_BITS, PackedCache, packed_bytes_per_token
 from ernie45.engine.request import FinishReason, Request
@@ -32,7 +34,6 @@ _EMBEDDING = "\0embedding"  # who holds the adapter of a text to embed
 _IDLE_SHARE = 4
 _RGB = 3
 _ALONE = 16  # times its budget the vision tower gets in a step when no answer is being written
-_CACHE_SHARE = 0.5  # of the available memory, at most, for an automatic cache: activations and the caller need some too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,21 @@ class EngineConfig:
         """Cache bytes of one token."""
         return bytes_per_token(model, dtype) if self.kv == "whole" else packed_bytes_per_token(model, KV_BITS[self.kv])
 
+    def plan(self, model: TextConfig, dtype: torch.dtype, weights: int, *, adapters: bool) -> EnginePlan:
+        """What memory a model with so many bytes of weights takes with these settings."""
+        return plan_memory(
+            model,
+            weights=weights,
+            value_bytes=dtype.itemsize,
+            token_bytes=self.bytes_per_token(model, dtype),
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            max_length=self.max_length,
+            token_budget=max(self.token_budget, self.idle_budget or _IDLE_SHARE * self.token_budget),
+            max_running=self.max_running,
+            adapter_bytes=self.adapter_bytes if adapters else 0,
+        )
+
     def resolve(self, model: TextConfig, dtype: torch.dtype, available: int) -> SchedulerConfig:
         """Every number fixed, for a model, a compute type and so many available bytes. Raises `ConfigError` when it cannot be done."""
         wanted = self.max_length or model.max_positions
@@ -87,7 +103,7 @@ class EngineConfig:
             raise ConfigError(f"max_length is {wanted}; the model knows positions for {model.max_positions}")
         page_bytes = self.page_size * self.bytes_per_token(model, dtype)
         per_sequence = -(-wanted // self.page_size)
-        fitting = int(available * _CACHE_SHARE) // page_bytes
+        fitting = int(available * CACHE_SHARE) // page_bytes
         pages = self.num_pages if self.num_pages is not None else min(fitting, per_sequence * self.max_running)
         if pages < 1 or (self.max_length is not None and pages < per_sequence):
             raise ConfigError(
@@ -140,6 +156,7 @@ class Engine:
         self._scheduler = Scheduler(self.limits)
         self._untold: list[Output] = []  # ends of requests whose step broke
         self._adapters = Adapters(decoder, adapters, config.max_adapters, config.adapter_bytes) if adapters is not None else None
+        self._experts = ExpertsLoad(decoder)
         self._eyes = _eyes(decoder, rules, config.picture_bytes) if self._adapters is None else None
         self._vision_budget = config.vision_budget * 10**9
         self._runner = Runner(decoder, _cache(config, self.limits, decoder), self._adapters, self._eyes)
@@ -159,6 +176,10 @@ class Engine:
         """How busy it is. Requests whose pictures are being encoded wait."""
         load = self._scheduler.load
         return replace(load, waiting=load.waiting + self._eyes.waiting) if self._eyes is not None else load
+
+    def experts_load(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """As `ExpertsLoad.read`; empty for a model without experts."""
+        return self._experts.read()
 
     def check(self, request: Request) -> int:
         """max_tokens as it would be served. Raises `RequestError` (names the field) when the request could not be."""

@@ -163,6 +163,10 @@ class FakeEngine:
         norm = sum(value * value for value in values) ** 0.5
         return [value / norm for value in values]
 
+    def experts_load(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """As `Engine.experts_load`: it has none."""
+        return ()
+
     def verify(self) -> None:
         """As `Engine.verify`."""
         self._scheduler.check()

@@ -7,19 +7,23 @@ import asyncio
 import contextlib
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from ernie45.engine.memory import EnginePlan
 from ernie45.engine.request import Request
 from ernie45.engine.wire import (
     Cancel,
+    Chosen,
     Embed,
     Embedded,
     EngineInfo,
     EngineSpec,
     FromEngine,
+    Grant,
     LoadFailed,
     Loading,
+    Planned,
     Ready,
     Refused,
     Stepped,
@@ -32,7 +36,7 @@ from ernie45.errors import CheckpointError
 _READ = 1 << 20
 _STOP_SECONDS = 5.0
 
-Listener = Callable[[Stepped | Refused | Embedded], None]
+Listener = Callable[[Stepped | Refused | Embedded | Chosen], None]
 
 
 class EngineDied(Exception):
@@ -45,6 +49,7 @@ class EngineProcess:
     on_message  called for each message about requests
     on_death    called once when the process is gone without having been asked; the text says how
     on_loading  called while it loads: stage, done, total
+    on_planned  called before it reads weights: how many bytes it may take of what it plans; what it raises ends the start
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class EngineProcess:
         on_message: Listener,
         on_death: Callable[[str], None],
         on_loading: Callable[[str, int, int], None] = lambda stage, done, total: None,
+        on_planned: Callable[[EnginePlan], Awaitable[int]],
         stuck_seconds: float = 300.0,
     ) -> None:
         """environment: of the process, whole. stuck_seconds: without a message while requests run, it is ended."""
@@ -63,6 +69,7 @@ class EngineProcess:
         self._on_message = on_message
         self._on_death = on_death
         self._on_loading = on_loading
+        self._on_planned = on_planned
         self._stuck_seconds = stuck_seconds
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -96,6 +103,12 @@ class EngineProcess:
             for message in unpacker.feed(data):
                 if isinstance(message, Loading):
                     self._on_loading(message.stage, message.done, message.total)
+                elif isinstance(message, Planned):
+                    try:
+                        self._send(Grant(await self._on_planned(message.plan)))
+                    except BaseException:
+                        await self.stop()
+                        raise
                 elif isinstance(message, LoadFailed):
                     await self.stop()
                     raise CheckpointError(message.text)

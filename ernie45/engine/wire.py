@@ -13,6 +13,7 @@ except ImportError as error:
 
     raise MissingExtra("msgspec", "serve") from error
 
+from ernie45.engine.memory import EnginePlan
 from ernie45.engine.output import Output
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load, SchedulerConfig
@@ -96,6 +97,18 @@ class Loading(msgspec.Struct, frozen=True, tag="loading"):
     total: int
 
 
+class Planned(msgspec.Struct, frozen=True, tag="planned"):
+    """What a model that is about to be read will take; its reading waits for `Grant`."""
+
+    plan: EnginePlan
+
+
+class Grant(msgspec.Struct, frozen=True, tag="grant"):
+    """How many bytes an engine may take, weights and all."""
+
+    size: int
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Loaded: requests may come."""
 
@@ -133,8 +146,14 @@ class Embedded(msgspec.Struct, frozen=True, tag="embedded"):
     vector: tuple[float, ...]
 
 
-ToEngine = Submit | Cancel | Embed
-FromEngine = Loading | Ready | LoadFailed | Stepped | Refused | Embedded
+class Chosen(msgspec.Struct, frozen=True, tag="chosen"):
+    """How often each expert was chosen since the start: number and counts of each layer with experts."""
+
+    layers: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+ToEngine = Grant | Submit | Cancel | Embed
+FromEngine = Loading | Planned | Ready | LoadFailed | Stepped | Refused | Embedded | Chosen
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS = {

@@ -16,17 +16,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ernie45.engine.fake import FAKE_NAME, WIDTH, FakeEngine
 from ernie45.engine.grammar import Grammars
+from ernie45.engine.memory import CACHE_SHARE, EnginePlan, check_fits, gib
 from ernie45.engine.output import Output
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load, SchedulerConfig
 from ernie45.engine.wire import (
     Cancel,
+    Chosen,
     Embed,
     Embedded,
     EngineInfo,
     EngineSpec,
+    Grant,
     LoadFailed,
     Loading,
+    Planned,
     Ready,
     Refused,
     Stepped,
@@ -36,14 +40,17 @@ from ernie45.engine.wire import (
     pack,
 )
 from ernie45.errors import ErnieError, RequestError
+from ernie45.machine import usable_cores
 from ernie45.tokens.pictures import PixelRules, read_pixel_rules
 
 if TYPE_CHECKING:
-    from ernie45.models.adapter_folder import AdapterFolder
+    from ernie45.engine.core import Engine, EngineConfig
+    from ernie45.models.compute import ComputeType
     from ernie45.models.load import OpenModel
 
 _READ = 1 << 20
 _PROGRESS_SECONDS = 0.1
+_EXPERTS_SECONDS = 2.0  # between two reports of the experts' load
 _MAX_UNREAD = 256 << 20  # bytes the front has not read: it is stuck, and so is every client
 
 
@@ -58,6 +65,7 @@ class Steps(Protocol):
     def cancel(self, request_id: str) -> bool: ...
     def step(self) -> tuple[Output, ...]: ...
     def embed(self, tokens: tuple[int, ...], adapter: str = "") -> list[float]: ...
+    def experts_load(self) -> tuple[tuple[int, tuple[int, ...]], ...]: ...
     def verify(self) -> None: ...
 
 
@@ -131,6 +139,7 @@ class Worker:
         self._engine = engine
         self._channel = channel
         self._texts: deque[Embed] = deque()
+        self._told_experts = 0.0
 
     def run(self) -> None:
         """Until the front is gone (raises `Gone`)."""
@@ -168,7 +177,11 @@ class Worker:
         except Exception:  # noqa: BLE001  the step's requests have ended and the next call tells so; the others go on
             traceback.print_exc()
             broke = True
-        self._channel.send(Stepped(outputs, self._engine.load, time.perf_counter() - began, broke))
+        now = time.perf_counter()
+        self._channel.send(Stepped(outputs, self._engine.load, now - began, broke))
+        if (now - self._told_experts > _EXPERTS_SECONDS or self._engine.idle) and (layers := self._engine.experts_load()):
+            self._told_experts = now
+            self._channel.send(Chosen(layers))
 
     def _embed(self, message: Embed) -> None:
         try:
@@ -219,15 +232,31 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
     shorten_thread_waits()
     import torch
 
-    from ernie45.engine.core import Engine, EngineConfig
-    from ernie45.machine import available_memory
+    from ernie45.engine.core import Engine
+    from ernie45.models.adapter_folder import AdapterFolder
     from ernie45.models.load import find_model, load
     from ernie45.models.on_the_fly import load_quantised
+    from ernie45.tokens.tokenizer import load_tokenizer
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
+    else:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # OMP_NUM_THREADS may say less
     environment = Environment.read()
     path = find_model(spec.model, environment, lambda stage: progress(stage, 0, 0))
+    config = _config(spec)
+    folder_of_adapters = AdapterFolder(Path(spec.adapters)) if spec.adapters else None
+    granted: tuple[EnginePlan, int] | None = None
+
+    def approve(opened: "OpenModel", compute: "ComputeType", weights: int) -> None:
+        nonlocal granted
+        plan = config.plan(opened.config, compute.dtype, weights, adapters=bool(spec.adapters))
+        channel.send(Planned(plan))
+        (grant,) = channel.receive(None)
+        assert isinstance(grant, Grant), "nothing else comes before the engine is ready"
+        check_fits(plan, grant.size, spec.model, opened.config, packed=opened.spec is not None)
+        granted = plan, grant.size
+
     if spec.quantize is None:
         loaded = load(
             path,
@@ -237,13 +266,54 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
             text_only=spec.text_only,
             environment=environment,
             progress=lambda name, done, total: progress("weights", done, total),
+            approve=approve,
         )
     else:
-        loaded = load_quantised(path, spec.quantize, dtype=spec.dtype, text_only=spec.text_only, environment=environment, progress=progress)
+        loaded = load_quantised(
+            path,
+            spec.quantize,
+            dtype=spec.dtype,
+            text_only=spec.text_only,
+            environment=environment,
+            progress=progress,
+            approve=approve,
+        )
+    assert granted is not None
+    plan, size = granted
     folder = text_folder(loaded.opened, Path(spec.text_folder))
-    from ernie45.tokens.tokenizer import load_tokenizer
+    tokenizer = load_tokenizer(folder)
+    rules = None
+    if loaded.decoder.sight is not None:
+        vision = loaded.decoder.sight.config
+        rules = read_pixel_rules(folder, PixelRules(patch=vision.patch_size, merge=vision.merge))
+    engine = Engine(
+        loaded.decoder,
+        config,
+        available=_for_cache(plan, size),
+        grammars=Grammars(tokenizer),
+        adapters=folder_of_adapters,
+        rules=rules,
+        on_fault=lambda request_id, error: traceback.print_exception(error),
+    )
+    info = EngineInfo(
+        name=path.stem if path.suffix == ".gguf" else path.resolve().name,
+        text_folder=str(folder),
+        vocab_size=engine.model.vocab_size,
+        width=engine.model.hidden_size,
+        eos_ids=tokenizer.eos_ids or engine.model.eos_ids,
+        limits=engine.limits,
+        settings=_told(spec, engine, str(loaded.compute), plan, size),
+        rules=engine.rules,
+        max_adapters=spec.max_adapters,
+    )
+    return engine, info
 
-    config = EngineConfig(
+
+def _config(spec: EngineSpec) -> "EngineConfig":
+    """The engine's settings in a spec."""
+    from ernie45.engine.core import EngineConfig
+
+    return EngineConfig(
         page_size=spec.page_size,
         num_pages=spec.num_pages,
         max_length=spec.max_length,
@@ -255,47 +325,32 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         adapter_bytes=spec.adapter_bytes,
         kv=spec.kv,
     )
-    folder_of_adapters = AdapterFolder(Path(spec.adapters)) if spec.adapters else None
-    free = available_memory()
-    tokenizer = load_tokenizer(folder)
-    rules = None
-    if loaded.decoder.sight is not None:
-        vision = loaded.decoder.sight.config
-        rules = read_pixel_rules(folder, PixelRules(patch=vision.patch_size, merge=vision.merge))
-    engine = Engine(
-        loaded.decoder,
-        config,
-        available=free,
-        grammars=Grammars(tokenizer),
-        adapters=folder_of_adapters,
-        rules=rules,
-        on_fault=lambda request_id, error: traceback.print_exception(error),
-    )
-    limits, decoder = engine.limits, loaded.decoder
-    size = limits.num_pages * limits.page_size * engine.bytes_per_token
-    weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
-    settings = {
+
+
+def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: EnginePlan, size: int) -> dict[str, str]:
+    """What was resolved, for people to read; `size` bytes were granted."""
+    import torch
+
+    limits = engine.limits
+    cache = limits.num_pages * limits.page_size * engine.bytes_per_token
+    return {
         "model": spec.model,
-        "compute": str(loaded.compute),
-        "weights": f"{weights / 2**30:.2f} GiB",
-        "cache": f"{limits.num_pages:,} pages of {limits.page_size} tokens, at most {size / 2**30:.2f} GiB, taken as it fills",
-        "memory": f"{free / 2**30:.2f} GiB were free behind the weights",
+        "compute": compute,
+        "memory": f"{plan.text()}; at most {gib(size)} were granted",
+        "cache": (
+            f"{limits.num_pages:,} pages of {limits.page_size} tokens: {limits.num_pages * limits.page_size:,} tokens, "
+            f"or {limits.num_pages * limits.page_size // limits.max_length} sequences of {limits.max_length:,}; "
+            f"at most {gib(cache)}, taken as it fills"
+        ),
         "context": f"{limits.max_length:,} tokens",
         "step": limits.describe(),
-        "threads": str(torch.get_num_threads()),
+        "threads": f"{torch.get_num_threads()} ({'as asked' if spec.threads else f'{usable_cores()} usable cores'})",
     }
-    info = EngineInfo(
-        name=path.stem if path.suffix == ".gguf" else path.resolve().name,
-        text_folder=str(folder),
-        vocab_size=decoder.config.vocab_size,
-        width=decoder.config.hidden_size,
-        eos_ids=tokenizer.eos_ids or decoder.config.eos_ids,
-        limits=limits,
-        settings=settings,
-        rules=engine.rules,
-        max_adapters=spec.max_adapters,
-    )
-    return engine, info
+
+
+def _for_cache(plan: EnginePlan, size: int) -> int:
+    """What `EngineConfig.resolve` takes half of: the granted cache, doubled."""
+    return int((size - plan.fixed) / CACHE_SHARE)
 
 
 def text_folder(opened: "OpenModel", made: Path) -> Path:

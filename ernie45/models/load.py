@@ -91,6 +91,10 @@ class LoadedModel:
     opened: OpenModel
 
 
+Approve = Callable[[OpenModel, ComputeType, int], None]
+"""Hears of a model that is about to be read, its compute type, and the bytes its weights will take."""
+
+
 def load(
     name_or_path: str | Path,
     *,
@@ -102,9 +106,10 @@ def load(
     compact: bool = False,
     check: bool = True,
     progress: Progress | None = None,
+    approve: Approve | None = None,
     environment: Environment | None = None,
 ) -> LoadedModel:
-    """`load_model` with what was decided on the way."""
+    """`load_model` with what was decided on the way. approve: called with the weights' bytes before one is read; it raises to refuse."""
     path = find_model(name_or_path, environment or Environment.read())
     opened = open_model(path, mtp=mtp, text_only=text_only, positions=positions)
     if not opened.plan.complete:
@@ -118,14 +123,16 @@ def load(
     def dtype_of(name: str) -> torch.dtype:
         return torch.bfloat16 if name in kept else packed_dtype(name, compute.dtype)
 
+    shapes = _shapes(decoder)
+    needed = sum(math.prod(shape) * dtype_of(name).itemsize for name, shape in shapes.items())
+    if approve is not None:
+        approve(opened, compute, needed)
     with opened.files as files:
         if opened.plan.ignored.get(head_name(opened.layout)):
             _check_tied_head(opened)
         source = files if not isinstance(files, GgufFile) else _Decoded(files, {p.file: dtype_of(p.ours) for p in opened.plan.pieces})
-        shapes = _shapes(decoder)
         _refuse_what_cannot_fit(opened, dtype_of, compute.dtype.itemsize)
         if mapped is None:  # memory of its own is read faster, so the weights stay in the file only where they would crowd out the rest
-            needed = sum(math.prod(shape) * dtype_of(name).itemsize for name, shape in shapes.items())
             mapped = needed > _ROOMY * available_memory() or (opened.spec is not None and needed > _LARGE_PACKED)
         state = load_pieces(opened.plan, source, shapes, dtype_of, mapped=mapped, check=check, progress=progress)
     decoder.load_state_dict(state, assign=True)
@@ -379,6 +386,12 @@ def _refuse_what_cannot_fit(opened: OpenModel, dtype_of: Callable[[str], torch.d
         context = min(8192, opened.config.max_positions)
         said = "; ".join(advice(ModelConfig(opened.config, opened.vision), free, float_bytes=float_bytes, context=context))
         raise CheckpointError(f"{opened.path}: its weights take {own / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free. {said}")
+
+
+def packed_bytes(config: ModelConfig, spec: QuantSpec, dtype: torch.dtype) -> int:
+    """Bytes of a model packed as `spec` says; what stays whole is of type `dtype`."""
+    shapes = _shapes(_empty_decoder(config, spec, dtype))
+    return sum(math.prod(shape) * packed_dtype(name, dtype).itemsize for name, shape in shapes.items())
 
 
 def _shapes(decoder: Decoder) -> dict[str, Shape]:

@@ -14,9 +14,10 @@ from ernie45.config import Environment
 from ernie45.errors import CheckpointError
 from ernie45.models.by_layer import LayeredModel
 from ernie45.models.compute import choose_compute, cpu_has_bfloat16
-from ernie45.models.load import LoadedModel, find_model, open_model
+from ernie45.models.load import Approve, LoadedModel, find_model, open_model, packed_bytes
 from ernie45.models.names import FLOAT32_ENDINGS
 from ernie45.models.text import Decoder
+from ernie45.models.vision_config import ModelConfig
 from ernie45.quant.linear import QuantEmbedding
 from ernie45.quant.model import quantise_model
 from ernie45.quant.rtn import round_quickly
@@ -30,18 +31,23 @@ def load_quantised(
     dtype: str = "auto",
     text_only: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    approve: Approve | None = None,
     environment: Environment | None = None,
 ) -> LoadedModel:
     """Load a model with its matrices packed as `scheme` says (`completed`); head and embedding get 8 bits, the MTP block is left out.
 
-    `progress` hears of each layer. Raises `ConfigError` for a word that is no scheme, and `CheckpointError` for a model that is packed
-    already or does not load.
+    `progress` hears of each layer; `approve` as in `models.load.load`. Raises `ConfigError` for a word that is no scheme, and
+    `CheckpointError` for a model that is packed already or does not load.
     """
     word = completed(scheme)
     opened = open_model(find_model(name_or_path, environment or Environment.read()), mtp=False, text_only=text_only)
     if opened.spec is not None:
         raise CheckpointError(f"{opened.path} is quantised already; leave --quantize out")
     compute = choose_compute(dtype, torch.float32, fast_bfloat16=cpu_has_bfloat16())
+    if approve is not None:
+        ends = _rules_of_ends(tied=opened.config.tie_embeddings, sees=opened.vision is not None)
+        spec = QuantSpec(rules=(*ends, Rule(pattern="layers.*", scheme=word)))
+        approve(opened, compute, packed_bytes(ModelConfig(opened.config, opened.vision), spec, compute.dtype))
     source = LayeredModel(opened)
     try:
         decoder = _packed(source, word, compute.dtype, progress or (lambda stage, done, total: None))
@@ -56,14 +62,19 @@ def completed(scheme: str) -> str:
     return scheme if parsed.group or parsed.hadamard else f"{scheme}-g64-h"
 
 
+def _rules_of_ends(*, tied: bool, sees: bool) -> tuple[Rule, ...]:
+    """What is not in the layers: embedding or head and, of a model that sees, tower and resampler."""
+    rules = [Rule(pattern="embed" if tied else "head", scheme=completed("w8a8"))]
+    if sees:  # the patch embedding stays whole, as `ernie quantize` leaves it
+        rules += [Rule(pattern="sight.tower.patches", scheme=None), Rule(pattern="sight.*", scheme=completed("w8a8"))]
+    return tuple(rules)
+
+
 def _packed(source: LayeredModel, word: str, dtype: torch.dtype, progress: Callable[[str, int, int], None]) -> Decoder:
     progress("quantising embedding and head", 0, source.num_layers)
     decoder = source.ends()
-    end = Rule(pattern="embed" if decoder.head is None else "head", scheme=completed("w8a8"))
-    rules = [end]
-    if decoder.sight is not None:  # the patch embedding stays whole, as `ernie quantize` leaves it
-        rules += [Rule(pattern="sight.tower.patches", scheme=None), Rule(pattern="sight.*", scheme=completed("w8a8"))]
-    quantise_model(decoder, QuantSpec(rules=tuple(rules)), algorithm=round_quickly)
+    rules = _rules_of_ends(tied=decoder.head is None, sees=decoder.sight is not None)
+    quantise_model(decoder, QuantSpec(rules=rules), algorithm=round_quickly)
     if isinstance(decoder.embed, QuantEmbedding):
         decoder.embed.dtype = dtype
     _cast(decoder, dtype)

@@ -10,17 +10,18 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ernie45.engine.fake import fake_template, fake_tokenizer
 from ernie45.engine.grammar import Grammars
+from ernie45.engine.memory import EnginePlan
 from ernie45.engine.process import EngineDied
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load
-from ernie45.engine.wire import Embedded, EngineInfo, Refused, Stepped
+from ernie45.engine.wire import Chosen, Embedded, EngineInfo, Refused, Stepped
 from ernie45.errors import CheckpointError, ErnieError, RequestError
 from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.server.failures import Failure, engine_lost, failure_of, overloaded
@@ -53,9 +54,10 @@ class Opener(Protocol):
         model: str,
         text_folder: str,
         *,
-        on_message: Callable[[Stepped | Refused | Embedded], None],
+        on_message: Callable[[Stepped | Refused | Embedded | Chosen], None],
         on_death: Callable[[str], None],
         on_loading: Callable[[str, int, int], None],
+        on_planned: Callable[[EnginePlan], Awaitable[int]],
     ) -> Engine: ...
 
 
@@ -76,6 +78,12 @@ class Observer(Protocol):
 
     def stepped(self, model: str, message: Stepped) -> None: ...
     def finished(self, model: str, ticket: Ticket) -> None: ...
+
+
+class Memory(Protocol):
+    """Who shares out memory between models; the service."""
+
+    async def __call__(self, model: "ServedModel", plan: EnginePlan) -> int: ...
 
 
 class ServedModel:
@@ -102,10 +110,15 @@ class ServedModel:
         self.state = "cold"
         self.trouble = ""
         self.created = int(time.time())
+        self.granted = 0  # bytes of memory, weights and all
+        self.memory: Memory = _all_of_it
+        self._refusal: Failure | None = None
         self.progress = ("", 0, 0)
         self.info: EngineInfo | None = None
         self.text: TextSide | None = None
         self.load: Load | None = None
+        self.experts: tuple[tuple[int, tuple[int, ...]], ...] = ()  # layers with experts: how often each was chosen
+        self.written = 0  # tokens of answers since the start
         self.used = asyncio.get_running_loop().time()
         self._opener = opener
         self._limits = limits
@@ -154,6 +167,8 @@ class ServedModel:
             if not done:
                 raise overloaded(f"the model {self.name} is being loaded", 5, "model_loading")
         if self.state != "ready":
+            if self._refusal is not None:
+                raise self._refusal
             raise Failure(503, f"the model {self.name} could not be loaded; the server's log says why", code="model_failed")
         assert self.info is not None
         assert self.text is not None
@@ -161,7 +176,7 @@ class ServedModel:
 
     def open(self) -> asyncio.Task[None]:
         """Begins to load it; the task ends when it is ready or failed."""
-        self.state, self.trouble = "loading", ""
+        self.state, self.trouble, self._refusal = "loading", "", None
         self._opening = asyncio.get_running_loop().create_task(self._open())
         return self._opening
 
@@ -172,13 +187,19 @@ class ServedModel:
         self._tidy()
         self._folder = tempfile.TemporaryDirectory(prefix="ernie45-")
         engine = self._opener(
-            self.source, self._folder.name, on_message=self._on_message, on_death=self._on_death, on_loading=self._on_loading
+            self.source,
+            self._folder.name,
+            on_message=self._on_message,
+            on_death=self._on_death,
+            on_loading=self._on_loading,
+            on_planned=self._on_planned,
         )
         try:
             self.info = await engine.start()
             self.text = await asyncio.to_thread(read_text_side, self.info, self._chat_format, self._limits)
         except (ErnieError, EngineDied) as error:
-            self.state, self.trouble = "failed", str(error)
+            self.state, self.trouble, self.granted = "failed", str(error), 0
+            self._refusal = error if isinstance(error, Failure) else None
             await engine.stop()
             return
         except BaseException:
@@ -199,6 +220,7 @@ class ServedModel:
         self.state = "cold"
         if engine is not None:
             await engine.stop()
+        self.granted = 0
         self._tidy()
 
     def _tidy(self) -> None:
@@ -208,6 +230,11 @@ class ServedModel:
 
     def _on_loading(self, stage: str, done: int, total: int) -> None:
         self.progress = (stage, done, total)
+
+    async def _on_planned(self, plan: EnginePlan) -> int:
+        self.granted = 0
+        self.granted = await self.memory(self, plan)
+        return self.granted
 
     def _on_death(self, why: str) -> None:
         """What ran is lost; what waits stays in line for the next process."""
@@ -305,9 +332,11 @@ class ServedModel:
         assert self.info is not None
         return not adapter or adapter in used or len(used) < self.info.max_adapters
 
-    def _on_message(self, message: Stepped | Refused | Embedded) -> None:
+    def _on_message(self, message: Stepped | Refused | Embedded | Chosen) -> None:
         if isinstance(message, Stepped):
             self._on_step(message)
+        elif isinstance(message, Chosen):
+            self.experts = message.layers
         elif isinstance(message, Embedded):
             if (future := self._embeddings.get(message.id)) is not None and not future.done():
                 future.set_result(message.vector)
@@ -323,6 +352,7 @@ class ServedModel:
         self._deaths = 0 if message.outputs else self._deaths
         now = asyncio.get_running_loop().time()
         for output in message.outputs:
+            self.written += len(output.tokens)
             ticket = self._running.get(output.request_id)
             if ticket is None:  # it was cancelled while the step ran
                 continue
@@ -365,6 +395,10 @@ class ServedModel:
         seconds = self._limits.request_seconds
         self._stop(ticket)
         self._end(ticket, Failure(504, f"the request took {seconds:g} s, the longest it may", code="request_timeout"))
+
+
+async def _all_of_it(model: ServedModel, plan: EnginePlan) -> int:
+    return plan.fixed + plan.cache
 
 
 def read_text_side(info: EngineInfo, chat_format: str | None, limits: Limits) -> TextSide:

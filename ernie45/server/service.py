@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from ernie45.engine.memory import EnginePlan, gib
 from ernie45.errors import ConfigError, ErnieError
+from ernie45.machine import available_memory
 from ernie45.server.access import Caller, Rates
 from ernie45.server.failures import Failure, bad, failure_of, overloaded
 from ernie45.server.journal import Journal
@@ -19,6 +21,7 @@ from ernie45.server.ticket import Job, Ticket
 
 T = TypeVar("T")
 _SHOWN_NAMES = 50  # of adapters, in an error
+_MEMORY_SHARE = 0.9  # of what is available when the server starts, unless it is told
 _PREPARERS = 2  # threads that render, tokenise and compile grammars: hostile ones take these, and never the event loop
 
 
@@ -46,6 +49,7 @@ class Service:
         self._at_end = tuple(at_end)
         self.draining = False
         self.version = version
+        self.memory = settings.memory_bytes or int(available_memory() * _MEMORY_SHARE)
         self.live: dict[str, list[Ticket]] = {}  # by the request's id, for cancelling
         self.streams = Streams(settings.limits)
         self._threads = ThreadPoolExecutor(_PREPARERS, thread_name_prefix="prepare")
@@ -55,6 +59,9 @@ class Service:
                 if name in self._names:
                     raise ConfigError(f"two models are called '{name}'; rename one with --served-model-name")
                 self._names[name] = model
+            model.memory = self.grant
+        self._sharing = asyncio.Lock()
+        self.began = self.now()
         metrics.watch(self.models)
 
     def find(self, name: str | None) -> tuple[ServedModel, str]:
@@ -89,6 +96,25 @@ class Service:
         self.rates.admit(caller, self.now())
         info, text = await model.ready()
         return model, Context(info=info, text=text, limits=self.settings.limits, caller=caller, adapter=adapter)
+
+    async def grant(self, model: ServedModel, plan: EnginePlan) -> int:
+        """Bytes that a model may take; models that nobody uses are unloaded for it, the one unused for longest first.
+
+        Raises `Failure` 503 with the numbers: for good when it could never fit, else for as long as the others are busy.
+        """
+        async with self._sharing:
+            while (left := self.memory - sum(other.granted for other in self.models)) < plan.least:
+                if plan.least > self.memory:
+                    what = f"needs {gib(plan.least)} ({plan.text()}), and all models together have {gib(self.memory)}"
+                    raise Failure(503, f"the model {model.name} {what}", field="model", code="model_too_large")
+                idle = [other for other in self.models if other is not model and other.state == "ready" and not other.busy]
+                if not idle:
+                    what = f"needs {gib(plan.least)}, {gib(left)} of {gib(self.memory)} are left and the other models are in use"
+                    raise overloaded(f"the model {model.name} {what}", 5, "memory_in_use")
+                leaving = min(idle, key=lambda other: other.used)
+                self.journal.note("unload", model=leaving.name, reason=f"memory for {model.name}")
+                await leaving.close()
+            return plan.grant(left)
 
     async def prepare(self, make: Callable[..., T], *args: Any, fields: dict[str, str] | None = None) -> T:
         """Runs what takes a processor's time off the loop. Raises `Failure` 400 for the caller's mistakes."""

@@ -2,11 +2,24 @@
 
 import dataclasses
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ernie45.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """A size such as 20GiB, 1.5 GB or 1000000. Raises `ConfigError` that names the setting."""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]{0,3})", text.strip())
+    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found and found[2].upper() in _UNITS else 0
+    if size < 1:
+        raise ConfigError(f"{name} is '{text[:40]}'; write a size, such as 20GiB or 500MB")
+    return size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +103,7 @@ class EngineSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto takes the one this processor is fast at."""
     threads: int | None = None
-    """Threads of the model; automatic: one per core."""
+    """Threads of the model; automatic: one per physical core of the affinity mask, within the control group's quota."""
     page_size: int = 32
     """Tokens per page of the cache."""
     num_pages: int | None = None
@@ -153,6 +166,8 @@ class ServerSettings:
     """A model, other than the first, that nobody used for so long is unloaded."""
     storage: str = "auto"
     """Folder for uploaded files and batches, or off: then both are refused. auto is one for this port in the cache folder."""
+    memory: str | None = None
+    """Memory of all models together, such as 20GiB; automatic: nine tenths of what is available at the start."""
     log: Literal["json", "off"] = "json"
     """One line per request on standard error; prompts and answers are never in it."""
     tls_certificate: Path | None = None
@@ -167,6 +182,7 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be from 0 to 65535, not {self.port}")
+        _ = self.memory_bytes
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ConfigError("HTTPS needs both: tls_certificate and tls_key")
         for origin in self.cors_origins:
@@ -176,6 +192,11 @@ class ServerSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be above 0, not {value!r}")
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes; None = automatic."""
+        return None if self.memory is None else parse_bytes(self.memory, "memory")
 
     @property
     def loopback(self) -> bool:

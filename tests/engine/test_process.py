@@ -19,6 +19,9 @@ from ernie45.engine.scheduler import Load
 from ernie45.engine.wire import MAX_FRAME, Cancel, Embedded, EngineSpec, FromEngine, Refused, Stepped, Submit, ToEngine, Unpacker, pack
 from ernie45.engine.worker import Channel, Gone
 from ernie45.errors import CheckpointError
+from tests.engine.peft_adapters import merged, random_factors, write
+from tests.engine.test_engine import DENSE, build
+from tests.engine.tiny_folder import save_tiny
 
 LOAD = Load(running=1, waiting=0, free_pages=3, num_pages=4, preemptions=0, prompt_tokens=5, cached_tokens=0)
 REQUEST = Request(
@@ -78,14 +81,20 @@ class Front:
     def __init__(self, **spec):
         self.messages, self.deaths, self.heard = [], [], asyncio.Event()
         environment = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}
+        self.memory = spec.pop("memory", None)
         stuck = spec.pop("stuck_seconds", 60.0)
         self.engine = EngineProcess(
             EngineSpec(text_folder="", **({"model": "fake"} | spec)),
             environment,
             on_message=self._hear,
             on_death=self._die,
+            on_planned=self._plan,
             stuck_seconds=stuck,
         )
+
+    async def _plan(self, plan):
+        self.plan = plan
+        return self.memory or plan.fixed + plan.cache
 
     def _hear(self, message):
         self.messages.append(message)
@@ -185,3 +194,45 @@ def test_no_code_travels_between_processes(pytestconfig):
     assert len(files) > 50
     assert {file.name: uses for file in files if (uses := code_that_travels(file.read_text("utf-8")))} == {}
     assert set(code_that_travels("import pickle\neval(x)\nf(trust_remote_code=True)")) == {"pickle", "eval", "trust_remote_code"}
+
+
+def test_a_model_plans_its_memory_before_it_is_read_and_is_refused_with_the_numbers(tmp_path):
+    decoder = save_tiny(tmp_path, DENSE)
+
+    async def run():
+        front = Front(model=str(tmp_path), memory=1000)
+        with pytest.raises(CheckpointError, match=r"does not fit: weights .* are available"):
+            await front.engine.start()
+        front = Front(model=str(tmp_path), max_length=64)
+        info = await front.engine.start()
+        assert front.plan.weights == sum(tensor.nbytes for tensor in decoder.state_dict().values())
+        assert "weights" in info.settings["memory"]
+        await front.engine.stop()
+
+    asyncio.run(run())
+
+
+def test_a_process_serves_adapters_from_its_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    decoder = save_tiny(tmp_path / "model", DENSE)
+    factors = random_factors(decoder.config, 1)
+    write(tmp_path / "adapters" / "voice", factors)
+    prompt = [4, 5, 6, 7]
+
+    async def run():
+        front = Front(model=str(tmp_path / "model"), max_length=64, adapters=str(tmp_path / "adapters"), dtype="float32")
+        await front.engine.start()
+        for id, adapter in (("1", ""), ("2", "voice"), ("3", "nobody")):
+            params = SamplingParams(temperature=0, max_tokens=5)
+            front.engine.submit(Request(id=id, prompt=tuple(prompt), params=params, adapter=adapter))
+        await front.until(lambda: any(isinstance(m, Refused) for m in front.messages) and len(front.tokens("1") + front.tokens("2")) == 10)
+        await front.engine.stop()
+        return front
+
+    front = asyncio.run(run())
+    whole = merged(build(decoder.config), factors, 2.0)
+    for id, network in (("1", decoder), ("2", whole)):
+        logits = network.prompt_logits([*prompt, *front.tokens(id)])
+        assert front.tokens(id) == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    [refused] = [message for message in front.messages if isinstance(message, Refused)]
+    assert "no adapter 'nobody'" in refused.text

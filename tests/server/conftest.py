@@ -130,7 +130,15 @@ def servers():
     stops = []
 
     def start(
-        models=("fake",), chat_format=None, engine_limits=LIMITS, fails=lambda request: False, loads=None, keys=(), limits=None, **settings
+        models=("fake",),
+        chat_format=None,
+        engine_limits=LIMITS,
+        fails=lambda request: False,
+        loads=None,
+        keys=(),
+        limits=None,
+        plans=None,
+        **settings,
     ):
         started, state = threading.Event(), {}
 
@@ -140,8 +148,13 @@ def servers():
         async def main():
             engines, lines = {}, []
 
-            def opener(model, text_folder, *, on_message, on_death, on_loading):
-                engines[model] = HandEngine(engine_limits, fails, loads or nothing)
+            def opener(model, text_folder, *, on_message, on_death, on_loading, on_planned):
+                async def load():
+                    await (loads or nothing)()
+                    if plans is not None:
+                        await on_planned(plans[model])
+
+                engines[model] = HandEngine(engine_limits, fails, load)
                 engines[model].listen(on_message, on_death)
                 return engines[model]
 

@@ -1,0 +1,32 @@
+"""How often each expert was chosen: counted where the router chooses, one addition per layer and step."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ernie45.nn.moe import Router
+from ernie45.ops import Routing
+
+
+class ExpertsLoad:
+    """Counts of a network's routers, from the moment this is made. A model without experts has none, and pays nothing."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._counts: dict[int, Tensor] = {}
+        for name, module in network.named_modules():
+            if isinstance(module, Router) and name.startswith("layers."):
+                counts_E = torch.zeros(module.weight.shape[0], dtype=torch.int64)
+                self._counts[int(name.split(".")[1])] = counts_E
+                module.register_forward_hook(_counter(counts_E))
+
+    def read(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Number of each layer with experts and, for each of its experts, how many tokens chose it."""
+        return tuple((layer, tuple(counts_E.tolist())) for layer, counts_E in self._counts.items())
+
+
+def _counter(counts_E: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Routing], None]:
+    def count(module: nn.Module, arguments: tuple[Tensor, ...], routing: Routing) -> None:
+        counts_E.add_(torch.bincount(routing.experts.flatten(), minlength=len(counts_E)))
+
+    return count
