@@ -7,6 +7,7 @@ import pytest
 from ernie45.engine.wire import EngineInfo
 from ernie45.errors import CheckpointError, ConfigError
 from ernie45.server.model import read_sampling, read_text_side
+from ernie45.server.settings import Limits
 
 
 def ask(running, model):
@@ -100,4 +101,5 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, running):
                 **{name: getattr(info, name) for name in info.__struct_fields__ if name != "text_folder"}, text_folder=str(tmp_path)
             ),
             None,
+            Limits(),
         )
