@@ -10,11 +10,8 @@ from ernie45.ops.eager import (
     framed_attention,
     over_experts,
     quick_gelu,
-    rms_norm,
     rotate_halves,
-    rotate_pairs,
     route,
-    swiglu,
 )
 from ernie45.ops.native import Native
 from ernie45.ops.quantised import PackedWeight, dequantise, dequantise_rows
@@ -50,6 +47,9 @@ KERNELS: Native | None = native.load(Environment.read().isa, native.find_library
 
 # The same names whichever was chosen; the contracts stand in `reference` and `quantised`.
 linear = KERNELS.linear if KERNELS else eager.linear
+rms_norm = KERNELS.rms_norm if KERNELS else eager.rms_norm
+rotate_pairs = KERNELS.rotate_pairs if KERNELS else eager.rotate_pairs
+swiglu = KERNELS.swiglu if KERNELS else eager.swiglu
 experts = KERNELS.experts if KERNELS else eager.experts
 _chosen = KERNELS or quantised
 packed_linear = _chosen.packed_linear

@@ -90,11 +90,18 @@ def swiglu(gate_up_TF: Tensor) -> Tensor:
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def experts(x_TD: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tensor, product: Product = linear) -> Tensor:
-    """Weighted sum of the chosen experts' SwiGLU, [T, D] -> [T, D]; `product` is how rows meet a matrix."""
+def experts(
+    x_TD: Tensor,
+    routing: Routing,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    product: Product = linear,
+    gated: Callable[[Tensor], Tensor] = swiglu,
+) -> Tensor:
+    """Weighted sum of the chosen experts' SwiGLU, [T, D] -> [T, D]; `product` is how rows meet a matrix, `gated` how SwiGLU is computed."""
     # unbound once: the gradient of `stack[e]` is a whole stack of zeros for every expert, that of `unbind` is one stack
     ups, downs = gate_up_EFD.unbind(), down_EDF.unbind()
-    return over_experts(x_TD, routing, len(ups), lambda e, rows_T, part_TD: product(swiglu(product(part_TD, ups[e])), downs[e]))
+    return over_experts(x_TD, routing, len(ups), lambda e, rows_T, part_TD: product(gated(product(part_TD, ups[e])), downs[e]))
 
 
 def over_experts(x_TD: Tensor, routing: Routing, num_experts: int, expert: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:

@@ -76,9 +76,28 @@ class Native:
         out_TO = torch.ops.ernie45.bf16_linear(x_TI, weight_OI, self.isa)
         return out_TO if bias_O is None else out_TO + bias_O
 
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `reference.rms_norm`: one pass over each row, where torch makes eight."""
+        if not _inferring(x_TD) or x_TD.dim() != 2 or x_TD.stride(1) != 1 or weight_D.dtype != x_TD.dtype or not weight_D.is_contiguous():
+            return eager.rms_norm(x_TD, weight_D, eps)
+        return torch.ops.ernie45.rms_norm(x_TD, weight_D, eps, self.isa)
+
+    def rotate_pairs(self, x_TNH: Tensor, turns_TP: Tensor) -> Tensor:
+        """See `reference.rotate_pairs`: one pass, where torch widens, turns and narrows."""
+        size = x_TNH.shape[-1]
+        if not _inferring(x_TNH) or size % 16 or x_TNH.stride()[1:] != (size, 1) or not turns_TP.is_contiguous():
+            return eager.rotate_pairs(x_TNH, turns_TP)
+        return torch.ops.ernie45.rotate(x_TNH.flatten(1), torch.view_as_real(turns_TP), self.isa).view(x_TNH.shape)
+
+    def swiglu(self, gate_up_TF: Tensor) -> Tensor:
+        """See `reference.swiglu`: one pass, where torch makes two."""
+        if not _inferring(gate_up_TF) or gate_up_TF.dim() != 2 or gate_up_TF.stride(1) != 1:
+            return eager.swiglu(gate_up_TF)
+        return torch.ops.ernie45.swiglu(gate_up_TF, self.isa)
+
     def experts(self, x_TD: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
         """See `reference.experts`."""
-        return eager.experts(x_TD, routing, gate_up_EFD, down_EDF, self.linear)
+        return eager.experts(x_TD, routing, gate_up_EFD, down_EDF, self.linear, self.swiglu)
 
     def _faster(self, x_TI: Tensor) -> bool:
         """Whether the kernels beat torch for these activations and a bfloat16 weight, as measured (docs/log.md)."""
@@ -87,8 +106,14 @@ class Native:
         return self.isa == "amx" and x_TI.shape[0] <= _TILE_ROWS
 
 
+_FLOATS = (torch.float32, torch.bfloat16)
 _VECTOR_ROWS = 16
 _TILE_ROWS = 32  # bfloat16 throughout: beyond, torch's own tiles are as fast
+
+
+def _inferring(x: Tensor) -> bool:
+    """Whether row work may be ours: in inference mode alone, so that what trains and its reference do the same operations."""
+    return torch.is_inference_mode_enabled() and x.is_cpu and x.dtype in _FLOATS
 
 
 def _plain_memory(x_TI: Tensor, weight_OI: Tensor) -> bool:
@@ -152,8 +177,17 @@ def _register_shapes() -> None:
     def bf16_linear(x: Tensor, weight: Tensor, isa: str) -> Tensor:
         return x.new_empty(x.shape[0], weight.shape[0])
 
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, isa: str) -> Tensor:
+        return x.new_empty(x.shape)
+
+    def rotate(x: Tensor, turns: Tensor, isa: str) -> Tensor:
+        return x.new_empty(x.shape)
+
+    def swiglu(x: Tensor, isa: str) -> Tensor:
+        return x.new_empty(x.shape[0], x.shape[1] // 2)
+
     def paged_attention(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, page_size: int, isa: str) -> Tensor:
         return torch.empty_like(q)
 
-    for shape_of in (linear, qkv, feed_forward, bf16_linear, paged_attention):
+    for shape_of in (linear, qkv, feed_forward, bf16_linear, rms_norm, rotate, swiglu, paged_attention):
         torch.library.register_fake(f"ernie45::{shape_of.__name__}", shape_of, allow_override=True)

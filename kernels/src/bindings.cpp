@@ -69,6 +69,36 @@ Tensor bf16_linear(const Tensor& x, const Tensor& weight, const std::string& isa
   return out;
 }
 
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const std::string& isa) {
+  const ernie::Rows rows = rows_of(x, "x");
+  const int64_t T = x.size(0), D = x.size(1);
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "the norm's weight must have the type of x");
+  const ernie::Norm norm = norm_of(weight, eps, D);
+  Tensor out = empty<2>(x, {T, D});
+  if (T) ernie::rms_norm(kernels(isa), threads(), rows, T, D, norm, out.data_ptr());
+  return out;
+}
+
+Tensor rotate(const Tensor& x, const Tensor& turns, const std::string& isa) {
+  const ernie::Rows rows = rows_of(x, "x");
+  const int64_t T = x.size(0), width = x.size(1);
+  STD_TORCH_CHECK(turns.is_cpu() && turns.is_contiguous() && turns.scalar_type() == ScalarType::Float && turns.dim() == 3 && turns.size(0) == T &&
+                      turns.size(1) > 0 && turns.size(1) % 8 == 0 && turns.size(2) == 2 && width % (2 * turns.size(1)) == 0,
+                  "turns must be float32 [T, H / 2, 2], contiguous, with a head size that is a multiple of 16 and divides the width of x");
+  Tensor out = empty<2>(x, {T, width});
+  if (T) ernie::rotate(kernels(isa), threads(), rows, T, width, turns.size(1), static_cast<const float*>(turns.data_ptr()), out.data_ptr());
+  return out;
+}
+
+Tensor swiglu(const Tensor& x, const std::string& isa) {
+  const ernie::Rows rows = rows_of(x, "x");
+  const int64_t T = x.size(0), width = x.size(1) / 2;
+  STD_TORCH_CHECK(x.size(1) % 2 == 0, "x must hold a gate and as many columns more");
+  Tensor out = empty<2>(x, {T, width});
+  if (T) ernie::swiglu(kernels(isa), threads(), rows, T, width, out.data_ptr());
+  return out;
+}
+
 Tensor paged_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& pages, const Tensor& lengths, int64_t page_size,
                        const std::string& isa) {
   STD_TORCH_CHECK(q.is_cpu() && q.is_contiguous() && q.dim() == 3, "q must be [sequences, N, H], contiguous, on the CPU");
@@ -112,6 +142,9 @@ STABLE_TORCH_LIBRARY(ernie45, m) {
   m.def("feed_forward(Tensor x, Tensor? norm, float eps, Tensor gate_up, Tensor gate_up_scale, int gate_up_bits, Tensor down, "
         "Tensor down_scale, int down_bits, int inner, str isa) -> Tensor");
   m.def("bf16_linear(Tensor x, Tensor weight, str isa) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, str isa) -> Tensor");
+  m.def("rotate(Tensor x, Tensor turns, str isa) -> Tensor");
+  m.def("swiglu(Tensor x, str isa) -> Tensor");
   m.def("paged_attention(Tensor q, Tensor keys, Tensor values, Tensor pages, Tensor lengths, int page_size, str isa) -> Tensor");
   m.def("available() -> str");
 }
@@ -121,6 +154,9 @@ STABLE_TORCH_LIBRARY_IMPL(ernie45, CPU, m) {
   m.impl("qkv", TORCH_BOX(&qkv));
   m.impl("feed_forward", TORCH_BOX(&feed_forward));
   m.impl("bf16_linear", TORCH_BOX(&bf16_linear));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rotate", TORCH_BOX(&rotate));
+  m.impl("swiglu", TORCH_BOX(&swiglu));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
 }
 

@@ -109,6 +109,26 @@ void bf16_linear(const Kernels& k, const Threads& threads, const Rows& x, int64_
   }
 }
 
+template <class F>
+static void each_row(const Threads& threads, Type type, int64_t T, int64_t width, void* out, F&& f) {
+  const size_t row = size_t(width) * (type == Type::f32 ? 4 : 2);
+  share(threads, T, T < 16 ? T : pieces(T, threads.count, 1), [&](int64_t t, int64_t end) {
+    for (; t < end; t++) f(t, static_cast<char*>(out) + size_t(t) * row);
+  });
+}
+
+void rms_norm(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t D, const Norm& norm, void* out) {
+  each_row(threads, x.type, T, D, out, [&](int64_t t, void* to) { k.rows->norm(x, t, D, norm.weight, norm.eps, to); });
+}
+
+void rotate(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, int64_t pairs, const float* turns, void* out) {
+  each_row(threads, x.type, T, width, out, [&](int64_t t, void* to) { k.rows->rotate(x, t, width, pairs, turns + t * pairs * 2, to); });
+}
+
+void swiglu(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, void* out) {
+  each_row(threads, x.type, T, width, out, [&](int64_t t, void* to) { k.rows->swiglu(x, t, width, to); });
+}
+
 void paged(const Kernels& k, const Threads& threads, const PagedJob& job, int64_t sequences) {
   int64_t longest = 0;
   for (int64_t i = 0; i < sequences; i++) longest = job.lengths[i] > longest ? job.lengths[i] : longest;

@@ -26,6 +26,15 @@ void feed_forward(const Kernels& k, const Threads& threads, const Rows& x, int64
 // out [T, O] = x @ w for a bfloat16 weight [O, I]
 void bf16_linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, const uint16_t* w, int64_t I, int64_t O, const Output& out);
 
+// out [T, D] = the norm of x, whose rows lie in one piece, in the type of x and of the weight
+void rms_norm(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t D, const Norm& norm, void* out);
+
+// out [T, width] = x with adjacent pairs turned, in heads of 2 * pairs columns; turns is [T, pairs, 2]
+void rotate(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, int64_t pairs, const float* turns, void* out);
+
+// out [T, width] = silu(gate) * up of x [T, 2 * width]
+void swiglu(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, void* out);
+
 // One query per sequence over its pages.
 void paged(const Kernels& k, const Threads& threads, const PagedJob& job, int64_t sequences);
 

@@ -37,6 +37,18 @@ static void norm(const Rows& x, int64_t t, int64_t width, const void* weight, fl
   }
 }
 
+static void rotate(const Rows& x, int64_t t, int64_t width, int64_t pairs, const float* turns, void* out) {
+  for (int64_t i = 0; i < width; i += 16) put(out, x.type, i, turned(turns + i % (2 * pairs), get(x.data, x.type, t * x.stride + i, 16)), 16);
+}
+
+static void swiglu(const Rows& x, int64_t t, int64_t width, void* out) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const int n = int(width - i < 16 ? width - i : 16);
+    const V g = get(x.data, x.type, t * x.stride + i, n), u = get(x.data, x.type, t * x.stride + width + i, n);
+    put(out, x.type, i, rounded(x.type, g / (1.0f + exp_approx(-g))) * u, n);
+  }
+}
+
 static void scores(const Rows& x, int64_t T, int64_t D, const float* weight, int64_t first, int64_t end, float* out, int64_t E) {
   for (int64_t t = 0; t < T; t++)
     for (int64_t e = first; e < end; e += 4) {
@@ -125,7 +137,7 @@ static void best(const float* logits, int64_t n, int64_t* place, float* value) {
 #define ERNIE_JOIN2(a, b) a##b
 #define ERNIE_JOIN(a, b) ERNIE_JOIN2(a, b)
 const RowKernels& ERNIE_JOIN(ERNIE_ISA, _rows)() {
-  static const RowKernels kernels{ERNIE_ISA::embed, ERNIE_ISA::norm, ERNIE_ISA::scores, ERNIE_ISA::choose, ERNIE_ISA::mix, ERNIE_ISA::best};
+  static const RowKernels kernels{ERNIE_ISA::embed, ERNIE_ISA::norm, ERNIE_ISA::rotate, ERNIE_ISA::swiglu, ERNIE_ISA::scores, ERNIE_ISA::choose, ERNIE_ISA::mix, ERNIE_ISA::best};
   return kernels;
 }
 

@@ -96,6 +96,9 @@ struct Mixture {
 struct RowKernels {
   void (*embed)(const Packed& w, int64_t token, int64_t width, Type type, void* out);
   void (*norm)(const Rows& x, int64_t t, int64_t width, const void* weight, float eps, void* out);
+  // heads of 2 * pairs columns, a multiple of 16, side by side: adjacent pairs turn; turns is [pairs, 2]
+  void (*rotate)(const Rows& x, int64_t t, int64_t width, int64_t pairs, const float* turns, void* out);
+  void (*swiglu)(const Rows& x, int64_t t, int64_t width, void* out);  // width of the result; the gate stands before the rest
   // out[t * E + e] = x[t] . weight[e] in float32, experts first .. end
   void (*scores)(const Rows& x, int64_t T, int64_t D, const float* weight, int64_t first, int64_t end, float* out, int64_t E);
   // softmax over E scores, the top_k best with their bias: ids best first, weights that sum to one (their sum kept at least norm_min)

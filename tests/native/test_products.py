@@ -195,6 +195,53 @@ def test_a_gradient_goes_through_torch(each):
     torch.testing.assert_close(each.linear(random(64, 4).t(), weight), random(64, 4).t() @ weight.float().T, rtol=1e-5, atol=1e-4)
 
 
+@odd
+@given(rows=st.integers(1, 40), width=st.integers(1, 100), bf16=st.booleans())
+def test_a_norm_equals_its_twin(each, rows, width, bf16):
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    x, weight = random(rows, width).to(dtype) * 3, random(width, seed=1).to(dtype)
+    # sums in another order; a bfloat16 may round the other way
+    bound = {"rtol": 2e-2, "atol": 1e-2} if bf16 else {"rtol": 2e-6, "atol": 2e-6}
+    with torch.inference_mode():
+        got = each.rms_norm(x, weight, 1e-5)
+        torch.testing.assert_close(got, reference.rms_norm(x, weight, 1e-5), **bound)
+        torch.testing.assert_close(each.rms_norm(x.repeat(1, 2)[:, :width], weight, 1e-5), got, rtol=0, atol=0)
+
+
+@odd
+@given(rows=st.integers(1, 40), heads=st.integers(1, 5), sixteens=st.integers(1, 8), more=st.integers(0, 2), bf16=st.booleans())
+def test_turning_equals_its_twin(each, rows, heads, sixteens, more, bf16):
+    """Whatever stands behind the heads that turn, as the values do behind queries and keys."""
+    x = random(rows, heads + more, 16 * sixteens).to(torch.bfloat16 if bf16 else torch.float32)[:, :heads]
+    bound = {"rtol": 1e-2, "atol": 1e-2} if bf16 else {"rtol": 1e-6, "atol": 1e-6}  # the sum of two products, in another order
+    with torch.inference_mode():
+        got = each.rotate_pairs(x, turns(rows, 16 * sixteens))
+    torch.testing.assert_close(got, reference.rotate_pairs(x, turns(rows, 16 * sixteens)), **bound)
+    assert got.is_contiguous()
+
+
+@odd
+@given(rows=st.integers(1, 40), width=st.integers(1, 200), large=st.booleans(), bf16=st.booleans())
+def test_swiglu_equals_its_twin(each, rows, width, large, bf16):
+    x = (random(rows, 2 * width) * (200 if large else 3)).to(torch.bfloat16 if bf16 else torch.float32)
+    bound = {"rtol": 2e-2, "atol": 1e-6} if bf16 else {"rtol": 2e-6, "atol": 1e-6}  # its exponential is right to 2e-7
+    with torch.inference_mode():
+        torch.testing.assert_close(each.swiglu(x), reference.swiglu(x), **bound)
+        assert each.swiglu(torch.full((1, 32), torch.nan)).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "rotate_pairs", "swiglu"])
+def test_who_wants_a_gradient_gets_one(each, name):
+    x = random(3, 2, 32).requires_grad_()
+    calls = {
+        "rms_norm": lambda: each.rms_norm(x.flatten(1), torch.ones(64), 1e-5),
+        "rotate_pairs": lambda: each.rotate_pairs(x, turns(3, 32)),
+        "swiglu": lambda: each.swiglu(x.flatten(1)),
+    }
+    calls[name]().square().sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
 def test_operators_keep_torchs_rules(kernels):
     x, norm, weight, down = random(3, 64), torch.ones(64), packed(96, 64, 4, 32), packed(64, 48, 4, 0)
     ops, isa = torch.ops.ernie45, kernels.isa
@@ -203,6 +250,9 @@ def test_operators_keep_torchs_rules(kernels):
         (ops.linear, (x, None, 0.0, weight.values, weight.scales, 4, 96, random(3, 96), isa)),
         (ops.qkv, (x, norm, 1e-5, weight.values, weight.scales, 4, torch.view_as_real(turns(3, 16)), 2, 2, 16, isa)),
         (ops.feed_forward, (x, norm, 1e-5, weight.values, weight.scales, 4, down.values, down.scales, 4, 48, isa)),
+        (ops.rms_norm, (x, norm, 1e-5, isa)),
+        (ops.rotate, (x, torch.view_as_real(turns(3, 32)), isa)),
+        (ops.swiglu, (x, isa)),
         (ops.bf16_linear, (x, random(5, 64).bfloat16(), isa)),
         (ops.paged_attention, (random(1, 2, 16), random(8, 1, 16), random(8, 1, 16), torch.tensor([[1]]), torch.tensor([3]), 4, isa)),
     ]
