@@ -282,7 +282,7 @@ class Engine:
             raise error
         for request_id, alone in broken.items():
             self._on_fault(request_id, alone)
-        return merged(results, frozenset(broken)), frozenset(undone)
+        return merged(results, broken), frozenset(undone)
 
     def embed(self, tokens: Sequence[int], adapter: str = "") -> list[float]:
         """Mean over a text's tokens of the last hidden states behind the final norm, scaled to length 1; [D].

@@ -135,15 +135,15 @@ class FakeEngine:
         if self._step_seconds:
             time.sleep(self._step_seconds)
         sampled: dict[str, tuple[int, ...]] = {}
-        failed = set()
+        failed: dict[str, FinishReason] = {}
         for row in plan.rows:
             speaker = self._speakers[row.request_id]
             if self._fails(speaker.request):
-                failed.add(row.request_id)
+                failed[row.request_id] = FinishReason.error
             elif row.samples:
                 token = self._next(speaker)
                 if speaker.matcher is not None and not speaker.matcher.consume(token):
-                    failed.add(row.request_id)
+                    failed[row.request_id] = FinishReason.grammar
                 speaker.said.append(token)
                 sampled[row.request_id] = (token,)
         outputs = []

@@ -69,9 +69,14 @@ class Grammars:
         if self._known(self._passed, key):
             return
         llguidance = _library()
-        wrong = llguidance.LLMatcher.validate_grammar(grammar, self._for(end_ids), limits=_limits(llguidance))
+        limits = _limits(llguidance)
+        wrong = llguidance.LLMatcher.validate_grammar(grammar, self._for(end_ids), limits=limits)
         if wrong and not wrong.startswith("WARNING"):
             raise RequestError(f"{field} cannot be compiled: {_first_lines(wrong)}", field)
+        inner = llguidance.LLMatcher(self._for(end_ids), grammar, log_level=0, limits=limits)
+        inner.compute_bitmask()  # much is only built when the first token is asked for; an engine would do it while all others wait
+        if inner.is_error():
+            raise RequestError(f"{field} is too complex: {_first_lines(inner.get_error())}", field)
         self._keep(self._passed, key, True)
 
     def matcher(self, grammar: str, end_ids: Sequence[int]) -> Matcher:
@@ -141,8 +146,11 @@ def _library() -> Any:
 
 
 def _limits(llguidance: Any) -> Any:
-    """The library's own limits on items, lexer fuel and grammar size: what passes them compiles in well under a second."""
-    return llguidance.LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=500_000, step_lexer_fuel=100_000)
+    """The library's own limits on items, lexer fuel and grammar size: what passes them compiles in well under a second.
+
+    Fuel of a step is spent inside the engine, where one answer's 10 ms are everybody's: `b*(a{1000}){1000}` took 10 ms with 20,000.
+    """
+    return llguidance.LLParserLimits(max_grammar_size=200_000, initial_lexer_fuel=200_000, step_lexer_fuel=20_000)
 
 
 def _first_lines(text: str) -> str:

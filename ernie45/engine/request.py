@@ -24,6 +24,7 @@ class FinishReason(StrEnum):
     stop = "stop"  # an end-of-text id, a stop id or a stop string
     length = "length"  # max_tokens or the longest context
     cancelled = "cancelled"
+    grammar = "grammar"  # what its grammar allows is forbidden by other settings, or the grammar passed the limits on the way
     error = "error"  # its logits were not numbers, or the step that held it failed
 
 

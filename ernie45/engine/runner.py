@@ -3,7 +3,7 @@
 Letters: T tokens of the step, R rows that sample, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from ernie45.engine.eyes import Eyes, Look
 from ernie45.engine.grammar import Matcher
 from ernie45.engine.output import TokenLogprobs
 from ernie45.engine.packed_cache import PackedCache
-from ernie45.engine.request import Request
+from ernie45.engine.request import FinishReason, Request
 from ernie45.engine.sampler import SampleState, sample, score, take_best
 from ernie45.engine.scheduler import Plan, PlanRow
 from ernie45.models.native import native_network
@@ -30,13 +30,13 @@ _SCORED_ROWS = 64  # prompt logits are made so many rows at a time: whole they w
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a plan brought: tokens per request that samples, requests whose logits were not numbers, log probabilities asked for.
+    """What a plan brought: tokens per request that samples, how requests failed (`error` or `grammar`), log probabilities asked for.
 
     prompt_logprobs holds what this step adds: entries for prompt tokens in order, the first entry being for the second token.
     """
 
     sampled: dict[str, tuple[int, ...]]
-    failed: frozenset[str]
+    failed: dict[str, FinishReason]
     logprobs: dict[str, tuple[TokenLogprobs, ...]]
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]
 
@@ -49,10 +49,11 @@ class _Computed(NamedTuple):
     best: tuple[Tensor, Tensor] | None
 
 
-def merged(results: Sequence[StepResult], failed: frozenset[str]) -> StepResult:
-    """The results of a plan's rows as the plan's result; `failed` are rows that have none."""
-    whole = StepResult({}, failed.union(*(result.failed for result in results)), {}, {})
+def merged(results: Sequence[StepResult], broken: Iterable[str]) -> StepResult:
+    """The results of a plan's rows as the plan's result; `broken` are rows that have none."""
+    whole = StepResult({}, dict.fromkeys(broken, FinishReason.error), {}, {})
     for result in results:
+        whole.failed.update(result.failed)
         whole.sampled.update(result.sampled)
         whole.logprobs.update(result.logprobs)
         whole.prompt_logprobs.update(result.prompt_logprobs)
@@ -100,7 +101,7 @@ class Runner:
         rows = [row for row in plan.rows if row.samples]
         if not rows:
             self._note_scored(plan)
-            return StepResult({}, frozenset(), {}, scored)
+            return StepResult({}, {}, {}, scored)
         states = [self._states[row.request_id] for row in rows]
         if self._unspeakable and ends:
             computed.logits_RV[:, self._unspeakable] = float("-inf")
@@ -109,18 +110,19 @@ class Runner:
         else:
             result = sample(computed.logits_RV, states)
         self._note_scored(plan)
-        sampled, logprobs, failed = {}, {}, set()
+        sampled, logprobs, failed = {}, {}, {}
         for row, state, token, entry in zip(rows, states, result.tokens, result.logprobs, strict=True):
-            if token is None:
-                failed.add(row.request_id)
+            if token is None:  # the logits are no numbers, or bad words forbid all that the grammar allows
+                by_grammar = state.matcher is not None and not computed.logits_RV[rows.index(row)].isnan().any()
+                failed[row.request_id] = FinishReason.grammar if by_grammar else FinishReason.error
                 continue
             if not state.append(token):  # the grammar passed its limits: it can say nothing about what may follow
-                failed.add(row.request_id)
+                failed[row.request_id] = FinishReason.grammar
                 continue
             sampled[row.request_id] = (token,)
             if entry is not None:
                 logprobs[row.request_id] = (entry,)
-        return StepResult(sampled, frozenset(failed), logprobs, scored)
+        return StepResult(sampled, failed, logprobs, scored)
 
     def _may_say(self, best_R: Tensor) -> bool:
         return not self._unspeakable or not set(best_R.tolist()) & set(self._unspeakable)

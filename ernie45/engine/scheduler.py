@@ -240,13 +240,17 @@ class Scheduler:
         return Plan(planned, tuple(preempted))
 
     def commit(
-        self, plan: Plan, sampled: Mapping[str, tuple[int, ...]], failed: Collection[str] = (), undone: Collection[str] = ()
+        self,
+        plan: Plan,
+        sampled: Mapping[str, tuple[int, ...]],
+        failed: Mapping[str, FinishReason] | None = None,
+        undone: Collection[str] = (),
     ) -> tuple[Progress, ...]:
-        """Takes in a step's result: tokens for each row that samples, or its id in `failed`. Who was cancelled meanwhile is passed over.
+        """Takes in a step's result: tokens for each row that samples, or how it failed. Who was cancelled meanwhile is passed over.
 
         undone: rows that were not computed, since they stand on pages of one that failed; they begin anew, on pages of their own.
         """
-        progress = []
+        progress, failed = [], failed or {}
         for row in plan.rows:
             sequence = self._alive.get(row.request_id)
             if sequence is None or sequence.row is not row:
@@ -257,7 +261,7 @@ class Scheduler:
                 continue
             sequence.computed += len(row.tokens)
             if row.request_id in failed:
-                progress.append(self._progress(sequence, (), FinishReason.error))
+                progress.append(self._progress(sequence, (), failed[row.request_id]))
                 self._end(sequence, spoiled=True)
             elif row.samples:
                 tokens, finish = self._accept(sequence, sampled[row.request_id])
@@ -268,7 +272,7 @@ class Scheduler:
 
     def abandon(self, plan: Plan) -> tuple[Progress, ...]:
         """The step failed as a whole: its requests end with an error and nobody may find what it wrote."""
-        return self.commit(plan, {}, failed={row.request_id for row in plan.rows})
+        return self.commit(plan, {}, failed={row.request_id: FinishReason.error for row in plan.rows})
 
     def check(self) -> None:
         """Proves that pages and sequences agree; when idle, that every page is free. For tests and for idle moments."""

@@ -63,7 +63,10 @@ def add_text(app: FastAPI, service: Service) -> None:
         asked = read_fields(ChatRequest, await read_json(request, service.body_limits), REFUSED["chat"])
         _, context = await service.context(asked.model, request.state.caller)
         prompted = await service.prepare(chat_prompt, asked, context, fields=CHAT_FIELDS)
-        text = context.text.tokenizer.decode(prompted.ids, skip_special=False)
+        try:
+            text = context.text.tokenizer.decode(prompted.ids, skip_special=False)
+        except TokenizerError as error:  # a template makes none that the tokenizer does not know
+            raise bad(str(error), "prompt_token_ids") from None
         return JSONResponse({"prompt": text, "tokens": list(prompted.ids), "count": len(prompted.ids)})
 
     @app.post("/v1/embeddings", tags=["OpenAI"], openapi_extra=body_of(EmbeddingRequest))

@@ -9,7 +9,7 @@ from ernie45.engine.answer import Answer
 from ernie45.engine.output import Output, TokenLogprobs
 from ernie45.engine.request import FinishReason, Request
 from ernie45.server.access import Caller
-from ernie45.server.failures import Failure, engine_lost
+from ernie45.server.failures import Failure, bad, engine_lost
 from ernie45.tokens.parse import Delta
 
 
@@ -45,6 +45,14 @@ class Job:
     caller: Caller
     after: str | None = None
     one_call: bool = False
+
+
+def _failure(finish: FinishReason, id: str) -> Failure | None:
+    """What the caller is told of an answer that did not end well."""
+    if finish is FinishReason.grammar:
+        what = "the shape of the answer became too complex on the way, or bad_words forbids all that it allows; ask for a simpler one"
+        return bad(what, code="grammar_failed")
+    return engine_lost(id) if finish is FinishReason.error else None
 
 
 class Ticket:
@@ -95,7 +103,7 @@ class Ticket:
         if answer.finish is not None:
             if output.finish is None:
                 stop()
-            self.over(now, engine_lost(self.id) if answer.finish is FinishReason.error else None)
+            self.over(now, _failure(answer.finish, self.id))
         self._news.set()
 
     def over(self, now: float, failure: Failure | None = None) -> None:

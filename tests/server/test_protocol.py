@@ -210,3 +210,11 @@ def test_control_tokens_in_messages_stay_text(running):
     ids = running.engine.fake.tokenizer
     assert prompt.count(ids.id_of("<|im_start|>")) == 2
     assert ids.id_of("</s>") not in prompt
+
+
+@pytest.mark.parametrize("id", [-1, 10**40, 2**63, 100_000])
+def test_ids_that_no_vocabulary_has_are_named_when_a_template_is_applied(running, id):
+    body = {"messages": [{"role": "user", "content": "a"}], "prompt_token_ids": [id]}
+    answer = running.post("/apply_template", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt_token_ids"

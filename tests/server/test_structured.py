@@ -85,6 +85,7 @@ HOSTILE = {
     "a grammar that calls nothing": {"guided_grammar": "start: nope"},
     "a grammar of another": {"guided_grammar": "start: @frame"},
     "no grammar at all": {"guided_grammar": "%%%"},
+    "a pattern too large to begin": {"guided_regex": "(a{1000}){1000}"},
     "an impossible number": {"guided_json": {"type": "integer", "minimum": 5, "maximum": 1}},
 }
 
@@ -96,6 +97,13 @@ def test_hostile_shapes_are_a_400_and_quick(running, name):
     assert response.status_code == 400, response.text
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert time.monotonic() - began < 10
+
+
+def test_a_shape_that_grows_too_complex_on_the_way_is_the_callers_mistake(running):
+    response = running.chat("«bbaaa»", max_tokens=9, guided_regex="b*(a{1000}){1000}")
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "grammar_failed"
+    assert running.chat("«fine»").json()["choices"][0]["message"]["content"] == "fine"
 
 
 def test_large_shapes_are_served_or_refused_and_the_server_lives(running):
