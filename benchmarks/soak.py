@@ -73,7 +73,7 @@ def start(model: str) -> tuple[subprocess.Popen[str], str]:
     sys.exit("the server did not start:\n" + "".join(told))
 
 
-def question(dice: random.Random) -> tuple[str, dict[str, Any]]:
+def question(dice: random.Random, model: str) -> tuple[str, dict[str, Any]]:
     """A request that is right."""
     words = " ".join(dice.choice(["red", "green", "blue", "one", "two"]) for _ in range(dice.randrange(1, 60)))
     chat = {"messages": [{"role": "user", "content": words}]}
@@ -81,7 +81,7 @@ def question(dice: random.Random) -> tuple[str, dict[str, Any]]:
     kinds = {
         "/v1/chat/completions": chat | short | {"n": dice.choice([1, 1, 4])},
         "/v1/completions": {"prompt": [words, words[:9]], **short},
-        "/v1/messages": chat | {"model": "any", "max_tokens": short["max_tokens"], "stream": short["stream"]},
+        "/v1/messages": chat | {"model": model, "max_tokens": short["max_tokens"], "stream": short["stream"]},
         "/v1/responses": {"input": words, "max_output_tokens": 16 + short["max_tokens"], "stream": short["stream"]},
         "/v1/embeddings": {"input": [words, "a"]},
         "/tokenize": {"prompt": words},
@@ -105,9 +105,9 @@ def nonsense(dice: random.Random) -> bytes:
     )
 
 
-async def visit(client: httpx.AsyncClient, dice: random.Random, seen: Seen) -> None:
+async def visit(client: httpx.AsyncClient, model: str, dice: random.Random, seen: Seen) -> None:
     """One client that asks and does as clients do."""
-    path, body = question(dice)
+    path, body = question(dice, model)
     manner = dice.choices(["stays", "leaves", "slow", "hurry", "cancels", "nonsense", "half"], [8, 4, 1, 3, 2, 2, 1])[0]
     if manner == "half":
         await half(client, dice, seen)
@@ -180,13 +180,15 @@ async def soak(url: str, pid: int, minutes: float, clients: int, seed: int) -> t
     """Load and rests in turn: the first rest early, eight later ones."""
     dice, seen, process = random.Random(seed), Seen(), psutil.Process(pid)
     began, rests = time.monotonic(), []
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
     until = [minutes * 60 * (FIRST_REST + (1 - FIRST_REST) * step / 8) for step in range(9)]
     for end in until:
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
 
             async def come(client: httpx.AsyncClient = client, end: float = end) -> None:
                 while time.monotonic() - began < end:
-                    await visit(client, dice, seen)
+                    await visit(client, model, dice, seen)
 
             await asyncio.gather(*(come() for _ in range(clients)))
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
