@@ -65,10 +65,13 @@ native: $(VENV)/.run
 	@[ -z "$(NATIVE)" ] || $(MAKE) --no-print-directory $(VENV)/.kernels || \
 	    echo "==> the native kernels could not be built ($(VENV)/install.log says why); everything runs without them, quantised models slower" >&2
 
-sanitise:  ## run the kernels' own check under the address and undefined-behaviour sanitisers
-	cmake -S kernels -B build/sanitise -DERNIE45_SANITISE=ON
+sanitise:  ## run the kernels' own check under the sanitisers: address and undefined behaviour, then threads
+	cmake -S kernels -B build/sanitise -DERNIE45_SANITISE=address,undefined
 	cmake --build build/sanitise --parallel 2
 	build/sanitise/check
+	cmake -S kernels -B build/threads -DERNIE45_SANITISE=thread
+	cmake --build build/threads --parallel 2
+	build/threads/check step
 
 # The web page is tested in a real browser; Debian and Ubuntu have one as a package.
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)

@@ -155,7 +155,7 @@ static void weigh(Work& work, Tile& tile, int64_t H, int64_t at, int64_t count) 
         if (key > least) two[j] = last < int32_t(key) ? V{} : two[j];
         sum += two[j];
       }
-      const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512&>(two[1]), reinterpret_cast<__m512&>(two[0]));
+      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(&two[1]), _mm512_loadu_ps(&two[0]));
       pairs[p] = _mm512_permutexvar_epi16(order, reinterpret_cast<const __m512i&>(both));
     }
     transpose(pairs);
