@@ -1,7 +1,10 @@
 """Arithmetic: `reference` and `quantised` say what is computed, `eager` and `native` compute it fast. This file chooses, once.
 
-`KERNELS` is what was chosen: the compiled kernels, or None when they are not installed and everything runs on plain PyTorch.
+`KERNELS` is what was chosen: the compiled kernels, or None when they are not installed or not of this version: everything
+then runs on plain PyTorch.
 """
+
+import torch
 
 from ernie45.config import Environment
 from ernie45.ops import eager, native, quantised
@@ -43,7 +46,8 @@ __all__ = [
     "swiglu",
 ]
 
-KERNELS: Native | None = native.load(Environment.read().isa, native.find_library())
+_ISA = Environment.read().isa
+KERNELS: Native | None = native.load(_ISA, native.find_library())
 
 # The same names whichever was chosen; the contracts stand in `reference` and `quantised`.
 linear = KERNELS.linear if KERNELS else eager.linear
@@ -61,8 +65,11 @@ paged_attention = _chosen.paged_attention
 
 
 def describe() -> str:
-    """One line that says what computes, for a person."""
+    """One line that says what computes, for a person: whose kernels, for which instruction set, on how many threads."""
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' if count > 1 else ''}"
     if KERNELS is None:
-        return "plain PyTorch (no native kernels: they are not installed, `make kernels` builds them, or ERNIE45_ISA=python)"
+        why = "ERNIE45_ISA=python" if _ISA == "python" else native.obstacle(native.find_library())
+        return f"plain PyTorch, {threads} ({why})"
     others = ", ".join(name for name in KERNELS.available if name != KERNELS.isa)
-    return f"native kernels, {KERNELS.isa} (this machine also runs {others})" if others else f"native kernels, {KERNELS.isa}"
+    return f"native kernels for {KERNELS.isa}{f' (also here: {others})' if others else ''}, {threads}"

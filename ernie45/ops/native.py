@@ -4,6 +4,7 @@ Each function has the contract of its twin in `quantised` or `reference`.
 """
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from ernie45.ops import eager
 from ernie45.ops.quantised import PackedWeight
 from ernie45.ops.reference import Routing
 
+_LOG = logging.getLogger(__name__)
+
+INTERFACE = 1  # the operators' interface that this code speaks; raised together with kInterface in kernels/src/tensors.h
 NAMES = ("amx", "avx512", "avx2", "plain")  # what ERNIE45_ISA may say, with "python" for no compiled kernels at all
 
 
@@ -132,20 +136,39 @@ def find_library() -> Path | None:
     return None
 
 
-def load(isa: str | None, library: Path | None) -> Native | None:
-    """The kernels for `isa` (None: the best this machine runs), or None where there are none.
+def obstacle(library: Path | None) -> str | None:
+    """Why the kernels in `library` cannot be used, and what to do about it; None when they can: then they are loaded."""
+    if library is None:
+        return "the native kernels are not installed; run: make kernels"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"the installed native kernels do not load ({str(error).splitlines()[0]}); run: make kernels"
+    ours = torch.ops.ernie45
+    found = ours.interface_number() if hasattr(ours, "interface_number") else 0  # before they were numbered
+    if found != INTERFACE:
+        age = "older" if found < INTERFACE else "newer"
+        return f"the installed native kernels are {age} than this ernie45 (interface {found}, not {INTERFACE}); run: make kernels"
+    return None
 
-    Raises `ConfigError` when `isa` names kernels that do not exist, are not installed, or do not run on this machine.
+
+def load(isa: str | None, library: Path | None) -> Native | None:
+    """The kernels for `isa` (None: the best this machine runs), or None where there are none; installed ones that cannot be used are
+    reported once, as a warning.
+
+    Raises `ConfigError` when `isa` names kernels that do not exist, are not installed, cannot be used, or do not run on this machine.
     """
     if isa not in (None, "python", *NAMES):
         raise ConfigError(f"ERNIE45_ISA is '{isa}'{did_you_mean(str(isa), ('python', *NAMES))}")
     if isa == "python":
         return None
-    if library is None:
+    why = obstacle(library)
+    if why is not None:
         if isa is not None:
-            raise ConfigError(f"ERNIE45_ISA asks for '{isa}', but the native kernels are not installed; run: make kernels")
+            raise ConfigError(f"ERNIE45_ISA asks for '{isa}', but {why}")
+        if library is not None:
+            _LOG.warning("%s; until then everything runs without them, quantised models slower", why)
         return None
-    torch.ops.load_library(library)
     _register_shapes()
     available = tuple(torch.ops.ernie45.available().split(","))
     if isa is not None and isa not in available:

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> qkv(const Tensor& x, const std::optional<Tens
                                        int64_t bits, const Tensor& turns, int64_t N, int64_t K, int64_t H, const std::string& isa) {
   const ernie::Rows rows = rows_of(x, "x");
   const int64_t T = x.size(0), I = x.size(1);
-  STD_TORCH_CHECK(N > 0 && K > 0 && N % K == 0 && H > 0 && H % 16 == 0, "heads must be a multiple of key heads, and the head size of 16");
+  check_heads(N, K, H);
   const ernie::Packed w = packed_of(packed, scale, (N + 2 * K) * H, bits, I);
   STD_TORCH_CHECK(turns.is_cpu() && turns.is_contiguous() && turns.scalar_type() == ScalarType::Float && turns.dim() == 3 && turns.size(0) == T &&
                       turns.size(1) == H / 2 && turns.size(2) == 2,
@@ -102,13 +102,13 @@ Tensor swiglu(const Tensor& x, const std::string& isa) {
 Tensor paged_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& pages, const Tensor& lengths, int64_t page_size,
                        const std::string& isa) {
   STD_TORCH_CHECK(q.is_cpu() && q.is_contiguous() && q.dim() == 3, "q must be [sequences, N, H], contiguous, on the CPU");
-  STD_TORCH_CHECK(keys.is_cpu() && keys.is_contiguous() && keys.dim() == 3 && values.is_contiguous() && values.dim() == 3 &&
+  STD_TORCH_CHECK(keys.is_cpu() && keys.is_contiguous() && keys.dim() == 3 && values.is_cpu() && values.is_contiguous() && values.dim() == 3 &&
                       keys.size(0) == values.size(0) && keys.size(1) == values.size(1) && keys.size(2) == values.size(2) &&
                       keys.scalar_type() == values.scalar_type(),
                   "keys and values must both be [slots, K, H] of one type, contiguous, on the CPU");
   const int64_t B = q.size(0), N = q.size(1), H = q.size(2), K = keys.size(1);
-  STD_TORCH_CHECK(keys.size(2) == H && K > 0 && N % K == 0 && H > 0 && H % 16 == 0,
-                  "query heads must be a multiple of key heads, head sizes equal and a multiple of 16");
+  STD_TORCH_CHECK(keys.size(2) == H, "head sizes of queries and keys must be equal");
+  check_heads(N, K, H);
   STD_TORCH_CHECK(pages.is_cpu() && pages.is_contiguous() && pages.scalar_type() == ScalarType::Long && pages.dim() == 2 && pages.size(0) == B &&
                       lengths.is_cpu() && lengths.is_contiguous() && lengths.scalar_type() == ScalarType::Long && lengths.dim() == 1 &&
                       lengths.size(0) == B && page_size > 0,
@@ -118,13 +118,8 @@ Tensor paged_attention(const Tensor& q, const Tensor& keys, const Tensor& values
   job.type = type_of(q, "q"), job.cache_type = type_of(keys, "keys");
   job.pages = static_cast<const int64_t*>(pages.data_ptr()), job.lengths = static_cast<const int64_t*>(lengths.data_ptr());
   job.max_pages = pages.size(1), job.page_size = page_size, job.N = N, job.K = K, job.H = H;
-  for (int64_t b = 0; b < B; b++) {
-    const int64_t needed = (job.lengths[b] + page_size - 1) / page_size;
-    STD_TORCH_CHECK(job.lengths[b] > 0 && needed <= job.max_pages, "sequence ", b, " of length ", job.lengths[b], " does not fit its page table");
-    for (int64_t p = 0; p < needed; p++)
-      STD_TORCH_CHECK(job.pages[b * job.max_pages + p] >= 0 && (job.pages[b * job.max_pages + p] + 1) * page_size <= keys.size(0),
-                      "sequence ", b, " names page ", job.pages[b * job.max_pages + p], ", which the cache does not have");
-  }
+  for (int64_t b = 0; b < B; b++)
+    check_pages(job.pages + b * job.max_pages, job.max_pages, page_size, job.lengths[b], keys.size(0), b);
   Tensor out = empty<3>(q, {B, N, H});
   job.out = out.data_ptr();
   if (B) ernie::paged(kernels(isa), threads(), job, B);
@@ -132,6 +127,8 @@ Tensor paged_attention(const Tensor& q, const Tensor& keys, const Tensor& values
 }
 
 std::string available() { return ernie::available(); }
+
+int64_t interface_number() { return kInterface; }
 
 }  // namespace
 
@@ -147,6 +144,7 @@ STABLE_TORCH_LIBRARY(ernie45, m) {
   m.def("swiglu(Tensor x, str isa) -> Tensor");
   m.def("paged_attention(Tensor q, Tensor keys, Tensor values, Tensor pages, Tensor lengths, int page_size, str isa) -> Tensor");
   m.def("available() -> str");
+  m.def("interface_number() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ernie45, CPU, m) {
@@ -160,4 +158,7 @@ STABLE_TORCH_LIBRARY_IMPL(ernie45, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ernie45, CompositeExplicitAutograd, m) { m.impl("available", TORCH_BOX(&available)); }
+STABLE_TORCH_LIBRARY_IMPL(ernie45, CompositeExplicitAutograd, m) {
+  m.impl("available", TORCH_BOX(&available));
+  m.impl("interface_number", TORCH_BOX(&interface_number));
+}

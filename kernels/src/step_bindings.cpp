@@ -46,8 +46,7 @@ ernie::Packed stack(const Tensor& value, const Tensor& scale, int64_t E, int64_t
 Tensor network(const Tensor& norm, double eps, int64_t layers, int64_t vocabulary, int64_t N, int64_t K, int64_t H) {
   STD_TORCH_CHECK(norm.dim() == 1 && norm.size(0) > 0 && norm.size(0) <= kWidestInput && layers > 0 && layers < 4096 && vocabulary > 0,
                   "a network needs a norm [D], layers and a vocabulary");
-  STD_TORCH_CHECK(N > 0 && K > 0 && N % K == 0 && H > 0 && H % 16 == 0 && N * H <= kWidestInput,
-                  "heads must be a multiple of key heads, and the head size of 16");
+  check_heads(N, K, H);
   Tensor data = empty_of<1>(aoti_torch_dtype_uint8(), {int64_t(sizeof(Network) + size_t(layers) * sizeof(ernie::Layer))});
   std::memset(data.data_ptr(), 0, size_t(data.numel()));
   Network& n = *static_cast<Network*>(data.data_ptr());
@@ -127,11 +126,8 @@ void check_places(const Network& n, const ernie::Step& s) {
     const ernie::Span& span = s.spans[r];
     STD_TORCH_CHECK(span.first == at && span.end > at && span.end <= s.T && span.start >= 0, "spans must follow each other and hold rows");
     at = span.end;
-    const int64_t needed = (span.start + span.end - span.first + s.page_size - 1) / s.page_size;
-    STD_TORCH_CHECK(needed <= s.max_pages, "request ", r, " does not fit its page table");
-    for (int64_t p = 0; p < needed; p++)
-      STD_TORCH_CHECK(s.pages[r * s.max_pages + p] >= 0 && (s.pages[r * s.max_pages + p] + 1) * s.page_size <= s.num_slots, "request ", r,
-                      " names page ", s.pages[r * s.max_pages + p], ", which the cache does not have");
+    STD_TORCH_CHECK(span.start <= INT64_MAX - s.T, "request ", r, " does not fit its page table");
+    check_pages(s.pages + r * s.max_pages, s.max_pages, s.page_size, span.start + span.end - span.first, s.num_slots, r);
   }
   STD_TORCH_CHECK(at == s.T, "spans must cover all rows");
   for (int64_t r = 0; r < s.num_answers; r++) STD_TORCH_CHECK(s.answers[r] >= 0 && s.answers[r] < s.T, "there is no row ", s.answers[r]);

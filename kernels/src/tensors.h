@@ -23,6 +23,9 @@ using torch::stable::Tensor;
 
 constexpr int64_t kWidestInput = 65536;
 
+// The number of the operators' interface: raised, here and in ernie45/ops/native.py, whenever an operator's arguments or what they mean change.
+constexpr int64_t kInterface = 1;
+
 inline const ernie::Kernels& kernels(const std::string& isa) {
   const ernie::Kernels* found = ernie::choose(isa);
   STD_TORCH_CHECK(found, "no kernels called '", isa, "' on this machine; it can run: ", ernie::available());
@@ -78,6 +81,19 @@ inline ernie::Packed packed_of(const Tensor& value, const Tensor& scale, int64_t
   STD_TORCH_CHECK(w.I % w.G == 0 && w.group() % 32 == 0, "packed weights of width ", w.I, " do not fall into ", w.G, " groups of a multiple of 32");
   STD_TORCH_CHECK(w.I >= in_size && w.I <= kWidestInput, "packed weights of width ", w.I, " do not take activations of width ", in_size);
   return w;
+}
+
+// Of a request of `length` keys: its pages are in its table of `max_pages`, and the cache of `num_slots` has them. Nothing here may overflow.
+inline void check_pages(const int64_t* pages, int64_t max_pages, int64_t page_size, int64_t length, int64_t num_slots, int64_t request) {
+  const int64_t needed = length > 0 ? (length - 1) / page_size + 1 : 0;
+  STD_TORCH_CHECK(length > 0 && needed <= max_pages, "request ", request, " of length ", length, " does not fit its page table");
+  for (int64_t p = 0; p < needed; p++)
+    STD_TORCH_CHECK(pages[p] >= 0 && pages[p] < num_slots / page_size, "request ", request, " names page ", pages[p], ", which the cache does not have");
+}
+
+inline void check_heads(int64_t N, int64_t K, int64_t H) {
+  STD_TORCH_CHECK(K > 0 && N >= K && N <= kWidestInput && N % K == 0 && H > 0 && H % 16 == 0 && H <= kWidestInput && N * H <= kWidestInput,
+                  "query heads must be a multiple of key heads, the head size of 16, and all heads at most ", kWidestInput, " wide");
 }
 
 inline ernie::Norm norm_of(const std::optional<Tensor>& weight, double eps, int64_t width) {

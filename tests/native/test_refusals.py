@@ -47,6 +47,77 @@ def test_pages_outside_the_cache(kernels, page, length):
         kernels.paged_attention(torch.zeros(1, 1, 16), slots, slots, torch.tensor([[page]]), torch.tensor([length]), 4)
 
 
+HUGE = 2**62  # products and sums of it overflow: a check that computes with them would let it through
+
+
+def good_calls() -> dict[str, tuple[object, list[object]]]:
+    """Every operator on single layers with arguments that it takes."""
+    packed = pack(torch.ones(96, 64, dtype=torch.int8), torch.ones(96, 2), 4, 32)
+    down = pack(torch.ones(64, 48, dtype=torch.int8), torch.ones(64, 1), 4, 0)
+    x, norm, whole, isa = torch.ones(3, 64), torch.ones(64), torch.ones(5, 64).bfloat16(), "plain"
+    ops, cache = torch.ops.ernie45, torch.ones(8, 1, 16)
+    return {
+        "linear": (ops.linear, [x, norm, 1e-5, packed.values, packed.scales, 4, 96, torch.ones(3, 96), isa]),
+        "qkv": (ops.qkv, [x, norm, 1e-5, packed.values, packed.scales, 4, torch.ones(3, 8, 2), 4, 1, 16, isa]),
+        "feed_forward": (ops.feed_forward, [x, norm, 1e-5, packed.values, packed.scales, 4, down.values, down.scales, 4, 48, isa]),
+        "bf16_linear": (ops.bf16_linear, [x, whole, isa]),
+        "paged_attention": (ops.paged_attention, [torch.ones(1, 2, 16), cache, cache, torch.tensor([[1]]), torch.tensor([3]), 4, isa]),
+        "network": (ops.network, [norm, 1e-5, 2, 50, 4, 2, 16]),
+    }
+
+
+def spoiled(value):
+    """What may come in place of an argument: for tensors other types, shapes and strides, for numbers none that exist."""
+    if isinstance(value, torch.Tensor):
+        yield "double", value.double()
+        yield "bool", value.bool()
+        yield "complex", value.to(torch.complex64)
+        if value.dim() > 1:
+            yield "flat", value.flatten()
+        yield "deeper", value[None]
+        yield "longer", torch.cat([value, value])
+        yield "empty", value[:0]
+        if value.dim() > 1 and min(value.shape) > 1:
+            yield "turned", value.transpose(0, -1)
+            yield "wider", torch.cat([value, value], -1)
+    elif isinstance(value, int):
+        yield from ((str(n), n) for n in (0, -1, -16, 7, HUGE, HUGE + 16, -HUGE, 2**63 - 1, -(2**63)))
+
+
+# What an operator takes though it is strange: more, fewer or no rows give as many results, an empty matrix has no outputs, and a norm
+# [1, D] is one.
+TAKEN = {("linear", 1, "deeper"), ("qkv", 1, "deeper"), ("feed_forward", 1, "deeper"),
+         ("bf16_linear", 0, "longer"), ("bf16_linear", 0, "empty"), ("bf16_linear", 1, "longer"), ("bf16_linear", 1, "empty"),
+         ("feed_forward", 0, "longer"), ("feed_forward", 0, "empty"), ("network", 0, "longer"), ("network", 2, "7"), ("network", 3, "7"),
+         ("network", 3, str(HUGE)), ("network", 3, str(HUGE + 16)), ("network", 3, str(2**63 - 1))}  # fmt: skip
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", list(good_calls()))
+def test_every_argument_spoiled_is_refused_or_harmless(kernels, name):
+    operator, arguments = good_calls()[name]
+    operator(*arguments)
+    for at, argument in enumerate(arguments):
+        for kind, bad in spoiled(argument):
+            call = [*arguments[:at], bad, *arguments[at + 1 :]]
+            try:
+                operator(*call)
+                taken = True
+            except (RuntimeError, NotImplementedError):
+                taken = False
+            assert taken == ((name, at, kind) in TAKEN), f"argument {at}, {kind}"
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("page", "length", "size"), [(HUGE, 3, 4), (2**60, 3, 16), (1, HUGE, 4), (1, 2**63 - 1, 4), (1, -3, 4), (1, 3, HUGE)]
+)
+def test_pages_whose_place_overflows(kernels, page, length, size):
+    slots = torch.zeros(8, 1, 16)
+    with pytest.raises(RuntimeError, match=r"page|length"):
+        kernels.paged_attention(torch.zeros(1, 1, 16), slots, slots, torch.tensor([[page]]), torch.tensor([length]), size)
+
+
 @pytest.mark.native
 def test_unknown_kernels(kernels):
     with pytest.raises(RuntimeError, match="it can run"):
