@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from ernie45 import ops
 from ernie45.config import Environment
 from ernie45.engine.answer import Answer, Completion
 from ernie45.engine.core import Engine, EngineConfig
@@ -191,6 +192,7 @@ class LLM:
         return {
             "model": self.name,
             "compute": self.compute,
+            "kernels": ops.describe(),
             "context": f"{limits.max_length:,} tokens",
             **({} if self.plan is None else {"memory": f"{self.plan.text()}; at least {gib(self.plan.least)}"}),
             "cache": f"{limits.num_pages:,} pages of {limits.page_size} tokens, at most {size / 2**30:.2f} GiB, taken as it fills",

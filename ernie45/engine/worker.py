@@ -331,6 +331,8 @@ def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: EnginePlan, si
     """What was resolved, for people to read; `size` bytes were granted."""
     import torch
 
+    from ernie45 import ops
+
     limits = engine.limits
     cache = limits.num_pages * limits.page_size * engine.bytes_per_token
     return {
@@ -344,6 +346,7 @@ def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: EnginePlan, si
         ),
         "context": f"{limits.max_length:,} tokens",
         "step": limits.describe(),
+        "kernels": ops.describe(),
         "threads": f"{torch.get_num_threads()} ({'as asked' if spec.threads else f'{usable_cores()} usable cores'})",
     }
 

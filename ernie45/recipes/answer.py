@@ -73,7 +73,7 @@ class Speaker(Protocol):
 def headline(speaker: Speaker) -> str:
     """What was resolved when the model was opened, in one line."""
     settings = speaker.settings()
-    parts = [settings[name] if name != "threads" else f"{settings[name]} threads" for name in ("compute", "threads") if name in settings]
+    parts = [settings[name] for name in ("compute", "kernels") if name in settings]
     return " · ".join([*parts, f"context {speaker.limit:,} tokens"])
 
 

@@ -56,7 +56,15 @@ def ask(client, text, **fields):
 
 
 def test_it_says_what_it_serves_with(process):
-    for word in ("listening on http://127.0.0.1:", "threads    1 ", "context    2,048 tokens", "memory     weights ", "cache"):
+    for word in (
+        "listening on http://127.0.0.1:",
+        "threads    1 ",
+        "kernels    ",
+        "1 thread",
+        "context    2,048 tokens",
+        "memory     weights ",
+        "cache",
+    ):
         assert word in process.told
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from ernie45 import ops
 from ernie45.cli import main
 from ernie45.errors import CheckpointError, ConfigError, RequestError
 from ernie45.models.released import tiny
 from ernie45.models.save import save_model
 from ernie45.models.text import Decoder
+from ernie45.recipes.answer import headline
 from ernie45.recipes.conversation import Turn
 from ernie45.recipes.speaker import model_name, open_speaker, read_generation_config
 
@@ -82,6 +84,8 @@ def test_an_answer_comes_in_pieces_with_its_numbers(folder, speak):
     assert speaker.limit == 4096
     settings = speaker.settings()
     assert settings["compute"].startswith("float32 (")
+    assert settings["kernels"] == ops.describe()
+    assert ops.describe() in headline(speaker)
     assert settings["sampling"] == "temperature 1.0, seed 3"
 
 

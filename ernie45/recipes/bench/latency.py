@@ -210,7 +210,7 @@ def _summary(config: LatencyConfig, batch: int, runs: list[Timing]) -> dict[str,
 
 
 def _about(footprint: Any, threads: int) -> dict[str, Any]:
-    from ernie45 import __version__
+    from ernie45 import __version__, ops
     from ernie45.models.counts import count_parameters
 
     count = count_parameters(footprint.model)
@@ -222,6 +222,7 @@ def _about(footprint: Any, threads: int) -> dict[str, Any]:
         "parameters": count.total,
         "active_parameters": count.active_with_head,
         "threads": threads,
+        "kernels": ops.describe(),
     }
 
 
@@ -229,8 +230,8 @@ def table(report: dict[str, Any]) -> str:
     """The report for a person."""
     kind = f"packed, {report['dtype']} beside" if report["packed"] else report["dtype"]
     lines = [
-        f"{report['model']}: {size_text(report['parameters'], '')} parameters, {kind}, {size_text(report['weight_bytes'])} of weights, "
-        f"{report['threads']} threads",
+        f"{report['model']}: {size_text(report['parameters'], '')} parameters, {kind}, {size_text(report['weight_bytes'])} of weights",
+        report["kernels"],
         f"prompt {report['prompt_tokens']}, output {report['output_tokens']} tokens; "
         f"medians of {report['repeats']} runs after {report['warm_up']} to warm up",
         f"load {report['load_s']:.2f} s, first token of the cold model after another {report['cold_first_token_s']:.2f} s, "

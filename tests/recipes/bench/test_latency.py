@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from ernie45 import ops
 from ernie45.cli import main
 from ernie45.models.load import load_model
 from ernie45.models.random_weights import write_random
@@ -52,6 +53,7 @@ def test_the_table_says_how_it_was_taken(folder, capsys):
     text = capsys.readouterr().out
     assert "medians of 2 runs after 0 to warm up" in text
     assert "packed" in text
+    assert f"\n{ops.describe()}\n" in text
     assert "GB/s" not in text
 
 
