@@ -155,8 +155,23 @@ void check_steps(const ernie::Kernels& k) {
   }
 }
 
+// Norm, turned pairs and SwiGLU, one behind the other.
+std::vector<float> row_work(const ernie::Kernels& k, const std::vector<float>& x, const std::vector<float>& gain, const std::vector<float>& turns,
+                            int64_t T, int64_t D) {
+  std::vector<float> normed(x.size()), turned(x.size()), out(x.size() / 2);
+  ernie::rms_norm(k, two, {x.data(), ernie::Type::f32, D}, T, D, {gain.data(), ernie::Type::f32, 1e-5f}, normed.data());
+  ernie::rotate(k, two, {normed.data(), ernie::Type::f32, D}, T, D, 8, turns.data(), turned.data());
+  ernie::swiglu(k, two, {turned.data(), ernie::Type::f32, D}, T, D / 2, out.data());
+  return out;
+}
+
 void check_layers(const ernie::Kernels& k) {
   const ernie::Kernels& plain = *ernie::choose("plain");
+  for (int64_t T : {1, 40}) {
+    const int64_t D = 112;
+    const auto x = numbers(size_t(T * D)), gain = numbers(size_t(D)), turns = numbers(size_t(T * 16));
+    expect_same("rows", k.name, row_work(k, x, gain, turns, T, D), row_work(plain, x, gain, turns, T, D), 1e-5f);
+  }
   for (int bits : {4, 8})
     for (int64_t group : {32, 64, 128, 192})
       for (int64_t T : {1, 2, 3, 5, 8, 9, 17, 33, 40})

@@ -27,6 +27,8 @@ DECLARED = {
         "paged_attention": "(Tensor q, Tensor keys, Tensor values, Tensor pages, Tensor lengths, int page_size, str isa) -> Tensor",
         "qkv": "(Tensor x, Tensor? norm, float eps, Tensor packed, Tensor scale, int bits, Tensor turns, int heads, int kv_heads, "
         "int head_size, str isa) -> (Tensor, Tensor, Tensor)",
+        "rms_norm": "(Tensor x, Tensor weight, float eps, str isa) -> Tensor",
+        "rotate": "(Tensor x, Tensor turns, str isa) -> Tensor",
         "set_attention": "(Tensor(a!) network, int layer, Tensor norm, Tensor qkv, Tensor qkv_scale, int qkv_bits, Tensor out, "
         "Tensor out_scale, int out_bits) -> ()",
         "set_embedding": "(Tensor(a!) network, Tensor values, Tensor? scales, int bits) -> ()",
@@ -35,6 +37,7 @@ DECLARED = {
         "set_feed_forward": "(Tensor(a!) network, int layer, Tensor norm, Tensor gate_up, Tensor gate_up_scale, int gate_up_bits, "
         "Tensor down, Tensor down_scale, int down_bits, int inner) -> ()",
         "set_head": "(Tensor(a!) network, Tensor values, Tensor scales, int bits) -> ()",
+        "swiglu": "(Tensor x, str isa) -> Tensor",
         "step": "(Tensor network, Tensor tokens, Tensor turns, Tensor slots, Tensor(a!) cache, Tensor spans, Tensor pages, int page_size, "
         "Tensor answers, str isa) -> (Tensor, Tensor, Tensor, Tensor)",
     }
