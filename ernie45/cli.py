@@ -43,7 +43,8 @@ WORDS: dict[str, Word] = {
     "pretrain": Word("Learn", "ernie45.recipes.pretrain", "PretrainConfig", "learn from a corpus, from nothing or from a model"),
     "sft": Word("Learn", "ernie45.recipes.sft", "SftConfig", "teach a model from conversations: all weights, or adapters"),
     "align": Word("Learn", "ernie45.recipes.align", "AlignConfig", "teach a model to prefer the better of two answers"),
-    "data": Word("Learn", "ernie45.recipes.data", "DataConfig", "look at training rows as a model will see them, or check them all"),
+    "data preview": Word("Learn", "ernie45.recipes.data", "PreviewConfig", "show training rows as a model will see them"),
+    "data check": Word("Learn", "ernie45.recipes.data", "CheckConfig", "read all training rows, and name the bad ones"),
     "convert-config": Word("Learn", "ernie45.recipes.convert_config", "ConvertConfig", "write an ERNIEKit run file as one of ours"),
     "watch": Word("Learn", "ernie45.recipes.watch", "WatchConfig", "show training runs on a web page while they learn"),
     "bench latency": Word(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -33,17 +33,25 @@ _QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Look at training rows as a model will see them."""
+class CheckConfig:
+    """Read all training rows: count kinds and lengths, and name every bad row."""
 
-    action: Annotated[Literal["preview", "check"], tyro.conf.Positional]
-    """Show some rows, or read all of them and count."""
     data: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES")]
     """Files, folders or patterns of rows."""
     model: str = "starter"
     """Whose tokenizer and template: folder, Hub name, or `starter`."""
     chat_format: str | None = None
     """How conversations are written, for a base model that has no template of its own."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ConfigError("ernie data needs files, folders or patterns of rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig(CheckConfig):
+    """Look at training rows as a model will see them; what is learned is marked."""
+
     first: int = 1
     """Number of the first row that is shown, from 1."""
     rows: int = 3
@@ -52,11 +60,10 @@ class DataConfig:
     """Write the rows as a page instead of showing them here."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("first", "rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.data:
-            raise ConfigError("ernie data needs files, folders or patterns of rows")
 
 
 @dataclass(frozen=True)
@@ -79,15 +86,15 @@ class Shown:
     learned: int
 
 
-def run(config: DataConfig, environment: Environment) -> int:
-    """Preview or check. Returns 1 when a check found bad rows. Raises DataError when there is nothing to show."""
+def run(config: CheckConfig, environment: Environment) -> int:
+    """Preview or check, as the config says. Returns 1 when a check found bad rows. Raises DataError when there is nothing to show."""
     folder = find_model(config.model, environment)
     tokenizer = load_tokenizer(folder)
     try:
         template: ChatTemplate | None = load_template(folder, tokenizer, config.chat_format)
     except TokenizerError:
         template = None  # plain texts need none
-    if config.action == "check":
+    if not isinstance(config, PreviewConfig):
         return _check(config, tokenizer, template)
     bad = BadRows()
     rows = list(islice(shown(config.data, tokenizer, template, bad), config.first - 1, config.first - 1 + config.rows))
@@ -146,7 +153,7 @@ def parts(ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer) -> tu
     return tuple(made)
 
 
-def _check(config: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None) -> int:
+def _check(config: CheckConfig, tokenizer: Tokenizer, template: ChatTemplate | None) -> int:
     bad = BadRows()
     kinds: Counter[str] = Counter()
     lengths: list[int] = []
