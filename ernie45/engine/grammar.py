@@ -6,7 +6,7 @@ milliseconds, and a matcher then walks along with the answer. Whoever takes gram
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ernie45.errors import MissingExtra, RequestError
@@ -25,8 +25,10 @@ _Key = tuple[str, tuple[int, ...]]
 class Matcher:
     """Walks along one answer. `allowed` before each token, `consume` after it."""
 
-    def __init__(self, inner: "LLMatcher") -> None:
+    def __init__(self, inner: "LLMatcher", on_break: Callable[[], None] = lambda: None) -> None:
+        """on_break: called when the grammar passes its limits on the way."""
         self._inner = inner
+        self._on_break = on_break
 
     @property
     def over(self) -> bool:
@@ -40,11 +42,20 @@ class Matcher:
 
     def allowed(self) -> bytes:
         """One bit per id of the vocabulary, lowest bit first: whether the id may come next."""
-        return self._inner.compute_bitmask()
+        mask = self._inner.compute_bitmask()
+        self._look()
+        return mask
 
     def consume(self, token: int) -> bool:
         """Takes in the token that was chosen. False when the grammar does not allow it, or its limits were passed."""
-        return self._inner.consume_token(token)
+        taken = self._inner.consume_token(token)
+        if not taken:
+            self._look()
+        return taken
+
+    def _look(self) -> None:
+        if self._inner.is_error() and not self._inner.get_error().startswith("Parser Error"):  # that is a token's fault, not the grammar's
+            self._on_break()
 
 
 class Grammars:
@@ -59,6 +70,7 @@ class Grammars:
         self._prepared: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._passed: OrderedDict[_Key, bool] = OrderedDict()
         self._compiled: OrderedDict[_Key, Any] = OrderedDict()
+        self._broken: OrderedDict[_Key, bool] = OrderedDict()
         self._lock = threading.Lock()
 
     def check(self, grammar: str, field: str, end_ids: Sequence[int]) -> None:
@@ -84,14 +96,19 @@ class Grammars:
         if len(grammar) > MAX_GRAMMAR:
             raise RequestError(f"the grammar has {len(grammar):,} characters; at most {MAX_GRAMMAR:,} are compiled", "grammar")
         key = (grammar, tuple(end_ids))
+        if self._known(self._broken, key):  # copies share what was built on the way: asked again, it would cost more each time
+            raise RequestError("the grammar is too complex: it passed its limits in the middle of an answer", "grammar")
         if (known := self._known(self._compiled, key)) is not None:
-            return Matcher(known.deep_copy())
+            return self._matcher(known, key)
         llguidance = _library()
         inner = llguidance.LLMatcher(self._for(end_ids), grammar, log_level=0, limits=_limits(llguidance))
         if inner.is_error():
             raise RequestError(f"the grammar cannot be compiled: {_first_lines(inner.get_error())}", "grammar")
         self._keep(self._compiled, key, inner)
-        return Matcher(inner.deep_copy())
+        return self._matcher(inner, key)
+
+    def _matcher(self, inner: Any, key: _Key) -> Matcher:
+        return Matcher(inner.deep_copy(), lambda: self._keep(self._broken, key, True))
 
     def _known(self, kept: OrderedDict[_Key, Any], key: _Key) -> Any:
         with self._lock:

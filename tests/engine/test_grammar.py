@@ -166,3 +166,20 @@ def test_what_is_asked_often_is_compiled_once_and_answers_do_not_meet(monkeypatc
     for _ in range(2):
         with pytest.raises(RequestError):
             fresh.check("start: nope", "x", (EOS,))
+
+
+def test_a_grammar_that_broke_on_its_limits_is_not_tried_again():
+    """Its copies would share what was built so far, and go on building in the engine's time. A wrong token breaks nothing."""
+    fresh = Grammars(TOKENIZER)
+    hostile, sound = "start: /b*(a{1000}){1000}/", 'start: "a" "b"'
+    matcher = fresh.matcher(hostile, (EOS,))
+    for letter in "bbaaa":
+        matcher.allowed()
+        if not matcher.consume(TOKENIZER.encode(letter)[0]):
+            break
+    else:
+        pytest.fail("the limits let it through")
+    with pytest.raises(RequestError, match="too complex"):
+        fresh.matcher(hostile, (EOS,))
+    assert not fresh.matcher(sound, (EOS,)).consume(TOKENIZER.encode("b")[0])
+    assert allowed(fresh.matcher(sound, (EOS,))) == set(TOKENIZER.encode("a"))
