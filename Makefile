@@ -30,7 +30,7 @@ endef
 NATIVE := $(if $(shell command -v $(CXX)),$(VENV)/.kernels)
 KERNEL_FILES := $(shell find kernels -name build -prune -o -type f -print)
 
-.PHONY: help chat serve test lint kernels sanitise docs bench clean native browser always
+.PHONY: help chat serve test lint kernels wheels sanitise docs bench clean native browser always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -64,6 +64,12 @@ kernels: $(VENV)/.kernels  ## build and install the native kernels (needs a C++2
 native: $(VENV)/.run
 	@[ -z "$(NATIVE)" ] || $(MAKE) --no-print-directory $(VENV)/.kernels || \
 	    echo "==> the native kernels could not be built ($(VENV)/install.log says why); everything runs without them, quantised models slower" >&2
+
+wheels: $(VENV)/.run  ## build the wheels of ernie45 and its native kernels into dist/ (needs a C++20 compiler)
+	$(call install,tools to build the native kernels,--group kernels)
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist ./kernels
+	@ls dist/*.whl
 
 sanitise:  ## run the kernels' own check under the sanitisers: address and undefined behaviour, then threads
 	cmake -S kernels -B build/sanitise -DERNIE45_SANITISE=address,undefined
