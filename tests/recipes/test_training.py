@@ -174,7 +174,7 @@ def test_pretrain_prepares_a_corpus_and_learns_it(model, tmp_path, capsys):
 
 
 def test_a_stopped_run_goes_on_where_it_stood(model, rows, tmp_path, monkeypatch):
-    from ernie45.recipes import sft
+    from ernie45.recipes import lesson
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = ("--data", rows, "--steps", 6, "--save-every", 2, "--batch-tokens", 128)
@@ -183,13 +183,13 @@ def test_a_stopped_run_goes_on_where_it_stood(model, rows, tmp_path, monkeypatch
     class Stop(Exception):
         pass
 
-    class Stopper(sft.Watcher):
+    class Stopper(lesson.Watcher):
         def __call__(self, report):
             if report.step == 4:
                 raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "Watcher", Stopper)
+        patch.setattr(lesson, "Watcher", Stopper)
         with pytest.raises(Stop):
             ernie("sft", model, *words, "--out", cut)
     ernie("sft", model, *words, "--out", cut)

@@ -86,7 +86,9 @@ def talking(answer):
 
     async def serve(started):
         async def handle(reader, writer):
-            await reader.readuntil(b"\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next((int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0)
+            await reader.readexactly(length)  # what is unread when the socket closes resets the connection: another error
             writer.write(answer)
             await writer.drain()
             writer.close()
