@@ -172,17 +172,19 @@ def test_cancelling_keeps_what_is_done(serve, client, until):
     running = serve(engine_limits=SMALL)
     api = client(running)
     file = api.files.create(
-        file=("in.jsonl", jsonl([line(n, messages=[{"role": "user", "content": "x"}]) for n in range(40)])), purpose="batch"
+        file=("in.jsonl", jsonl([line(n, messages=[{"role": "user", "content": "x"}]) for n in range(300)])), purpose="batch"
     )
     made = api.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
     until(lambda: api.batches.retrieve(made.id).request_counts.completed > 3)
+    running.engine.held.set()  # however slow this test is, there is something left to cancel
     assert running.client().delete(f"/v1/files/{file.id}").json()["error"]["code"] == "file_in_use"
     assert api.batches.cancel(made.id).status == "cancelling"
+    running.engine.held.clear()
     until(lambda: api.batches.retrieve(made.id).status == "cancelled")
     done = api.batches.retrieve(made.id)
     output, errors = rows_of(api, done.output_file_id), rows_of(api, done.error_file_id)
-    assert len(output) + len(errors) == 40
-    assert {row["custom_id"] for row in output + errors} == {f"line-{n}" for n in range(40)}
+    assert len(output) + len(errors) == 300
+    assert {row["custom_id"] for row in output + errors} == {f"line-{n}" for n in range(300)}
     assert {row["error"]["code"] for row in errors} == {"batch_cancelled"}
     assert done.cancelled_at >= done.cancelling_at
     until(lambda: running.engine.fake.idle)
