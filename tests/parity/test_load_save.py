@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, Ernie4_5Config, Ernie4_5ForCausalLM
 from transformers.utils import logging
 
-from ernie45 import ops
 from ernie45.models.load import load
 from ernie45.models.save import save_model
 
@@ -94,7 +93,7 @@ def test_their_folder_runs_here(tmp_path, case, form):
 
 
 @pytest.mark.native
-@pytest.mark.skipif(ops.KERNELS is None, reason="without the native kernels a float32 model holds float32 weights")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("case", CASES)
 def test_matrices_held_as_bfloat16_give_their_float32_logits(tmp_path, case):
     """The published checkpoints are bfloat16: in float32 it is one network, whether weights are widened at load or when used."""
