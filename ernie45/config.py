@@ -5,6 +5,7 @@ what it does not know, so that a misspelt setting is an error and never a silent
 """
 
 import dataclasses
+import json
 import os
 import types
 import typing
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ernie45.errors import ConfigError, did_you_mean
+from ernie45.errors import CheckpointError, ConfigError, did_you_mean
 
 T = TypeVar("T")
 
@@ -117,6 +118,17 @@ def _switch(env: Mapping[str, str], name: str) -> bool:
     if word not in _TRUE | _FALSE:
         raise ConfigError(f"the environment variable {name} is '{env[name]}'; set it to 1 or 0")
     return word in _TRUE
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON file of settings that lies in a model folder. Raises `CheckpointError` when it cannot be read or is no table."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; mend or remove it") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is no table of settings; mend or remove it")
+    return data
 
 
 def from_mapping(cls: type[T], data: Mapping[str, Any], where: str) -> T:

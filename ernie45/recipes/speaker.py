@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ernie45.config import Environment
+from ernie45.config import Environment, read_table
 from ernie45.errors import CheckpointError, ConfigError, RequestError
 from ernie45.models.adapter_folder import CONFIG
 from ernie45.recipes.answer import Outcome, Piece
@@ -103,12 +103,7 @@ def read_generation_config(path: Path) -> dict[str, Any]:
     file = path / "generation_config.json"
     if path.suffix == ".gguf" or not file.is_file():
         return {}
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; mend or remove it") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} is no table of settings; mend or remove it")
+    data = read_table(file)
     return data
 
 

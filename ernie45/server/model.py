@@ -7,7 +7,6 @@ cold -> loading -> ready -> (idle for long) cold
 import asyncio
 import contextlib
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ernie45.config import read_table
 from ernie45.engine.fake import fake_template, fake_tokenizer
 from ernie45.engine.grammar import Grammars
 from ernie45.engine.memory import EnginePlan
@@ -430,12 +430,7 @@ def read_sampling(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
     if not path.is_file():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; mend or remove it") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is no table of settings; mend or remove it")
+    data = read_table(path)
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     found = {name: data[name] for name in names if data.get(name) is not None}
     if data.get("do_sample") is False:

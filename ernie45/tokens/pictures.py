@@ -5,7 +5,6 @@ rule for thin images and the statistics are those of the ERNIE 4.5 VL processors
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -13,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from ernie45.config import read_table
 from ernie45.errors import CheckpointError, RequestError
 
 THINNEST = 200
@@ -141,7 +141,7 @@ def read_pixel_rules(folder: Path, usual: PixelRules | None = None) -> PixelRule
     for name in _FILES:
         if not (folder / name).is_file():
             continue
-        data = _table(folder / name)
+        data = read_table(folder / name)
         images, videos = data.get("image_processor", data), data.get("video_processor", {})
         if name.startswith("video"):
             images, videos = {}, data
@@ -150,16 +150,6 @@ def read_pixel_rules(folder: Path, usual: PixelRules | None = None) -> PixelRule
         except CheckpointError as error:
             raise CheckpointError(f"{folder / name}: {error}") from None
     return rules
-
-
-def _table(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; mend or remove it") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is no table of settings; mend or remove it")
-    return data
 
 
 def _settings(data: object, kind: Literal["image", "frame"]) -> dict[str, Any]:
