@@ -35,7 +35,7 @@ def add_anthropic(app: FastAPI, service: Service) -> None:
         chat = as_chat(asked, body)
         check_counts(chat, limits)
         model, context = await service.context(asked.model, request.state.caller)
-        jobs = await service.prepare(chat_jobs, chat, context, [model.number()], service.now(), fields=CHAT_FIELDS)
+        jobs = await service.prepare_chat(chat_jobs, chat, context, [model.number()], service.now(), fields=CHAT_FIELDS)
         head = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": asked.model or model.name}
         request.state.told.update(user=chat.user)
         tickets = service.admit(model, jobs, head["id"])
@@ -62,7 +62,7 @@ def add_anthropic(app: FastAPI, service: Service) -> None:
         body = await read_json(request, service.body_limits)
         asked = read_fields(CountRequest, without_refused(body), REFUSED)
         _, context = await service.context(asked.model, request.state.caller)
-        prompted = await service.prepare(chat_prompt, as_chat(asked, body), context, fields=CHAT_FIELDS)
+        prompted = await service.prepare_chat(chat_prompt, as_chat(asked, body), context, fields=CHAT_FIELDS)
         return JSONResponse({"input_tokens": len(prompted.ids)})
 
 

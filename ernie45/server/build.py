@@ -51,7 +51,8 @@ def build(
         own = Path(source).name.removesuffix(".gguf") if Path(source).exists() else source
         names = (*settings.served_model_name, own) if n == 0 else (own,)
         names = tuple(dict.fromkeys(names))
-        models.append(ServedModel(source, names, open_engine, settings.limits, observer, chat_format=chat_format, adapters=adapters))
+        options: dict[str, Any] = {"chat_format": chat_format, "adapters": adapters, "media_folder": settings.media_folder}
+        models.append(ServedModel(source, names, open_engine, settings.limits, observer, **options))
     service = Service(settings, models, metrics, journal, version, at_end=at_end)
     return service, make_app(service, keys, open_storage(settings.storage, environment.cache_dir, settings.port))
 

@@ -103,6 +103,7 @@ class ServedModel:
         *,
         chat_format: str | None = None,
         adapters: AdapterFolder | None = None,
+        media_folder: Path | None = None,
     ) -> None:
         self.source = source
         self.names = tuple(names)
@@ -124,6 +125,7 @@ class ServedModel:
         self._limits = limits
         self._observer = observer
         self._chat_format = chat_format
+        self._media_folder = media_folder
         self._engine: Engine | None = None
         self._opening: asyncio.Task[None] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -196,7 +198,7 @@ class ServedModel:
         )
         try:
             self.info = await engine.start()
-            self.text = await asyncio.to_thread(read_text_side, self.info, self._chat_format, self._limits)
+            self.text = await asyncio.to_thread(read_text_side, self.info, self._chat_format, self._limits, self._media_folder)
         except (ErnieError, EngineDied) as error:
             self.state, self.trouble, self.granted = "failed", str(error), 0
             self._refusal = error if isinstance(error, Failure) else None
@@ -401,8 +403,8 @@ async def _all_of_it(model: ServedModel, plan: EnginePlan) -> int:
     return plan.fixed + plan.cache
 
 
-def read_text_side(info: EngineInfo, chat_format: str | None, limits: Limits) -> TextSide:
-    """Tokenizer, template and sampling of a model that an engine has loaded. Raises ErnieError subclasses."""
+def read_text_side(info: EngineInfo, chat_format: str | None, limits: Limits, media_folder: Path | None = None) -> TextSide:
+    """Tokenizer, template, sampling and eyes of a model that an engine has loaded. Raises ErnieError subclasses."""
     if not info.text_folder:
         tokenizer = fake_tokenizer()
         template = fake_template(tokenizer, chat_format)
@@ -421,7 +423,7 @@ def read_text_side(info: EngineInfo, chat_format: str | None, limits: Limits) ->
         without_template=without,
         grammars=Grammars(tokenizer),
         sampling=read_sampling(folder),
-        seeing=Seeing(info.rules, limits) if info.rules is not None and can_write else None,
+        seeing=Seeing(info.rules, limits, media_folder) if info.rules is not None and can_write else None,
     )
 
 

@@ -80,7 +80,7 @@ async def chat_answer(service: Service, request: Request, asked: ChatRequest) ->
     check_counts(asked, service.settings.limits)
     model, context = await service.context(asked.model, request.state.caller)
     numbers = [model.number() for _ in range(asked.n)]
-    jobs = await service.prepare(chat_jobs, asked, context, numbers, service.now(), fields=CHAT_FIELDS)
+    jobs = await service.prepare_chat(chat_jobs, asked, context, numbers, service.now(), fields=CHAT_FIELDS)
     writer = _writer(service, context.text.tokenizer, asked.model or model.name, asked.request_id or new_id("chatcmpl-"))
     request.state.told.update(user=asked.user or asked.safety_identifier, cache_key=asked.prompt_cache_key)
     if asked.stream:

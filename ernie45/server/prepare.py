@@ -1,7 +1,7 @@
 """From a checked request to jobs for the engine: conversation -> ids, settings -> sampling, shapes -> grammars. Runs in a worker thread."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ernie45.engine.answer import Answer
@@ -37,6 +37,8 @@ class Context:
     limits: Limits
     caller: Caller
     adapter: str = ""
+    fetched: Mapping[str, bytes] = field(default_factory=dict)
+    """What stood behind the addresses of other machines that the conversation names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ def chat_prompt(request: ChatRequest, context: Context) -> Prompted:
     elif seeing is not None and has_pictures(messages):
         if request.continue_final_message:
             raise bad("continue_final_message goes on with conversations of text only, and this one has pictures", "continue_final_message")
-        measured, seen = seeing.look(messages)
+        measured, seen = seeing.look(messages, context.fetched)
         prompt = template.render(measured, tools=tools or None, thinking=thinking)
         ids, starts_in = prompt.ids, prompt.starts_in
         pictures = tuple(PlacedPicture(span.start, picture) for span, picture in zip(prompt.media, seen, strict=True))
@@ -100,6 +102,14 @@ def chat_prompt(request: ChatRequest, context: Context) -> Prompted:
     after = framed(shape, tags, thinking=False, response=response)
     grammar = framed(shape, tags, thinking=True, response=response) if starts_in == "reasoning" else after
     return replace(prompted, grammar=grammar, after=after)
+
+
+def remote_pictures(request: ChatRequest, context: Context) -> dict[str, str]:
+    """Addresses of other machines that a conversation's pictures have, each with its part. Raises as `chat_prompt`."""
+    if context.text.seeing is None or request.prompt_token_ids is not None:
+        return {}
+    messages = [conversation_message(message, n, True) for n, message in enumerate(request.messages)]
+    return context.text.seeing.remote(messages) if has_pictures(messages) else {}
 
 
 def _chat_shape(request: ChatRequest, context: Context, forced: bool) -> Shape | None:

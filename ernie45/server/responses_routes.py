@@ -41,7 +41,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
         chat = as_chat(asked, earlier)
         check_counts(chat, service.settings.limits)
         model, context = await service.context(asked.model, caller)
-        jobs = await service.prepare(chat_jobs, chat, context, [model.number()], service.now(), fields=_FIELDS)
+        jobs = await service.prepare_chat(chat_jobs, chat, context, [model.number()], service.now(), fields=_FIELDS)
         writer = ResponseWriter(asked, asked.model or model.name)
         request.state.told.update(user=asked.user or asked.safety_identifier, cache_key=asked.prompt_cache_key)
         tickets = service.admit(model, jobs, writer.id)

@@ -11,10 +11,12 @@ from ernie45.errors import ConfigError, ErnieError
 from ernie45.machine import available_memory
 from ernie45.server.access import Caller, Rates
 from ernie45.server.failures import Failure, bad, failure_of, overloaded
+from ernie45.server.fetch import Fetcher
 from ernie45.server.journal import Journal
 from ernie45.server.metrics import Metrics
 from ernie45.server.model import ServedModel
-from ernie45.server.prepare import Context
+from ernie45.server.prepare import Context, remote_pictures
+from ernie45.server.protocol import ChatRequest
 from ernie45.server.resume import Streams
 from ernie45.server.settings import Limits, ServerSettings
 from ernie45.server.ticket import Job, Ticket
@@ -52,6 +54,8 @@ class Service:
         self.memory = settings.memory_bytes or int(available_memory() * _MEMORY_SHARE)
         self.live: dict[str, list[Ticket]] = {}  # by the request's id, for cancelling
         self.streams = Streams(settings.limits)
+        origins = settings.media_origins
+        self._fetcher = Fetcher(origins, settings.limits.media_seconds) if origins else None
         self._threads = ThreadPoolExecutor(_PREPARERS, thread_name_prefix="prepare")
         self._names: dict[str, ServedModel] = {}
         for model in models:
@@ -126,6 +130,14 @@ class Service:
             raise bad(f"the request could not be made ready within {seconds:g} s: it is too large, or its grammar too complex") from None
         except ErnieError as error:
             raise failure_of(error, fields) from None
+
+    async def prepare_chat(
+        self, make: Callable[..., T], chat: ChatRequest, context: Context, *args: Any, fields: dict[str, str] | None = None
+    ) -> T:
+        """As `prepare`, for what reads a conversation: its pictures that are elsewhere are fetched first. Raises `Failure` 400."""
+        if self._fetcher is not None and (places := await self.prepare(remote_pictures, chat, context, fields=fields)):
+            context = replace(context, fetched=await self._fetcher.all(places, context.limits.images_bytes))
+        return await self.prepare(make, chat, context, *args, fields=fields)
 
     def admit(self, model: ServedModel, jobs: Sequence[Job], request_id: str) -> list[Ticket]:
         """Puts jobs in line. Raises `Failure`: 409 when the id is in use, 503 when the line is full."""

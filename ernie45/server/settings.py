@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ernie45.errors import ConfigError
+from ernie45.server.remote import Origin, read_origins
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -34,6 +35,8 @@ class Limits:
     """Images and videos of a conversation."""
     image_pixels: int = 50_000_000
     """Pixels of an image, width times height."""
+    media_seconds: float = 10.0
+    """Time to fetch all images and videos that a conversation names by address (media_hosts)."""
     json_depth: int = 64
     """How deep a body may be nested."""
     messages: int = 4096
@@ -144,6 +147,11 @@ class ServerSettings:
     """Names that clients may use for the first model, besides its own."""
     adapters: Path | None = None
     """Folder whose subfolders are PEFT adapters; clients choose one as MODEL:ADAPTER."""
+    media_hosts: tuple[str, ...] = ()
+    """Hosts from which images and videos are fetched when a request names their address: HOST or HOST:PORT for https, http://HOST for
+    plain http. Names must stand for public addresses; a private one is fetched from only when it is written here as numbers."""
+    media_folder: Path | None = None
+    """Folder whose images and videos requests may name as file:NAME; links out of it are not followed."""
     api_keys: Path | None = None
     """File with one key a line, `name:key` or `key`. With keys every route but /health/live needs one."""
     open_metrics: bool = False
@@ -182,7 +190,9 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be from 0 to 65535, not {self.port}")
-        _ = self.memory_bytes
+        _ = self.memory_bytes, self.media_origins
+        if self.media_folder is not None and not self.media_folder.is_dir():
+            raise ConfigError(f"media_folder is '{self.media_folder}', which is no folder")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ConfigError("HTTPS needs both: tls_certificate and tls_key")
         for origin in self.cors_origins:
@@ -197,6 +207,11 @@ class ServerSettings:
     def memory_bytes(self) -> int | None:
         """`memory` in bytes; None = automatic."""
         return None if self.memory is None else parse_bytes(self.memory, "memory")
+
+    @property
+    def media_origins(self) -> frozenset[Origin]:
+        """`media_hosts`, read. Raises `ConfigError`."""
+        return read_origins(self.media_hosts)
 
     @property
     def loopback(self) -> bool:

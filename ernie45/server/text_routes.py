@@ -62,7 +62,7 @@ def add_text(app: FastAPI, service: Service) -> None:
         """The prompt that a chat request would make: its text and its ids. Takes what /v1/chat/completions takes."""
         asked = read_fields(ChatRequest, await read_json(request, service.body_limits), REFUSED["chat"])
         _, context = await service.context(asked.model, request.state.caller)
-        prompted = await service.prepare(chat_prompt, asked, context, fields=CHAT_FIELDS)
+        prompted = await service.prepare_chat(chat_prompt, asked, context, fields=CHAT_FIELDS)
         try:
             text = context.text.tokenizer.decode(prompted.ids, skip_special=False)
         except TokenizerError as error:  # a template makes none that the tokenizer does not know

@@ -6,12 +6,14 @@ reads nothing but what the request itself carries, unless it was told otherwise.
 
 import base64
 import binascii
+import os
 import re
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from ernie45.errors import RequestError
 from ernie45.tokens.images import ImageLimits, read_image
@@ -32,7 +34,7 @@ class Sources:
     """Where a picture's bytes may come from. What the address itself carries (data:) always may.
 
     paths   any file this process can read, by path or file: address
-    folder  files in this folder, by file: address; links out of it are not followed
+    folder  files in this folder, by file: address, absolute or from the folder on; links out of it are not followed
     fetch   what reads http: and https: addresses: (address, most bytes) -> bytes
     """
 
@@ -49,22 +51,53 @@ class Sources:
             if self.fetch is None:
                 raise RequestError("addresses of other machines are not fetched here; send the file itself as a data: address")
             return self.fetch(source, most)
-        if scheme == "file" or self.paths:
-            return self._file(unquote(urlsplit(source).path) if scheme == "file" else source, most)
+        if scheme == "file":
+            return self._file(_path_of(source), most)
+        if self.paths:
+            return self._file(source, most)
         raise RequestError(f"{source[:80]!r} is no address that is read here; send the file itself as data:image/png;base64,...")
 
     def _file(self, name: str, most: int) -> bytes:
         if not self.paths and self.folder is None:
             raise RequestError("files of this machine are not read here; send the file itself as a data: address")
-        path = Path(name).expanduser() if self.paths else Path(name).resolve()
-        if not self.paths and self.folder is not None and not path.is_relative_to(self.folder.resolve()):
-            raise RequestError("only files in the folder that was opened for media are read")
         try:
-            if path.stat().st_size > most or not path.is_file():
-                raise RequestError(f"{name} is no file, or larger than {most:,} bytes")
-            return path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise RequestError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            opened = self._open(name)
+            try:
+                if not stat.S_ISREG(os.fstat(opened).st_mode):
+                    raise RequestError(f"{name[:200]} is no file")
+                with open(opened, "rb", closefd=False) as file:
+                    data = file.read(most + 1)
+            finally:
+                os.close(opened)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise RequestError(f"{name[:200]} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        if len(data) > most:
+            raise RequestError(f"{name[:200]} is larger than {most:,} bytes")
+        return data
+
+    def _open(self, name: str) -> int:
+        """A file, open; of the folder's, no link is followed that is put there while it is looked at. Pipes do not block."""
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        if self.paths or self.folder is None:
+            return os.open(Path(name).expanduser(), flags)
+        folder = self.folder.resolve()
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder):
+            raise RequestError("only files in the folder that was opened for media are read")
+        here = os.open(folder, flags)
+        for step in path.relative_to(folder).parts:
+            above = here
+            try:
+                here = os.open(step, flags | os.O_NOFOLLOW, dir_fd=above)
+            finally:
+                os.close(above)
+        return here
+
+
+def _path_of(address: str) -> str:
+    """The path in a file: address: file:///absolute, file://localhost/absolute, file:from/here, and file://from/here as some write it."""
+    rest = address.partition(":")[2].removeprefix("//")
+    return unquote(rest.removeprefix("localhost") if rest.startswith("localhost/") else rest)
 
 
 def _inline(source: str, most: int) -> bytes:
@@ -97,8 +130,7 @@ class Sight:
         Raises `RequestError` naming the part, `TokenizerError` as `as_messages`, `MissingExtra`.
         """
         checked = as_messages(messages)
-        if sum(len(message.media) for message in checked) > self.pictures:
-            raise RequestError(f"the conversation holds more than {self.pictures} images and videos", "messages")
+        self.check_count(checked)
         seen: list[Picture] = []
         measured = tuple(
             replace(message, content=tuple(self._part(part, f"messages[{i}].content[{n}]", seen) for n, part in enumerate(message.parts)))
@@ -107,6 +139,11 @@ class Sight:
             for i, message in enumerate(checked)
         )
         return measured, tuple(seen)
+
+    def check_count(self, messages: Sequence[Message]) -> None:
+        """Raises `RequestError` when a conversation holds too many pictures."""
+        if sum(len(message.media) for message in messages) > self.pictures:
+            raise RequestError(f"the conversation holds more than {self.pictures} images and videos", "messages")
 
     def _part(self, part: Part, where: str, seen: list[Picture]) -> Part:
         if isinstance(part, Text):

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import os
+from pathlib import Path
 
 import pytest
 from PIL import Image as Pillow
@@ -153,28 +155,76 @@ def test_messages_without_pictures_stay_what_they_are():
     assert Sight(rules=RULES).look(messages) == (messages, ())
 
 
-def test_files_are_read_where_the_door_is_open(tmp_path):
-    inside, outside = tmp_path / "media" / "a b.png", tmp_path / "secret.png"
-    inside.parent.mkdir()
-    inside.write_bytes(png())
-    outside.write_bytes(png())
-    (inside.parent / "link.png").symlink_to(outside)
-    folder = Sources(folder=inside.parent)
-    assert folder.read(f"file://{inside.parent}/a%20b.png", 10_000) == png()
-    for name in (outside, inside.parent / ".." / "secret.png", inside.parent / "link.png", "/etc/hostname"):
-        with pytest.raises(RequestError, match="only files in the folder"):
-            folder.read(f"file://{name}", 10_000)
+@pytest.fixture
+def media(tmp_path):
+    """A folder with `a b.png`, a deeper one, and links; a secret beside it."""
+    folder, secret = tmp_path / "media", tmp_path / "secret.png"
+    (folder / "deep").mkdir(parents=True)
+    for path in (folder / "a b.png", folder / "deep" / "c.png", secret):
+        path.write_bytes(png())
+    (folder / "link.png").symlink_to(secret)
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "friend.png").symlink_to("deep/c.png")
+    return folder
+
+
+def test_files_of_the_folder_are_read_however_they_are_written(media):
+    folder = Sources(folder=media)
+    for address in (
+        f"file://{media}/a%20b.png", f"file://localhost{media}/a%20b.png", f"FILE:{media}/a b.png",
+        "file:a%20b.png", "file:deep/c.png", "file://deep/c.png", "file:deep/../a b.png", "file:friend.png",
+    ):  # fmt: skip
+        assert folder.read(address, 10_000) == png()
     with pytest.raises(RequestError, match="no address that is read here"):
-        folder.read(str(inside), 10_000)
-    everything = Sources(paths=True)
+        folder.read(f"{media}/a b.png", 10_000)
+    with pytest.raises(RequestError, match="larger than 10 bytes"):
+        folder.read("file:a b.png", 10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.png", "%2e%2e/secret.png", "deep/../../secret.png", "link.png", "up/secret.png", "/etc/hostname", "//etc/hostname", "~/x"],
+)
+def test_no_file_outside_the_folder_is_read(media, name):
+    for address in (f"file:{name}", f"file://{media}/{name}", f"file://{name}"):
+        with pytest.raises(RequestError, match=r"only files in the folder|No such file") as refused:
+            Sources(folder=media).read(address, 10_000)
+        assert "root:" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["", "deep", "pipe", "missing.png", "a b.png/x", "nul%00.png", "x" * 5000])
+def test_what_is_no_file_is_refused_and_nothing_stays_open(media, name):
+    os.mkfifo(media / "pipe")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(RequestError, match=r"is no file|cannot be read"):
+        Sources(folder=media).read(f"file:{name}", 10_000)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_link_that_is_put_there_meanwhile_is_not_followed(media, monkeypatch):
+    """Between the look at the path and the opening the folder's file becomes a link."""
+    looked = Path.resolve
+
+    def swap(path, strict=False):
+        found = looked(path, strict)
+        if path.name == "c.png":
+            (media / "deep").rename(media / "was")
+            (media / "deep").symlink_to(media.parent)
+            (media.parent / "c.png").write_bytes(b"root:")
+        return found
+
+    monkeypatch.setattr(Path, "resolve", swap)
+    with pytest.raises(RequestError, match="cannot be read"):
+        Sources(folder=media).read("file:deep/c.png", 10_000)
+
+
+def test_whoever_opened_all_files_reads_any(media):
+    everything, outside = Sources(paths=True), media.parent / "secret.png"
     assert everything.read(str(outside), 10_000) == png()
     assert everything.read(f"file://{outside}", 10_000) == png()
-    with pytest.raises(RequestError, match="larger than 10 bytes"):
-        everything.read(str(outside), 10)
-    with pytest.raises(RequestError, match="cannot be read"):
-        everything.read(str(tmp_path / "missing.png"), 10)
-    with pytest.raises(RequestError, match="is no file"):
-        everything.read(str(tmp_path), 10_000_000)
+    for path, most, says in ((outside, 10, "larger than 10"), (media / "no", 10, "cannot be read"), (media, 10_000_000, "is no file")):
+        with pytest.raises(RequestError, match=says):
+            everything.read(str(path), most)
 
 
 def test_addresses_of_machines_go_to_whoever_fetches():
