@@ -5,7 +5,7 @@ Letters: I and O in- and output widths, R rank.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ernie45.errors import CheckpointError
 from ernie45.models.text import Decoder
-from ernie45.nn.lora import LoraConfig, LoraLinear, adapt, adapters
+from ernie45.nn.lora import LoraConfig, LoraLinear, Pair, adapt, adapters
 from ernie45.weights.safetensors import open_safetensors
 from ernie45.weights.safetensors_write import SINGLE_NAME, save_safetensors
 
@@ -69,7 +69,7 @@ def load_adapter(decoder: Decoder, folder: Path) -> LoraConfig:
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """The settings in a PEFT folder. Raises CheckpointError for what is not plain LoRA."""
+    """The settings in a PEFT folder. Raises CheckpointError for what is neither LoRA nor DoRA."""
     path = folder / CONFIG
     try:
         data = json.loads(path.read_text("utf-8"))
@@ -78,14 +78,16 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; is this a PEFT adapter folder?") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: is no PEFT adapter config: {error!r}") from None
-    only = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "peft_type": "LORA", "rank_pattern": {}, "alpha_pattern": {}}
+    only = {"fan_in_fan_out": False, "bias": "none", "peft_type": "LORA", "rank_pattern": {}, "alpha_pattern": {}}
     for key, value in only.items():
         if data.get(key) not in (value, None):
-            raise CheckpointError(f"{path}: {key} is {data[key]!r}, which is not read here; plain LoRA has {value!r}")
+            raise CheckpointError(f"{path}: {key} is {data[key]!r}, which is not read here; LoRA and DoRA have {value!r}")
     known: dict[frozenset[str], Literal["all", "attention"]] = {frozenset(_ALL): "all", frozenset(_ATTENTION): "attention"}
     if not isinstance(targets, list) or frozenset(targets) not in known:
         raise CheckpointError(f"{path}: target_modules is {targets!r}; read are {list(_ALL)} and {list(_ATTENTION)}")
-    return LoraConfig(rank=rank, alpha=alpha, rslora=bool(data.get("use_rslora")), targets=known[frozenset(targets)])
+    return LoraConfig(
+        rank=rank, alpha=alpha, rslora=bool(data.get("use_rslora")), dora=bool(data.get("use_dora")), targets=known[frozenset(targets)]
+    )
 
 
 def _peft_config(config: LoraConfig, base_model: str) -> dict[str, Any]:
@@ -96,6 +98,7 @@ def _peft_config(config: LoraConfig, base_model: str) -> dict[str, Any]:
         "r": config.rank,
         "lora_alpha": config.strength,
         "use_rslora": config.rslora,
+        "use_dora": config.dora,
         "target_modules": list(_ALL if config.targets == "all" else _ATTENTION),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -111,15 +114,18 @@ def _tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
         _, number, kind = name.split(".", 2)
         first = f"{_FIRST}layers.{number}."
         if isinstance(layer, LoraLinear):
-            files, pairs = _PARTS[kind], list(zip(layer.adapter_a.split(layer.rank), layer.adapter_b.split(layer.parts), strict=True))
-            yield from _named([first + file for file in files], pairs)
+            lengths = layer.magnitude.magnitude.split(layer.parts) if layer.magnitude else None
+            yield from _named([first + file for file in _PARTS[kind]], layer.pairs(), lengths)
         else:
             for parts, stack in ((("gate_proj", "up_proj"), layer.gate_up), (("down_proj",), layer.down)):
                 for expert, pairs in enumerate(stack.pairs()):
-                    yield from _named([f"{first}mlp.experts.{expert}.{part}" for part in parts], pairs)
+                    lengths = stack.magnitude.magnitude[expert].chunk(len(parts)) if stack.magnitude else None
+                    yield from _named([f"{first}mlp.experts.{expert}.{part}" for part in parts], pairs, lengths)
 
 
-def _named(names: list[str], pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, (a_RI, b_OR) in zip(names, pairs, strict=True):
+def _named(names: list[str], pairs: list[Pair], lengths: Sequence[Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+    for n, (name, (a_RI, b_OR)) in enumerate(zip(names, pairs, strict=True)):
         yield f"{name}.lora_A.weight", a_RI.detach()
         yield f"{name}.lora_B.weight", b_OR.detach()
+        if lengths is not None:
+            yield f"{name}.lora_magnitude_vector", lengths[n].detach()

@@ -21,9 +21,23 @@ class Linear(nn.Module):
         """[T, I] -> [T, O]."""
         return ops.linear(x_TI, self.weight, self.bias)
 
+    @property
+    def in_size(self) -> int:
+        """I."""
+        return self.weight.shape[1]
+
+    @property
+    def out_size(self) -> int:
+        """O."""
+        return self.weight.shape[0]
+
+    def become(self, weight_OI: Tensor) -> None:
+        """Take another matrix, in the type this one is held in."""
+        self.weight.copy_(weight_OI)
+
     def extra_repr(self) -> str:
         """Sizes for printing."""
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}{'' if self.bias is None else ', bias'}"
+        return f"{self.in_size} -> {self.out_size}{'' if self.bias is None else ', bias'}"
 
 
 class Embedding(nn.Module):

@@ -2,14 +2,15 @@
 
 A fused matrix (q, k, v, or gate and up) gets one pair a part, so that an adapter is exactly what PEFT reads and writes for the separate
 matrices. Stacked experts get one pair a part and expert. `scale` is alpha / rank, or alpha / sqrt(rank) with rank stabilisation (rsLoRA).
-Source: arXiv 2106.09685 (LoRA), 2312.03732 (rsLoRA). Letters: T tokens, I and O in- and output widths, R rank, P parts, E experts.
+The frozen matrices may be packed (QLoRA). Source: arXiv 2106.09685 (LoRA), 2312.03732 (rsLoRA), 2402.09353 (DoRA), 2305.14314 (QLoRA).
+Letters: T tokens, I and O in- and output widths, R rank, P parts, S = P * R rows, E experts.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from torch.nn import functional as F
 from ernie45 import ops
 from ernie45.errors import ConfigError
 from ernie45.nn.attention import Attention
-from ernie45.nn.layers import Linear, SwiGLU
-from ernie45.nn.moe import Experts, MixtureOfExperts
-from ernie45.ops import Routing
+from ernie45.nn.layers import SwiGLU
+from ernie45.nn.moe import MixtureOfExperts
+from ernie45.ops import PackedWeight, Routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class LoraConfig:
     """Divide alpha by the root of the rank, so that large ranks keep learning."""
     targets: Literal["all", "attention"] = "all"
     """Which linear layers get adapters: all of them, routed experts too, or those of attention."""
+    dora: bool = False
+    """Learn the length of every row apart from its direction (DoRA): closer to training all weights, a little slower."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -55,96 +58,198 @@ class LoraConfig:
         return self.strength / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
+class FrozenLayer(Protocol):
+    """A linear layer that stays as it is beside its adapter: `nn.layers.Linear`, or one of `quant` whose matrix is packed."""
+
+    in_size: int
+    out_size: int
+    bias: Tensor | None
+
+    @property
+    def weight(self) -> Tensor | PackedWeight:
+        """The matrix [O, I]."""
+        ...
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """[T, I] -> [T, O], differentiable."""
+        ...
+
+    def become(self, weight_OI: Tensor) -> None:
+        """Take another matrix, float32 [O, I], rounded to what this one is held in."""
+        ...
+
+
+class FrozenExperts(Protocol):
+    """Stacked experts that stay as they are: `nn.moe.Experts`, or those of `quant` whose matrices are packed."""
+
+    num_experts: int
+    size: int
+    expert_size: int
+
+    def expert(self, number: int) -> tuple[Tensor | PackedWeight, Tensor | PackedWeight]:
+        """The two matrices of one expert, [2F, D] and [D, F]."""
+        ...
+
+    def become(self, number: int, gate_up_FD: Tensor, down_DF: Tensor) -> None:
+        """Take other matrices for one expert, rounded to what these are held in."""
+        ...
+
+
+class Pair(NamedTuple):
+    """The two factors beside one matrix: A [R, I] and B [O, R]."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+
+
 class LoraLinear(nn.Module):
-    """A frozen `Linear` with an adapter for each of its parts; `parts` are their rows.
+    """A frozen linear layer, whole or packed, with an adapter for each of its parts; `parts` are their rows.
 
     `adapter_a` is [P * R, I], part by part; `adapter_b` is [O, R]. B starts at 0, so the model starts unchanged.
     """
 
-    def __init__(self, base: Linear, parts: tuple[int, ...], config: LoraConfig, generator: torch.Generator) -> None:
+    def __init__(self, base: FrozenLayer, parts: tuple[int, ...], config: LoraConfig, generator: torch.Generator) -> None:
         super().__init__()
-        out_size, in_size = base.weight.shape
-        assert sum(parts) == out_size, "the parts are the rows of the matrix"
+        assert sum(parts) == base.out_size, "the parts are the rows of the matrix"
         self.base, self.parts, self.rank, self.scale = base, parts, config.rank, config.scale
-        self.adapter_a = nn.Parameter(_first_a((len(parts) * config.rank, in_size), base.weight, generator))
-        self.adapter_b = nn.Parameter(base.weight.new_zeros(out_size, config.rank))
+        self.adapter_a = nn.Parameter(_first_a((len(parts) * config.rank, base.in_size), generator))
+        self.adapter_b = nn.Parameter(torch.zeros(base.out_size, config.rank))
+        self.magnitude = Magnitude(_squares(base.weight, base.in_size)) if config.dora else None
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
-        inner = F.linear(x_TI, self.adapter_a).split(self.rank, dim=-1)  # every part's A in one product
-        added = [F.linear(i_TR, b_OR) for i_TR, b_OR in zip(inner, self.adapter_b.split(self.parts), strict=True)]
-        return self.base(x_TI).add(torch.cat(added, dim=-1) if len(added) > 1 else added[0], alpha=self.scale)
+        inner = F.linear(x_TI, self.adapter_a.to(x_TI.dtype)).split(self.rank, dim=-1)  # every part's A in one product
+        b_parts = self.adapter_b.to(x_TI.dtype).split(self.parts)
+        added = [F.linear(i_TR, b_OR) for i_TR, b_OR in zip(inner, b_parts, strict=True)]
+        added_TO = torch.cat(added, dim=-1) if len(added) > 1 else added[0]
+        if self.magnitude is None:
+            return self.base(x_TI).add(added_TO, alpha=self.scale)
+        out_TO = ops.dense_linear(x_TI, self.base.weight).add(added_TO, alpha=self.scale)
+        out_TO = out_TO * self.magnitude.factors(self.base.weight, self.pairs(), self.scale).to(x_TI.dtype)
+        return out_TO if self.base.bias is None else out_TO + self.base.bias
 
-    def delta(self) -> Tensor:
-        """What the adapter adds to the weight, float32 [O, I]."""
-        pairs = zip(self.adapter_a.split(self.rank), self.adapter_b.split(self.parts), strict=True)
-        return self.scale * torch.cat([b_OR.float() @ a_RI.float() for a_RI, b_OR in pairs])
+    def pairs(self) -> list[Pair]:
+        """A and B of each part, as views."""
+        return [Pair(*pair) for pair in zip(self.adapter_a.split(self.rank), self.adapter_b.split(self.parts), strict=True)]
 
-    def merged(self) -> Linear:
-        """The base with the adapter added into its weight."""
-        with torch.no_grad():
-            self.base.weight.copy_(self.base.weight.float() + self.delta())
+    @torch.no_grad()
+    def merged(self) -> FrozenLayer:
+        """The base with the adapter added into its weight; a packed one is rounded anew."""
+        weight_OI = ops.dense(self.base.weight, self.base.in_size).float() + _delta(self.pairs(), self.scale)
+        if self.magnitude is not None:
+            weight_OI *= self.magnitude.factors(self.base.weight, self.pairs(), self.scale)[:, None]
+        self.base.become(weight_OI)
         return self.base
+
+
+class Magnitude(nn.Module):
+    """DoRA's second half: the length of every row of the matrix learns apart from its direction.
+
+    `magnitude` [O] starts as the lengths of the frozen rows. A row counts `magnitude / |w + scale * b A|`; the length below carries no
+    gradient (arXiv 2402.09353, 4.3). Stacks have [E, O].
+    """
+
+    def __init__(self, squares_O: Tensor) -> None:
+        super().__init__()
+        self.magnitude = nn.Parameter(squares_O.sqrt())
+        self.register_buffer("squares", squares_O, persistent=False)
+
+    def factors(self, weight: Tensor | PackedWeight, pairs: list[Pair], scale: float, expert: int | None = None) -> Tensor:
+        """What every output is multiplied by, float32 [O]; no matrix of the size of `weight` is made for it."""
+        magnitude_O = self.magnitude if expert is None else self.magnitude[expert]
+        squares_O = self.squares if expert is None else self.squares[expert]
+        with torch.no_grad():
+            a_SI = torch.cat([a_RI for a_RI, _ in pairs])
+            crossed = ops.dense_linear(a_SI.float(), weight).t()  # W A^T of every part, of which each uses its own rows
+            changes, row = [], 0
+            for part, (a_RI, b_OR) in enumerate(pairs):
+                a_RI, b_OR = a_RI.float(), b_OR.float()
+                own_OR = crossed[row : row + len(b_OR), part * len(a_RI) : (part + 1) * len(a_RI)]
+                changes.append(((2 * scale * own_OR + scale**2 * (b_OR @ (a_RI @ a_RI.t()))) * b_OR).sum(1))
+                row += len(b_OR)
+            lengths_O = (squares_O + torch.cat(changes)).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        return magnitude_O / lengths_O
 
 
 class StackedAdapter(nn.Module):
-    """Adapters of a stack of matrices [E, O, I] of `num_parts` equal parts: `adapter_a` is [E, P * R, I], `adapter_b` is [E, O, R]."""
+    """Adapters of E frozen matrices [O, I] of `num_parts` equal parts: `adapter_a` is [E, P * R, I], `adapter_b` is [E, O, R]."""
 
-    def __init__(self, stack_EOI: Tensor, num_parts: int, config: LoraConfig, generator: torch.Generator) -> None:
+    def __init__(self, shape: tuple[int, int, int], num_parts: int, config: LoraConfig, generator: torch.Generator) -> None:
         super().__init__()
-        experts, out_size, in_size = stack_EOI.shape
+        experts, out_size, in_size = shape
         self.num_parts, self.rank, self.scale = num_parts, config.rank, config.scale
-        self.adapter_a = nn.Parameter(_first_a((experts, num_parts * config.rank, in_size), stack_EOI, generator))
-        self.adapter_b = nn.Parameter(stack_EOI.new_zeros(experts, out_size, config.rank))
+        self.adapter_a = nn.Parameter(_first_a((experts, num_parts * config.rank, in_size), generator))
+        self.adapter_b = nn.Parameter(torch.zeros(experts, out_size, config.rank))
+        self.magnitude: Magnitude | None = None
 
-    def pairs(self) -> list[list[tuple[Tensor, Tensor]]]:
+    def pairs(self) -> list[list[Pair]]:
         """A [R, I] and B [O / P, R] of each part of each expert, as views."""
         stacks = zip(self.adapter_a.unbind(), self.adapter_b.unbind(), strict=True)
-        return [list(zip(a.chunk(self.num_parts), b.chunk(self.num_parts), strict=True)) for a, b in stacks]
+        return [[Pair(*pair) for pair in zip(a.chunk(self.num_parts), b.chunk(self.num_parts), strict=True)] for a, b in stacks]
 
-    def delta(self) -> Tensor:
-        """What the adapters add to the stack, float32 [E, O, I]."""
-        return self.scale * torch.stack([torch.cat([b.float() @ a.float() for a, b in parts]) for parts in self.pairs()])
+    def product(self, x_TI: Tensor, weight: Tensor | PackedWeight, pairs: list[Pair], expert: int) -> Tensor:
+        """`W x + scale * B (A x)` of one expert, part by part."""
+        added = [F.linear(F.linear(x_TI, a_RI.to(x_TI.dtype)), b_OR.to(x_TI.dtype)) for a_RI, b_OR in pairs]
+        out_TO = ops.dense_linear(x_TI, weight).add(torch.cat(added, dim=-1), alpha=self.scale)
+        if self.magnitude is None:
+            return out_TO
+        return out_TO * self.magnitude.factors(weight, pairs, self.scale, expert).to(x_TI.dtype)
 
-
-def _with_pairs(x_TI: Tensor, weight_OI: Tensor, pairs: list[tuple[Tensor, Tensor]], scale: float) -> Tensor:
-    """`W x + scale * B (A x)`, part by part."""
-    added = [F.linear(F.linear(x_TI, a_RI), b_OR) for a_RI, b_OR in pairs]
-    return ops.linear(x_TI, weight_OI).add(torch.cat(added, dim=-1), alpha=scale)
+    def merged(self, weight: Tensor | PackedWeight, in_size: int, expert: int) -> Tensor:
+        """The matrix of one expert with its adapter in it, float32 [O, I]."""
+        pairs = self.pairs()[expert]
+        whole_OI = ops.dense(weight, in_size).float() + _delta(pairs, self.scale)
+        return whole_OI if self.magnitude is None else whole_OI * self.magnitude.factors(weight, pairs, self.scale, expert)[:, None]
 
 
 class LoraExperts(nn.Module):
-    """Frozen stacked experts with adapters for gate, up and down."""
+    """Frozen stacked experts, whole or packed, with adapters for gate, up and down."""
 
-    def __init__(self, base: Experts, config: LoraConfig, generator: torch.Generator) -> None:
+    def __init__(self, base: FrozenExperts, config: LoraConfig, generator: torch.Generator) -> None:
         super().__init__()
         self.base = base
-        self.gate_up = StackedAdapter(base.gate_up, 2, config, generator)
-        self.down = StackedAdapter(base.down, 1, config, generator)
+        size, inner, experts = base.size, base.expert_size, base.num_experts
+        self.gate_up = StackedAdapter((experts, 2 * inner, size), 2, config, generator)
+        self.down = StackedAdapter((experts, size, inner), 1, config, generator)
+        if config.dora:
+            stacks = zip(*(base.expert(e) for e in range(experts)), strict=True)
+            for adapter, stack, in_size in zip((self.gate_up, self.down), stacks, (size, inner), strict=True):
+                adapter.magnitude = Magnitude(torch.stack([_squares(weight, in_size) for weight in stack]))
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """[T, D] -> [T, D]."""
-        up_EFD, down_EDF = self.base.gate_up.unbind(), self.base.down.unbind()
         up_pairs, down_pairs = self.gate_up.pairs(), self.down.pairs()
 
         def expert(e: int, rows_T: Tensor, part_TD: Tensor) -> Tensor:
-            inner_TF = ops.swiglu(_with_pairs(part_TD, up_EFD[e], up_pairs[e], self.gate_up.scale))
-            return _with_pairs(inner_TF, down_EDF[e], down_pairs[e], self.down.scale)
+            up_FD, down_DF = self.base.expert(e)
+            inner_TF = ops.swiglu(self.gate_up.product(part_TD, up_FD, up_pairs[e], e))
+            return self.down.product(inner_TF, down_DF, down_pairs[e], e)
 
-        return ops.over_experts(x_TD, routing, len(up_EFD), expert)
+        return ops.over_experts(x_TD, routing, self.base.num_experts, expert)
 
-    def merged(self) -> Experts:
-        """The base with the adapters added into its stacks."""
-        with torch.no_grad():
-            for stack, adapter in ((self.base.gate_up, self.gate_up), (self.base.down, self.down)):
-                stack.copy_(stack.float() + adapter.delta())
+    @torch.no_grad()
+    def merged(self) -> FrozenExperts:
+        """The base with the adapters added into its matrices."""
+        for e in range(self.base.num_experts):
+            up_FD, down_DF = self.base.expert(e)
+            self.base.become(e, self.gate_up.merged(up_FD, self.base.size, e), self.down.merged(down_DF, self.base.expert_size, e))
         return self.base
 
 
-def _first_a(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+def _delta(pairs: list[Pair], scale: float) -> Tensor:
+    """What adapters add to a matrix, float32 [O, I]."""
+    return scale * torch.cat([b_OR.float() @ a_RI.float() for a_RI, b_OR in pairs])
+
+
+def _squares(weight: Tensor | PackedWeight, in_size: int) -> Tensor:
+    """The squared length of every row, float32 [O]."""
+    return ops.dense(weight, in_size).detach().float().square().sum(-1)
+
+
+def _first_a(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform within 1 / sqrt(in-width), as a fresh linear layer has it (PEFT's start too)."""
     bound = 1 / math.sqrt(shape[-1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(like.dtype)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def adapt(module: nn.Module, config: LoraConfig, generator: torch.Generator) -> None:
@@ -156,13 +261,13 @@ def adapt(module: nn.Module, config: LoraConfig, generator: torch.Generator) -> 
         if isinstance(owner, Attention):
             rows = owner.num_heads * owner.head_size, owner.num_kv_heads * owner.head_size
             made["qkv"] = LoraLinear(owner.qkv, (rows[0], rows[1], rows[1]), config, generator)
-            made["out"] = LoraLinear(owner.out, (owner.out.weight.shape[0],), config, generator)
+            made["out"] = LoraLinear(owner.out, (owner.out.out_size,), config, generator)
         elif config.targets == "attention":
             continue
         elif isinstance(owner, SwiGLU):
-            half = owner.gate_up.weight.shape[0] // 2
+            half = owner.gate_up.out_size // 2
             made["gate_up"] = LoraLinear(owner.gate_up, (half, half), config, generator)
-            made["down"] = LoraLinear(owner.down, (owner.down.weight.shape[0],), config, generator)
+            made["down"] = LoraLinear(owner.down, (owner.down.out_size,), config, generator)
         elif isinstance(owner, MixtureOfExperts):
             made["experts"] = LoraExperts(owner.experts, config, generator)
         for part, layer in made.items():
@@ -182,7 +287,7 @@ def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
 def merge(module: nn.Module) -> None:
     """Add every adapter into the weights it stands beside and take it away; the module is then a plain one again."""
     for name, layer in adapters(module).items():
-        _put(module, name, layer.merged())
+        _put(module, name, cast(nn.Module, layer.merged()))
 
 
 @contextmanager
@@ -190,7 +295,7 @@ def without_adapters(module: nn.Module) -> Iterator[None]:
     """Inside, the module computes what it did before the adapters: the reference policy of preference training."""
     held = adapters(module)
     for name, layer in held.items():
-        _put(module, name, layer.base)
+        _put(module, name, cast(nn.Module, layer.base))
     try:
         yield
     finally:

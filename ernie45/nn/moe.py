@@ -52,12 +52,22 @@ class Experts(nn.Module):
 
     def __init__(self, size: int, num_experts: int, expert_size: int) -> None:
         super().__init__()
+        self.size, self.num_experts, self.expert_size = size, num_experts, expert_size
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_size, size))
         self.down = nn.Parameter(torch.empty(num_experts, size, expert_size))
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """[T, D] -> [T, D], the weighted sum of each token's experts."""
         return ops.experts(x_TD, routing, self.gate_up, self.down)
+
+    def expert(self, number: int) -> tuple[Tensor, Tensor]:
+        """The two matrices of one expert, [2F, D] and [D, F]."""
+        return self.gate_up[number], self.down[number]
+
+    def become(self, number: int, gate_up_FD: Tensor, down_DF: Tensor) -> None:
+        """Take other matrices for one expert, in the type these are held in."""
+        self.gate_up[number] = gate_up_FD
+        self.down[number] = down_DF
 
     def expert_gate_up(self, number: int, x_TD: Tensor) -> Tensor:
         """The first product of one expert, [T, D] -> [T, 2F]."""

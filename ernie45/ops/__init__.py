@@ -5,6 +5,7 @@ then runs on plain PyTorch.
 """
 
 import torch
+from torch import Tensor
 
 from ernie45.config import Environment
 from ernie45.ops import eager, native, quantised
@@ -17,6 +18,7 @@ from ernie45.ops.eager import (
     route,
 )
 from ernie45.ops.native import Native
+from ernie45.ops.packed_dense import dense, packed_dense_linear
 from ernie45.ops.quantised import PackedWeight, dequantise, dequantise_rows
 from ernie45.ops.reference import Routing
 
@@ -25,6 +27,8 @@ __all__ = [
     "PackedWeight",
     "Routing",
     "causal_attention",
+    "dense",
+    "dense_linear",
     "dequantise",
     "dequantise_rows",
     "describe",
@@ -62,6 +66,11 @@ packed_qkv = _chosen.packed_qkv
 packed_swiglu = _chosen.packed_swiglu
 packed_feed_forward = _chosen.packed_feed_forward
 paged_attention = _chosen.paged_attention
+
+
+def dense_linear(x_TI: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+    """`x @ weight.T` in floats for a frozen weight, whole or packed, with the gradient of `x`."""
+    return packed_dense_linear(x_TI, weight) if isinstance(weight, PackedWeight) else linear(x_TI, weight)
 
 
 def describe() -> str:

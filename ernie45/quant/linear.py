@@ -91,6 +91,11 @@ class QuantExperts(nn.Module):
             PackedWeight(self.down_packed[number], self.down_scale[number], bits, self.size, hadamard),
         )
 
+    def fill(self, number: int, gate_up: PackedWeight, down: PackedWeight) -> None:
+        """Copy the two packed matrices of one expert in."""
+        self.gate_up_packed[number], self.gate_up_scale[number] = gate_up.values, gate_up.scales
+        self.down_packed[number], self.down_scale[number] = down.values, down.scales
+
     def expert_gate_up(self, number: int, x_TD: Tensor) -> Tensor:
         """The first product of one expert, [T, D] -> [T, 2F]."""
         return ops.packed_linear(x_TD, self.expert(number)[0])

@@ -42,7 +42,7 @@ def quantise_model(
     """
     for name, scheme in _decided(network, spec):
         each(name)
-        _replace(network, name, _quantised(network.get_submodule(name), scheme, algorithm))
+        replace_module(network, name, _quantised(network.get_submodule(name), scheme, algorithm))
     fuse(network)
 
 
@@ -50,7 +50,7 @@ def quantise_model(
 def prepare_model(network: nn.Module, spec: QuantSpec) -> None:
     """Replace every module the spec names by an empty packed one, to be filled from a packed checkpoint."""
     for name, scheme in _decided(network, spec):
-        _replace(network, name, _emptied(network.get_submodule(name), scheme))
+        replace_module(network, name, _emptied(network.get_submodule(name), scheme))
     fuse(network)
 
 
@@ -58,14 +58,14 @@ def fuse(network: nn.Module) -> None:
     """Give every block that is packed throughout its three-call form; names stay as they were."""
     for name, module in list(network.named_modules()):
         if isinstance(module, Block) and can_fuse(module):
-            _replace(network, name, QuantBlock(module))
+            replace_module(network, name, QuantBlock(module))
 
 
 def unfuse(network: nn.Module) -> None:
     """What `fuse` did, undone."""
     for name, module in list(network.named_modules()):
         if isinstance(module, QuantBlock):
-            _replace(network, name, module.plain())
+            replace_module(network, name, module.plain())
 
 
 def _decided(network: nn.Module, spec: QuantSpec) -> list[tuple[str, Scheme]]:
@@ -74,7 +74,8 @@ def _decided(network: nn.Module, spec: QuantSpec) -> list[tuple[str, Scheme]]:
     return [(name, scheme) for name in names if (scheme := spec.scheme_for(name)) is not None]
 
 
-def _replace(network: nn.Module, name: str, by: nn.Module) -> None:
+def replace_module(network: nn.Module, name: str, by: nn.Module) -> None:
+    """Put `by` where the module called `name` stands."""
     parent, _, child = name.rpartition(".")
     owner = network.get_submodule(parent)
     if isinstance(owner, nn.ModuleList):
@@ -103,8 +104,6 @@ def _quantised(module: nn.Module, scheme: Scheme, algorithm: Algorithm) -> nn.Mo
     assert isinstance(module, Experts)
     assert isinstance(made, QuantExperts)
     for expert in range(module.down.shape[0]):
-        for name in ("gate_up", "down"):
-            packed = algorithm(getattr(module, name)[expert], scheme)
-            getattr(made, f"{name}_packed")[expert] = packed.values
-            getattr(made, f"{name}_scale")[expert] = packed.scales
+        gate_up, down = (algorithm(weight, scheme) for weight in module.expert(expert))
+        made.fill(expert, gate_up, down)
     return made

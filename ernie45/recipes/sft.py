@@ -1,12 +1,15 @@
 """`ernie sft MODEL --data FILES --out FOLDER`: teach a model from conversations, all weights or low-rank adapters."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from ernie45.config import Environment
+from ernie45.errors import ConfigError
 from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
 from ernie45.train.examples import PackedExamples, make_examples
+from ernie45.train.noise import EmbeddingNoise
 from ernie45.train.optim import Optimiser
 from ernie45.train.records import read_weighted
 from ernie45.train.step import Step
@@ -15,6 +18,14 @@ from ernie45.train.step import Step
 @dataclass(frozen=True, kw_only=True)
 class SftConfig(LessonConfig):
     """Teach a model from conversations: it learns the answers, not the questions."""
+
+    neftune: float = 0.0
+    """Noise on the embeddings while learning (NEFTune), such as 5; 0 is none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.neftune) and self.neftune >= 0):
+            raise ConfigError(f"neftune must be a number of at least 0, such as 5, not {self.neftune}")
 
 
 def run(config: SftConfig, environment: Environment) -> int:
@@ -43,7 +54,8 @@ def sft(config: SftConfig, environment: Environment) -> Path | None:
     if config.dry_run:
         return None
     optimiser = Optimiser(pupil.decoder, config.optimiser, pupil.decoder.config.head_size)
-    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute)
+    noise = EmbeddingNoise(config.neftune, config.seed) if config.neftune else None
+    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, noise=noise)
     ids = digest_of_ids(example.ids for example in data.examples)
     target = teach(
         config,

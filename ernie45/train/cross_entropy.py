@@ -6,7 +6,8 @@ taken in chunks, one buffer a chunk, and rows without a label are never computed
     summed_cross_entropy   weights of the rows are known beforehand: loss and gradient in one pass (three products a chunk)
     token_log_probs        the gradient of a row is known later (preference losses): logits are computed again in backward (four products)
 
-The softmax is taken in float32 whatever the matrices are in. Letters: T rows, R rows of a chunk, D width, V vocabulary.
+The softmax is taken in float32 whatever the matrices are in. A packed matrix is frozen and becomes floats block by block.
+Letters: T rows, R rows of a chunk, D width, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ernie45 import ops
+from ernie45.ops import PackedWeight
+from ernie45.ops.packed_dense import pulled_back
 from ernie45.tokens.template import IGNORED
 
 CHUNK_ELEMENTS = 1 << 26
@@ -31,7 +35,7 @@ class SummedLoss(NamedTuple):
 
 def summed_cross_entropy(
     h_TD: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Tensor | PackedWeight,
     labels_T: Tensor,
     row_weights_T: Tensor,
     *,
@@ -47,7 +51,12 @@ def summed_cross_entropy(
 
 
 def token_log_probs(
-    h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, bias_V: Tensor | None = None, chunk_elements: int = CHUNK_ELEMENTS
+    h_TD: Tensor,
+    weight_VD: Tensor | PackedWeight,
+    labels_T: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
     """`log softmax(h @ weight.T + bias)[label]` of each row, float32 [T] with gradient; 0 where the label is `IGNORED`."""
     return _LogProbs.apply(h_TD, weight_VD, bias_V, labels_T, chunk_elements)
@@ -62,11 +71,21 @@ class _Chunk(NamedTuple):
     logits_RV: Tensor
 
 
-def _chunks(h_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor, chunk_elements: int) -> Iterator[_Chunk]:
+def _chunks(
+    h_TD: Tensor, weight_VD: Tensor | PackedWeight, bias_V: Tensor | None, labels_T: Tensor, chunk_elements: int
+) -> Iterator[_Chunk]:
     rows_T = (labels_T != IGNORED).nonzero().squeeze(-1)
-    for rows_R in rows_T.split(max(1, chunk_elements // weight_VD.shape[0])):
+    vocab_size = weight_VD.out_size if isinstance(weight_VD, PackedWeight) else weight_VD.shape[0]
+    for rows_R in rows_T.split(max(1, chunk_elements // vocab_size)):
         h_RD = h_TD[rows_R]
-        yield _Chunk(rows_R, h_RD, labels_T[rows_R], F.linear(h_RD, weight_VD, bias_V).float())
+        yield _Chunk(rows_R, h_RD, labels_T[rows_R], _logits(h_RD, weight_VD, bias_V).float())
+
+
+def _logits(h_RD: Tensor, weight_VD: Tensor | PackedWeight, bias_V: Tensor | None) -> Tensor:
+    if not isinstance(weight_VD, PackedWeight):
+        return F.linear(h_RD, weight_VD, bias_V)
+    logits_RV = ops.dense_linear(h_RD, weight_VD)
+    return logits_RV if bias_V is None else logits_RV.add_(bias_V)
 
 
 def _exponentiate(chunk: _Chunk) -> tuple[Tensor, Tensor]:
@@ -80,11 +99,12 @@ def _exponentiate(chunk: _Chunk) -> tuple[Tensor, Tensor]:
 class _Gradients:
     """Accumulates the gradients of `h`, the matrix and the bias over chunks; those nobody asks for are never made."""
 
-    def __init__(self, h_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wanted: tuple[bool, ...]) -> None:
-        self.weight_VD = weight_VD
+    def __init__(self, h_TD: Tensor, weight_VD: Tensor | PackedWeight, bias_V: Tensor | None, wanted: tuple[bool, ...]) -> None:
+        self.weight_VD, self.matrix_dtype = weight_VD, h_TD.dtype if isinstance(weight_VD, PackedWeight) else weight_VD.dtype
         self.h_TD = torch.zeros_like(h_TD) if wanted[0] else None
         # float32, so that a bfloat16 model does not lose what many chunks add
-        self.matrix_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+        learns = wanted[1] and not isinstance(weight_VD, PackedWeight)
+        self.matrix_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if learns else None
         self.bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] and bias_V is not None else None
 
     @property
@@ -98,7 +118,8 @@ class _Gradients:
             self.bias_V += outer_RV.sum(0)
         outer_RV = outer_RV.to(chunk.h_RD.dtype)
         if self.h_TD is not None:
-            self.h_TD[chunk.rows_R] = outer_RV @ self.weight_VD
+            packed = isinstance(self.weight_VD, PackedWeight)
+            self.h_TD[chunk.rows_R] = pulled_back(outer_RV, self.weight_VD, self.h_TD.shape[1]) if packed else outer_RV @ self.weight_VD
         if self.matrix_VD is not None:
             if chunk.h_RD.dtype == torch.float32:
                 self.matrix_VD.addmm_(outer_RV.t(), chunk.h_RD)
@@ -111,7 +132,7 @@ class _Gradients:
         if factor.item() != 1.0:
             held = tuple(None if g is None else g * factor for g in held)
         matrix = held[1]
-        return held[0], None if matrix is None else matrix.to(self.weight_VD.dtype), held[2]
+        return held[0], None if matrix is None else matrix.to(self.matrix_dtype), held[2]
 
 
 class _Summed(torch.autograd.Function):
@@ -119,7 +140,13 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor, row_weights_T: Tensor, chunk_elements: int
+        ctx: Any,
+        h_TD: Tensor,
+        weight_VD: Tensor | PackedWeight,
+        bias_V: Tensor | None,
+        labels_T: Tensor,
+        row_weights_T: Tensor,
+        chunk_elements: int,
     ) -> tuple[Tensor, Tensor]:
         gradients = _Gradients(h_TD, weight_VD, bias_V, ctx.needs_input_grad)
         nll_T = torch.zeros(labels_T.shape[0], dtype=torch.float32, device=h_TD.device)
@@ -144,17 +171,21 @@ class _LogProbs(torch.autograd.Function):
     """Log-probabilities of the labels; backward computes each chunk's logits a second time instead of keeping them."""
 
     @staticmethod
-    def forward(ctx: Any, h_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor, chunk_elements: int) -> Tensor:
+    def forward(
+        ctx: Any, h_TD: Tensor, weight_VD: Tensor | PackedWeight, bias_V: Tensor | None, labels_T: Tensor, chunk_elements: int
+    ) -> Tensor:
         logps_T = torch.zeros(labels_T.shape[0], dtype=torch.float32, device=h_TD.device)
         for chunk in _chunks(h_TD, weight_VD, bias_V, labels_T, chunk_elements):
             logps_T[chunk.rows_R] = -_exponentiate(chunk)[1]
-        ctx.save_for_backward(h_TD, weight_VD, bias_V, labels_T)
+        ctx.packed = weight_VD if isinstance(weight_VD, PackedWeight) else None
+        ctx.save_for_backward(h_TD, None if ctx.packed else weight_VD, bias_V, labels_T)
         ctx.chunk_elements = chunk_elements
         return logps_T
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        h_TD, weight_VD, bias_V, labels_T = ctx.saved_tensors
+        h_TD, whole_VD, bias_V, labels_T = ctx.saved_tensors
+        weight_VD = ctx.packed or whole_VD
         gradients = _Gradients(h_TD, weight_VD, bias_V, ctx.needs_input_grad)
         for chunk in _chunks(h_TD, weight_VD, bias_V, labels_T, ctx.chunk_elements):
             sums_R, _ = _exponentiate(chunk)

@@ -53,13 +53,18 @@ class OptimiserConfig:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay pulls on a parameter: on matrices, not on norms and biases."""
-    return parameter.ndim >= 2 and not name.endswith(("norm.weight", "bias"))
+    """Whether weight decay pulls on a parameter: on matrices, not on norms, biases and the lengths of rows that DoRA learns."""
+    return parameter.ndim >= 2 and not name.endswith(("norm.weight", "bias", ".magnitude"))
+
+
+_NO_HIDDEN_MATRIX = ("embed.weight", "head.weight", "router.weight", ".adapter_a", ".adapter_b", ".magnitude")
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon takes a parameter: matrices and stacks of matrices, but embedding, head, routers and adapters."""
-    return parameter.ndim >= 2 and not name.endswith(("embed.weight", "head.weight", "router.weight", ".adapter_a", ".adapter_b"))
+    return parameter.ndim >= 2 and not name.endswith(
+        ("embed.weight", "head.weight", "router.weight", ".adapter_a", ".adapter_b", ".magnitude")
+    )
 
 
 class Optimiser:

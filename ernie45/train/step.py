@@ -21,6 +21,7 @@ from ernie45.nn.attention import Attend, PackedCausal
 from ernie45.nn.rope import turns
 from ernie45.train.batch import TrainBatch
 from ernie45.train.cross_entropy import summed_cross_entropy
+from ernie45.train.noise import EmbeddingNoise
 from ernie45.train.optim import Optimiser
 from ernie45.train.router_losses import RouterPass, RouterWatch, load_balance_loss, moved_bias, orthogonal_loss, z_loss
 
@@ -77,8 +78,10 @@ class StepReport:
 class Step:
     """How one model learns from one batch after the other."""
 
-    def __init__(self, decoder: Decoder, optimiser: Optimiser, losses: LossConfig, *, recompute: bool = False) -> None:
-        self.decoder, self.optimiser, self.losses, self.recompute = decoder, optimiser, losses, recompute
+    def __init__(
+        self, decoder: Decoder, optimiser: Optimiser, losses: LossConfig, *, recompute: bool = False, noise: EmbeddingNoise | None = None
+    ) -> None:
+        self.decoder, self.optimiser, self.losses, self.recompute, self.noise = decoder, optimiser, losses, recompute, noise
         self.watch = RouterWatch(decoder, want_logits=losses.balance > 0 or losses.z > 0)
 
     def __call__(self, batches: Sequence[TrainBatch], step: int, rate: float) -> StepReport:
@@ -89,8 +92,11 @@ class Step:
             raise ConfigError("a step has no learned label in any of its documents; check which parts of the data are learned")
         sums = dict.fromkeys(("loss", "mtp", "balance", "z"), 0.0)
         mtp_learned = sum(batch.after_next().learned for batch in batches) if self._has_mtp else 0
-        for batch in batches:
-            self._learn(batch, learned, mtp_learned, len(batches), sums)
+        for n, batch in enumerate(batches):
+            x_TD = self.decoder.embed(batch.tokens_T)
+            if self.noise is not None:
+                x_TD = self.noise(x_TD, batch.doc_ends, step, n)
+            self._learn(batch, x_TD, learned, mtp_learned, len(batches), sums)
         orthogonal = self._learn_orthogonal()
         load = self.watch.take_load()
         norm = self.optimiser.gradient_norm()
@@ -120,11 +126,10 @@ class Step:
     def _has_mtp(self) -> bool:
         return self.decoder.mtp is not None and self.losses.mtp > 0
 
-    def _learn(self, batch: TrainBatch, learned: int, mtp_learned: int, num_batches: int, sums: dict[str, float]) -> None:
+    def _learn(self, batch: TrainBatch, x_TD: Tensor, learned: int, mtp_learned: int, num_batches: int, sums: dict[str, float]) -> None:
         """Forward and backward of one micro-batch; adds what it contributes to `sums`."""
         attend = PackedCausal(list(batch.doc_ends))
         with self.watch.recording() as passes:
-            x_TD = self.decoder.embed(batch.tokens_T)
             h_TD = trunk(self.decoder, x_TD, batch.positions_T, attend, recompute=self.recompute)
         main = self._summed(h_TD, batch.labels_T, 1.0 / learned)
         total = main

@@ -125,7 +125,8 @@ def test_strength_and_scale():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"use_dora": True}, "use_dora is True"),
+        ({"use_dora": True}, "missing 28, first .*lora_magnitude_vector"),
+        ({"bias": "all"}, "bias is 'all'"),
         ({"target_modules": ["q_proj"]}, "target_modules"),
         ({"r": "many"}, "no PEFT adapter config"),
         ({"r": 4}, "needs"),
