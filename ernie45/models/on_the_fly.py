@@ -45,7 +45,7 @@ def load_quantised(
         raise CheckpointError(f"{opened.path} is quantised already; leave --quantize out")
     compute = choose_compute(dtype, torch.float32, fast_bfloat16=cpu_has_bfloat16())
     if approve is not None:
-        ends = _rules_of_ends(tied=opened.config.tie_embeddings, sees=opened.vision is not None)
+        ends = _rules_of_ends(word, tied=opened.config.tie_embeddings, sees=opened.vision is not None)
         spec = QuantSpec(rules=(*ends, Rule(pattern="layers.*", scheme=word)))
         approve(opened, compute, packed_bytes(ModelConfig(opened.config, opened.vision), spec, compute.dtype))
     source = LayeredModel(opened)
@@ -57,23 +57,24 @@ def load_quantised(
 
 
 def completed(scheme: str) -> str:
-    """`w4a8` and `w8a8` with groups of 64 and turned inputs where the word names neither: what loses least at that size."""
+    """`w4a8` and its like with groups of 64 and turned inputs where the word names neither: what loses least at that size."""
     parsed = Scheme.parse(scheme)
     return scheme if parsed.group or parsed.hadamard else f"{scheme}-g64-h"
 
 
-def _rules_of_ends(*, tied: bool, sees: bool) -> tuple[Rule, ...]:
-    """What is not in the layers: embedding or head and, of a model that sees, tower and resampler."""
-    rules = [Rule(pattern="embed" if tied else "head", scheme=completed("w8a8"))]
+def _rules_of_ends(scheme: str, *, tied: bool, sees: bool) -> tuple[Rule, ...]:
+    """What is not in the layers: embedding or head and, of a model that sees, tower and resampler. 8 bits, activations as in `scheme`."""
+    eight = completed(f"w8a{Scheme.parse(scheme).act_bits}")
+    rules = [Rule(pattern="embed" if tied else "head", scheme=eight)]
     if sees:  # the patch embedding stays whole, as `ernie quantize` leaves it
-        rules += [Rule(pattern="sight.tower.patches", scheme=None), Rule(pattern="sight.*", scheme=completed("w8a8"))]
+        rules += [Rule(pattern="sight.tower.patches", scheme=None), Rule(pattern="sight.*", scheme=eight)]
     return tuple(rules)
 
 
 def _packed(source: LayeredModel, word: str, dtype: torch.dtype, progress: Callable[[str, int, int], None]) -> Decoder:
     progress("quantising embedding and head", 0, source.num_layers)
     decoder = source.ends()
-    rules = _rules_of_ends(tied=decoder.head is None, sees=decoder.sight is not None)
+    rules = _rules_of_ends(word, tied=decoder.head is None, sees=decoder.sight is not None)
     quantise_model(decoder, QuantSpec(rules=rules), algorithm=round_quickly)
     if isinstance(decoder.embed, QuantEmbedding):
         decoder.embed.dtype = dtype

@@ -10,6 +10,8 @@ zeros, I to a whole number of groups):
 Activations become whole numbers of -127 .. 127 per row and group of inputs, with one float32 scale each; sums of products are exact, and
 `out = sum over groups of weight_scale * activation_scale * whole`, groups in order, in float32.
 
+With `float_inputs` activations stay as they are: each group's sum of whole numbers times float32 activations, then its scale.
+
 Where `hadamard` is set, the matrix was turned before it was rounded: every 64 inputs (32 where groups have 32) by the orthogonal Hadamard
 matrix, and activations are turned the same way before they become whole numbers. The product is the same, and a few large inputs no longer
 set the scale of their group alone.
@@ -27,18 +29,21 @@ from ernie45.ops import reference
 
 
 class PackedWeight(NamedTuple):
-    """A packed matrix: `values` and `scales` as above, `bits` 4 or 8, `out_size` the rows that exist, `hadamard` whether it is turned."""
+    """A packed matrix: `values` and `scales` as above, `bits` 4 or 8, `out_size` the rows that exist, `hadamard` whether it is turned,
+    `float_inputs` whether activations stay as they are.
+    """
 
     values: Tensor
     scales: Tensor
     bits: int
     out_size: int
     hadamard: bool = False
+    float_inputs: bool = False
 
     @property
     def format(self) -> int:
-        """Bits and turn as one number, for the kernels."""
-        return self.bits + 16 * self.hadamard
+        """Bits, turn and kind of inputs as one number, for the kernels."""
+        return self.bits + 16 * self.hadamard + 32 * self.float_inputs
 
     @property
     def padded_in(self) -> int:
@@ -125,12 +130,13 @@ def quantise_activations(x_TI: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def packed_linear(x_TI: Tensor, weight: PackedWeight) -> Tensor:
-    """`x @ weight.T` with quantised activations, [T, I] -> [T, O] in the type of `x`."""
+    """`x @ weight.T`, activations quantised unless the weight takes floats, [T, I] -> [T, O] in the type of `x`."""
+    inputs_TI = torch.nn.functional.pad(x_TI.float(), (0, weight.padded_in - x_TI.shape[1]))
     if weight.hadamard:
-        filled_TI = torch.nn.functional.pad(x_TI.float(), (0, weight.padded_in - x_TI.shape[1]))
-        whole, scales_TG = quantise_activations(turn_by_hadamard(filled_TI, weight.group), weight.group)
-    else:
-        whole, scales_TG = quantise_activations(x_TI, weight.group)
+        inputs_TI = turn_by_hadamard(inputs_TI, weight.group)
+    if weight.float_inputs:
+        return (inputs_TI.double() @ dequantise(weight._replace(hadamard=False)).double().t()).to(x_TI.dtype)
+    whole, scales_TG = quantise_activations(inputs_TI, weight.group)
     # float64 holds every sum of products exactly, and the last sum is rounded once: the kernels round it in float32, once a group
     weight_OGI = unpack(weight).double().unflatten(1, (-1, weight.group))
     sums_GTO = torch.bmm(whole.double().transpose(0, 1), weight_OGI.permute(1, 2, 0))

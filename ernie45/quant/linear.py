@@ -12,6 +12,10 @@ from ernie45.quant.pack import packed_shapes
 from ernie45.quant.spec import Scheme
 
 
+def _packed(scheme: Scheme, values: Tensor, scales: Tensor, out_size: int) -> PackedWeight:
+    return PackedWeight(values, scales, scheme.weight_bits, out_size, scheme.hadamard, scheme.float_inputs)
+
+
 class PackedMatrix(nn.Module):
     """A packed matrix [O, I]: buffers `weight_packed` and `weight_scale`, empty until they are filled. Two layers below use it."""
 
@@ -25,7 +29,7 @@ class PackedMatrix(nn.Module):
     @property
     def weight(self) -> PackedWeight:
         """The packed matrix, as `ops` takes it."""
-        return PackedWeight(self.weight_packed, self.weight_scale, self.scheme.weight_bits, self.out_size, self.scheme.hadamard)
+        return _packed(self.scheme, self.weight_packed, self.weight_scale, self.out_size)
 
     def fill(self, weight: PackedWeight) -> None:
         """Take the tensors of `weight`, without a copy."""
@@ -85,10 +89,9 @@ class QuantExperts(nn.Module):
 
     def expert(self, number: int) -> tuple[PackedWeight, PackedWeight]:
         """The two packed matrices of one expert."""
-        bits, hadamard = self.scheme.weight_bits, self.scheme.hadamard
         return (
-            PackedWeight(self.gate_up_packed[number], self.gate_up_scale[number], bits, 2 * self.expert_size, hadamard),
-            PackedWeight(self.down_packed[number], self.down_scale[number], bits, self.size, hadamard),
+            _packed(self.scheme, self.gate_up_packed[number], self.gate_up_scale[number], 2 * self.expert_size),
+            _packed(self.scheme, self.down_packed[number], self.down_scale[number], self.size),
         )
 
     def fill(self, number: int, gate_up: PackedWeight, down: PackedWeight) -> None:

@@ -25,7 +25,7 @@ from ernie45.quant.gptq import GptqSettings, corrected, gptq, output_errors, res
 from ernie45.quant.hadamard import turned, turned_back, turned_gram
 from ernie45.quant.linear import QuantExperts, QuantLinear
 from ernie45.quant.model import prepare_model, quantisable
-from ernie45.quant.pack import pack
+from ernie45.quant.pack import pack_as
 from ernie45.quant.spec import QuantSpec, Rule, Scheme
 
 _EXPERTS_SEARCHED = 8  # so many experts, evenly spread, decide on the factors that all of them share
@@ -177,7 +177,7 @@ def _round_matrix(parameter_OI: Tensor, scheme: Scheme, method: Method, seen: In
         rounded = gptq(weight_OI, gram_II, bits, group, method.gptq)
     costs = _Costs(rounded.error, nearest.error, float(output_errors(weight_OI, gram_II).sum()))
     parameter_OI.copy_(turned_back(restored(rounded, group), scheme, parameter_OI.shape[1]))
-    return pack(rounded.whole_OI, rounded.scales_OG, bits, group, hadamard=scheme.hadamard), costs
+    return pack_as(scheme, rounded.whole_OI, rounded.scales_OG), costs
 
 
 def _round_experts(

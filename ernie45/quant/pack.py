@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ernie45.errors import CheckpointError
 from ernie45.ops.quantised import PackedWeight, unpack
+from ernie45.quant.spec import Scheme
 
 CHANNEL_STEP = 64  # one scale per channel: the inputs are filled up to a multiple of this
 _LARGEST_SCALE = 65504.0  # float16
@@ -25,8 +26,9 @@ def packed_shapes(out_size: int, in_size: int, bits: int, group: int) -> tuple[t
     return (blocks, groups * width * bits // 32, 64), (blocks, groups, 16)
 
 
-def pack(whole_OI: Tensor, scales_OG: Tensor, bits: int, group: int, *, hadamard: bool = False) -> PackedWeight:
-    """Pack int8 [O, I] of -8 .. 7 (4 bits) or -127 .. 127 (8 bits) and float32 scales [O, G]; `hadamard`: of a turned matrix.
+def pack(whole_OI: Tensor, scales_OG: Tensor, bits: int, group: int, *, hadamard: bool = False, float_inputs: bool = False) -> PackedWeight:
+    """Pack int8 [O, I] of -8 .. 7 (4 bits) or -127 .. 127 (8 bits) and float32 scales [O, G]; `hadamard`: of a turned matrix,
+    `float_inputs`: for activations that stay floats.
 
     Raises `CheckpointError` when a scale is no finite number or beyond float16.
     """
@@ -44,7 +46,13 @@ def pack(whole_OI: Tensor, scales_OG: Tensor, bits: int, group: int, *, hadamard
     else:
         nibbles = (rows + 8).view(blocks, 16, quads, 2, 4)
         values = (nibbles[..., 0, :] | nibbles[..., 1, :] << 4).permute(0, 2, 1, 3)
-    return PackedWeight(values.to(torch.uint8).reshape(blocks, quads, 64), scales.to(torch.float16).contiguous(), bits, O, hadamard)
+    packed = values.to(torch.uint8).reshape(blocks, quads, 64)
+    return PackedWeight(packed, scales.to(torch.float16).contiguous(), bits, O, hadamard, float_inputs)
+
+
+def pack_as(scheme: Scheme, whole_OI: Tensor, scales_OG: Tensor) -> PackedWeight:
+    """`pack` as `scheme` says."""
+    return pack(whole_OI, scales_OG, scheme.weight_bits, scheme.group, hadamard=scheme.hadamard, float_inputs=scheme.float_inputs)
 
 
 def unpacked(weight: PackedWeight, in_size: int) -> tuple[Tensor, Tensor]:

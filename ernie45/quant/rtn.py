@@ -12,7 +12,7 @@ from torch import Tensor
 from ernie45.errors import CheckpointError
 from ernie45.ops.quantised import PackedWeight
 from ernie45.quant.hadamard import turned
-from ernie45.quant.pack import group_width, pack
+from ernie45.quant.pack import group_width, pack_as
 from ernie45.quant.spec import Scheme
 
 _CLIPS = {4: tuple(1 - 0.05 * step for step in range(9)), 8: (1.0,)}  # 1.0 .. 0.6; at 8 bits clipping gains nothing
@@ -33,7 +33,7 @@ def round_quickly(weight_OI: Tensor, scheme: Scheme) -> PackedWeight:
 def _packed(weight_OI: Tensor, scheme: Scheme, clips: Sequence[float]) -> PackedWeight:
     parts = [_quantise(turned(rows.float(), scheme), scheme, clips) for rows in weight_OI.detach().split(_ROWS_AT_ONCE)]
     whole_OI, scales_OG = (torch.cat(list(p)) for p in zip(*parts, strict=True))
-    return pack(whole_OI, scales_OG, scheme.weight_bits, scheme.group, hadamard=scheme.hadamard)
+    return pack_as(scheme, whole_OI, scales_OG)
 
 
 def _quantise(weight_OI: Tensor, scheme: Scheme, clips: Sequence[float]) -> tuple[Tensor, Tensor]:

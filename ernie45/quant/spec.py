@@ -1,8 +1,8 @@
 """What is quantised, and how: a table from module names to schemes, without torch.
 
-A scheme is a word: `w4a8` (weights of 4 bits, activations of 8) with a group such as `w4a8-g64`, or without, a scale per channel; `-h` at
-its end turns the inputs by a Hadamard matrix first (`ops/quantised.py`). Rules are tried in order, the first whose pattern fits a module's
-name decides, and every matrix that can be quantised must be decided by one.
+A scheme is a word: `w4a8` (weights of 4 bits, activations of 8) or `w4a16` (activations stay as they are), with a group such as
+`w4a8-g64`, or without, a scale per channel; `-h` at its end turns the inputs by a Hadamard matrix first (`ops/quantised.py`). Rules are
+tried in order, the first whose pattern fits a module's name decides, and every matrix that can be quantised must be decided by one.
 """
 
 import fnmatch
@@ -20,7 +20,8 @@ _WORD = re.compile(r"w(\d+)a(\d+)(?:-g(\d+))?(-h)?")
 
 @dataclass(frozen=True)
 class Scheme:
-    """`weight_bits` 4 or 8, `group` inputs per scale (0: all of a row); activations are quantised to 8 bits as they come.
+    """`weight_bits` 4 or 8, `group` inputs per scale (0: all of a row); activations are quantised to `act_bits` 8 as they come, or with
+    16 stay in the type they have.
 
     `hadamard`: weights and activations are turned by a Hadamard matrix before they are rounded, which spreads single large inputs.
     """
@@ -28,19 +29,26 @@ class Scheme:
     weight_bits: int
     group: int
     hadamard: bool = False
+    act_bits: int = 8
 
     @classmethod
     def parse(cls, word: str) -> "Scheme":
         """Read `w4a8-g64` and its like. Raises `ConfigError` for anything else."""
         found = _WORD.fullmatch(word)
-        if not found or found[1] not in ("4", "8") or found[2] != "8" or int(found[3] or 0) not in GROUPS or found[3] == "0":
+        if not found or found[1] not in ("4", "8") or found[2] not in ("8", "16") or int(found[3] or 0) not in GROUPS or found[3] == "0":
             raise ConfigError(
-                f"'{word}' is not a quantisation scheme; write w4a8 or w8a8, with -g32, -g64 or -g128 for groups, and -h to turn inputs"
+                f"'{word}' is not a quantisation scheme; write w4a8, w8a8, w4a16 or w8a16, with -g32, -g64 or -g128 "
+                "for groups, and -h to turn inputs"
             )
-        return cls(int(found[1]), int(found[3] or 0), bool(found[4]))
+        return cls(int(found[1]), int(found[3] or 0), bool(found[4]), int(found[2]))
 
     def __str__(self) -> str:
-        return f"w{self.weight_bits}a8" + (f"-g{self.group}" if self.group else "") + ("-h" if self.hadamard else "")
+        return f"w{self.weight_bits}a{self.act_bits}" + (f"-g{self.group}" if self.group else "") + ("-h" if self.hadamard else "")
+
+    @property
+    def float_inputs(self) -> bool:
+        """Whether activations stay as they are."""
+        return self.act_bits == 16
 
     def bits_per_weight(self, in_size: int) -> float:
         """Bits of one weight, its share of the float16 scale included."""

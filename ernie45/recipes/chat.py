@@ -84,7 +84,7 @@ class ChatConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto takes the one this processor is fast at."""
     quantize: Annotated[str | None, tyro.conf.arg(metavar="SCHEME", help_behavior_hint="")] = None
-    """Round the matrices as they are loaded: w4a8 or w8a8. Done anew at each start; `ernie quantize` loses less."""
+    """Round the matrices as they are loaded: w4a8, w8a8, w4a16 or w8a16. Done anew at each start; `ernie quantize` loses less."""
     kv: Literal["whole", "int8", "int4"] = "whole"
     """Keys and values in the cache: in the compute type, or of 8 or 4 bits."""
 

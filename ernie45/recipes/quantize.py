@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,17 +37,17 @@ class QuantizeConfig:
     out: Path
     """The folder to write; it must not exist yet."""
     scheme: str = "w4a8"
-    """Bits of weights and activations: w4a8 or w8a8."""
+    """Bits of weights and activations: w4a8, w8a8, or w4a16 and w8a16, whose activations stay floats."""
     group: int = 64
     """Inputs that share a scale: 32, 64, 128, or 0 for a whole row."""
     method: Literal["rtn", "gptq", "awq", "awq+gptq"] = "gptq"
     """rtn rounds to nearest and needs no text; gptq spreads rounding errors; awq widens important inputs first."""
     hadamard: bool = True
     """Turn the inputs of every matrix by a Hadamard matrix, so that a few large ones do not set the scale of their group."""
-    head: str = "w8a8"
-    """Scheme of the output head and an embedding tied to it; `whole` keeps it in floats."""
-    vision: str = "w8a8"
-    """Scheme of the vision tower and resampler of a model that has them; `whole` keeps them in floats."""
+    head: Annotated[str | None, _NONE] = None
+    """Scheme of the output head and an embedding tied to it (default: 8 bits, activations as in --scheme); `whole` keeps it in floats."""
+    vision: Annotated[str | None, _NONE] = None
+    """Scheme of the vision tower and resampler of a model that has them (default: as --head); `whole` keeps them in floats."""
     rule: tuple[str, ...] = ()
     """Exceptions, tried first: PATTERN=SCHEME, such as 'layers.0.*=w8a8' or '*.shared.*=whole'."""
     calibration: Annotated[Path | None, _NONE] = None
@@ -95,10 +95,11 @@ def spec_of(config: QuantizeConfig, tied: bool, sighted: bool = False) -> QuantS
     Of a model that sees, the patch embedding stays whole: it is few of the weights, and everything passes it.
     """
     rules = [_rule(text) for text in config.rule]
+    eight = f"w8a{Scheme.parse(config.scheme).act_bits}"
     if sighted:
         rules.append(Rule(pattern="sight.tower.patches", scheme=None))
-        rules.append(Rule(pattern="sight.*", scheme=None if config.vision == "whole" else _completed(config.vision, config)))
-    head = None if config.head == "whole" else _completed(config.head, config)
+        rules.append(Rule(pattern="sight.*", scheme=None if config.vision == "whole" else _completed(config.vision or eight, config)))
+    head = None if config.head == "whole" else _completed(config.head or eight, config)
     rules.append(Rule(pattern="embed" if tied else "head", scheme=head))
     rules.append(Rule(pattern="*", scheme=_completed(config.scheme, config)))
     return QuantSpec(rules=tuple(rules))
@@ -131,7 +132,8 @@ def _allocated(config: QuantizeConfig, spec: QuantSpec, source: Any, plan: Any, 
     ends = source.skeleton_ends()
     schemes = decided(source, ends, spec)
     fixed = spec.rules[:-1]
-    words = tuple(f"w{bits}a8" + str(spec.rules[-1].scheme)[4:] for bits in (4, 8))
+    scheme = Scheme.parse(str(spec.rules[-1].scheme))
+    words = tuple(str(replace(scheme, weight_bits=bits)) for bits in (4, 8))
     needs = survey(source, plan.calibration_SL, words, plan.least_expert_tokens, told)
     free = [need for need in needs if not any(fnmatch.fnmatchcase(need.name, rule.pattern) for rule in fixed)]
     elements = sum(need.elements for need in free)

@@ -126,7 +126,7 @@ class EngineSettings:
     adapter_bytes: int = 1 << 30
     """Bytes of all adapters in memory."""
     quantize: str | None = None
-    """Round a float model's matrices as they are loaded: w4a8 or w8a8. Done anew at each start; `ernie quantize` loses less."""
+    """Round a float model's matrices as they are loaded: w4a8, w8a8, w4a16, w8a16. Done anew at each start; `ernie quantize` loses less."""
     kv: Literal["whole", "int8", "int4"] = "whole"
     """Keys and values in the cache: in the compute type, or of 8 or 4 bits, which holds two to seven times as many tokens."""
     text_only: bool = False

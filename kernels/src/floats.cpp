@@ -5,6 +5,8 @@
 namespace ernie {
 namespace ERNIE_ISA {
 
+void packed(const Packed& w, const Quantised& x, int64_t block, int64_t end, const Output& out, void* scratch);  // floats_packed.cpp
+
 // The totals of four vectors: halves are folded pairwise, so that eight shuffles serve all four.
 static inline void totals(const V* v, float* out) {
   const V ab = __builtin_shufflevector(v[0], v[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
@@ -195,7 +197,7 @@ static void paged(const PagedJob& job, int64_t sequence, int64_t kv_head, float*
 #define ERNIE_JOIN(a, b) ERNIE_JOIN2(a, b)
 const FloatKernels& ERNIE_JOIN(ERNIE_ISA, _floats)() {
   static const FloatKernels kernels{kFewRows,       4, 1, ERNIE_ISA::packed_size, ERNIE_ISA::pack, ERNIE_ISA::product_scratch,
-                                    ERNIE_ISA::product, ERNIE_ISA::paged};
+                                    ERNIE_ISA::product, ERNIE_ISA::packed, ERNIE_ISA::paged};
   return kernels;
 }
 

@@ -40,9 +40,10 @@ int64_t pieces(int64_t items, int64_t threads, int64_t multiple) {
 
 Quantised space_for(int64_t T, const Packed& w, Scratch& memory) {
   const int64_t padded = (T + kTokenPadding - 1) / kTokenPadding * kTokenPadding;
-  const size_t values = size_t(padded * w.I), groups = size_t(T * w.G);
+  const size_t values = size_t(padded * w.input_bytes()), groups = size_t(T * w.G);
   char* at = memory.take(values + groups * 8 + 64);
-  return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + values), reinterpret_cast<int32_t*>(at + values + groups * 4), T, w.I, w.G, w.hadamard};
+  return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + values), reinterpret_cast<int32_t*>(at + values + groups * 4), T, w.I, w.G, w.hadamard,
+          w.float_inputs};
 }
 
 void quantise(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, const Norm& norm, const Quantised& q) {
@@ -59,6 +60,12 @@ void quantise(const Kernels& k, const Threads& threads, const Rows& x, int64_t T
 void product(const Kernels& k, const Threads& threads, const Quantised& x, const Packed& w, const Output& out) {
   const bool pairs = out.finish == Finish::swiglu;
   const int64_t blocks = pairs ? w.blocks() / 2 : w.blocks();
+  if (x.floats) {
+    share(threads, blocks, pieces(blocks, threads.count, 1), [&](int64_t first, int64_t end) {
+      k.floats->packed(w, x, first, end, out, scratch(panels).take(size_t(kFloatRows * w.I) * sizeof(float)));
+    });
+    return;
+  }
   if (x.T <= kFewRows) {
     share(threads, blocks, pieces(blocks, threads.count, 1),
           [&](int64_t first, int64_t end) { (pairs ? k.few_pairs : k.few)(w, x, first, end, out); });

@@ -149,6 +149,10 @@ static inline void quantise_row(float* row, int64_t width, const Quantised& q, i
   for (int64_t i = (width + 15) / 16 * 16; i < q.I; i++) row[i] = 0.0f;
   const int64_t group = q.I / q.G;
   if (q.hadamard) hadamard_row(row, q.I, group);
+  if (q.floats) {
+    std::memcpy(q.value + t * q.row_bytes(), row, size_t(q.row_bytes()));
+    return;
+  }
   for (int64_t g = 0; g < q.G; g++)
     quantise_group(row + g * group, group, q.value + t * q.I + g * group, q.scale + t * q.G + g, q.sum + t * q.G + g);
 }

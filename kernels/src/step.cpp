@@ -21,7 +21,9 @@ char* panel_memory(size_t bytes) {
 }
 
 // One row of quantised activations as a matrix of its own.
-Quantised row_of(const Quantised& q, int64_t row) { return {q.value + row * q.I, q.scale + row * q.G, q.sum + row * q.G, 1, q.I, q.G, q.hadamard}; }
+Quantised row_of(const Quantised& q, int64_t row) {
+  return {q.value + row * q.row_bytes(), q.scale + row * q.G, q.sum + row * q.G, 1, q.I, q.G, q.hadamard, q.floats};
+}
 
 // Rows first .. first + count of quantised activations.
 Quantised rows_of(const Quantised& q, int64_t first, int64_t count) {
@@ -97,7 +99,7 @@ class Pass {
     widest_ = 0, groups_ = 0, inner_ = 0;
     int64_t pairs = 0, most_experts = 0;
     const auto see = [&](const Packed& w) {
-      widest_ = w.I > widest_ ? w.I : widest_;
+      widest_ = w.input_bytes() > widest_ ? w.input_bytes() : widest_;
       groups_ = w.G > groups_ ? w.G : groups_;
     };
     for (int64_t i = 0; i < n_.layers; i++) {
@@ -133,9 +135,9 @@ class Pass {
 
   Quantised space_in(void* base, const Packed& w, int64_t rows) const {
     char* at = static_cast<char*>(base);
-    const size_t values = size_t((rows + kTokenPadding) * w.I + 63) / 64 * 64, groups = size_t(rows * w.G) * 4;
+    const size_t values = size_t((rows + kTokenPadding) * w.input_bytes() + 63) / 64 * 64, groups = size_t(rows * w.G) * 4;
     return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + values), reinterpret_cast<int32_t*>(at + values + groups), rows, w.I, w.G,
-            w.hadamard};
+            w.hadamard, w.float_inputs};
   }
   Quantised space(const Packed& w, int64_t rows) const { return space_in(input_, w, rows); }
 
@@ -154,6 +156,7 @@ class Pass {
   // Blocks (with pairs: of the gate, and the up blocks beside them) first .. end of a product.
   void multiply(const Packed& w, const Quantised& x, int64_t first, int64_t end, const Output& out) {
     const bool pairs = out.finish == Finish::swiglu;
+    if (x.floats) return k_.floats->packed(w, x, first, end, out, panel_memory(size_t(kFloatRows * w.I) * sizeof(float)));
     if (x.T <= kFewRows) return (pairs ? k_.few_pairs : k_.few)(w, x, first, end, out);
     (pairs ? k_.many_pairs : k_.many)(w, x, first, end, out, panel_memory(k_.many_scratch(w)));
   }

@@ -67,8 +67,9 @@ Tensor empty(const Tensor& like, const std::array<int64_t, n>& sizes) {
 }
 
 inline ernie::Packed packed_of(const Tensor& value, const Tensor& scale, int64_t out_size, int64_t format, int64_t in_size) {
-  const int64_t bits = format & 15, hadamard = format >> 4;  // see PackedWeight.format
-  STD_TORCH_CHECK(hadamard == 0 || hadamard == 1, "there is no weight format ", format);
+  const int64_t bits = format & 15;  // see PackedWeight.format
+  const bool hadamard = format & 16, float_inputs = format & 32;
+  STD_TORCH_CHECK(format >= 0 && format < 64, "there is no weight format ", format);
   STD_TORCH_CHECK(bits == 4 || bits == 8, "weights have 4 or 8 bits, not ", bits);
   STD_TORCH_CHECK(value.is_cpu() && value.is_contiguous() && value.scalar_type() == ScalarType::Byte && value.dim() == 3 && value.size(2) == 64,
                   "packed weights must be uint8 [O / 16, I * bits / 32, 64], contiguous, on the CPU");
@@ -76,7 +77,7 @@ inline ernie::Packed packed_of(const Tensor& value, const Tensor& scale, int64_t
                       scale.size(0) == value.size(0) && scale.size(1) > 0,
                   "weight scales must be float16 [O / 16, groups, 16], contiguous, on the CPU");
   ernie::Packed w{static_cast<const uint8_t*>(value.data_ptr()), static_cast<const uint16_t*>(scale.data_ptr()), out_size,
-                  value.size(1) * 32 / bits, scale.size(1), int(bits), hadamard == 1};
+                  value.size(1) * 32 / bits, scale.size(1), int(bits), hadamard, float_inputs};
   STD_TORCH_CHECK(out_size > 0 && w.blocks() == value.size(0), "packed weights of ", value.size(0), " blocks of 16 do not hold ", out_size, " rows");
   STD_TORCH_CHECK(w.I % w.G == 0 && w.group() % 32 == 0, "packed weights of width ", w.I, " do not fall into ", w.G, " groups of a multiple of 32");
   STD_TORCH_CHECK(w.I >= in_size && w.I <= kWidestInput, "packed weights of width ", w.I, " do not take activations of width ", in_size);

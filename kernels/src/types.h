@@ -18,13 +18,16 @@ struct Rows {
 };
 
 // Activations as the integer kernels read them: `value` [T, I] in -127 .. 127, `scale` [T, G], and `sum` [T, G], the sum of the group's
-// values, from which the unsigned offset of the weights (8 or 128) is taken back.
+// values, from which the unsigned offset of the weights (8 or 128) is taken back. With `floats` nothing is quantised: `value` holds float32
+// [T, I], and there are no scales and sums.
 struct Quantised {
   int8_t* value;
   float* scale;
   int32_t* sum;
   int64_t T, I, G;
   bool hadamard;  // rows are turned before they are quantised, see rows.h
+  bool floats;
+  int64_t row_bytes() const { return floats ? 4 * I : I; }
 };
 
 // Packed weights, see ernie45/quant/pack.py: 16 output rows are interleaved.
@@ -36,7 +39,9 @@ struct Packed {
   const uint16_t* scale;
   int64_t O, I, G;  // O counts the real rows, the last block may be partly empty
   int bits;
-  bool hadamard;  // the weights' inputs were turned, so activations are too
+  bool hadamard;      // the weights' inputs were turned, so activations are too
+  bool float_inputs;  // activations stay float32
+  int64_t input_bytes() const { return float_inputs ? 4 * I : I; }  // of one row of activations
   int64_t blocks() const { return (O + 15) / 16; }
   int64_t group() const { return I / G; }
   int64_t block_bytes() const { return I * 16 * bits / 8; }
@@ -117,6 +122,9 @@ struct FloatKernels {
   size_t (*product_scratch)(int64_t I);
   void (*product)(const uint16_t* weight, int64_t I, int64_t row, int64_t end, const void* packed, Type type, int64_t T, const Output& out,
                   void* scratch);
+  // packed weights times activations that stayed floats: `few` and `many` of Kernels, or their pairs where the finish asks for them;
+  // scratch holds kFloatRows * I floats
+  void (*packed)(const Packed& w, const Quantised& x, int64_t block, int64_t end, const Output& out, void* scratch);
   // one query per sequence against its pages; scratch holds (N / K) * (longest length + 16 + 2 * H) floats
   void (*paged)(const PagedJob& job, int64_t sequence, int64_t kv_head, float* scratch);
 };
@@ -139,6 +147,7 @@ struct Kernels {
 constexpr int64_t kFewRows = 8;     // up to here weights are streamed once and never unpacked
 constexpr int64_t kStreamedRows = 32;  // up to here float weights are read once, from where they are stored
 constexpr int64_t kPanelBlocks = 4;
+constexpr int64_t kFloatRows = 12;  // rows of float activations that meet packed weights at once
 constexpr int64_t kTokenPadding = 32;  // rows of `value` that must be readable: T rounded up to this
 
 const Kernels& plain_kernels();

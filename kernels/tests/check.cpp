@@ -36,7 +36,7 @@ struct Matrix {
     scale.resize(size_t(blocks * 16 * (padded / group)));
     for (auto& v : value) v = uint8_t(random_bits());
     for (auto& s : scale) s = uint16_t(0x2000 + random_bits() % 2048);  // about 0.008 .. 0.03
-    packed = {value.data(), scale.data(), O, padded, padded / group, bits, false};
+    packed = {value.data(), scale.data(), O, padded, padded / group, bits, false, false};
   }
 };
 
@@ -177,12 +177,14 @@ void check_layers(const ernie::Kernels& k) {
       for (int64_t T : {1, 2, 3, 5, 8, 9, 17, 33, 40})
         for (int64_t O : {1, 16, 50, 130}) {
           const int64_t I = group == 192 ? 190 : 300;
-          const Matrix m(O, I, group, bits);
+          Matrix m(O, I, group, bits);
           auto x = numbers(size_t(T * I));
           if (T == 3) x[5] = NAN, x[size_t(I) + 7] = INFINITY;
           const auto got = product(k, m, x, T, I), want = product(plain, m, x, T, I);
           if (T == 3 && !(std::isnan(got[0]) && std::isnan(got[size_t(O)]) && std::isfinite(got[2 * size_t(O)]))) failures++, std::puts("NaN is lost");
           if (T != 3) expect_same("product", k.name, got, want, 0);
+          m.packed.float_inputs = true;
+          if (T != 3) expect_same("product with float activations", k.name, product(k, m, x, T, I), product(plain, m, x, T, I), 1e-4f);
         }
   for (int64_t T : {1, 8, 21}) {
     const Matrix gate_up(2 * 48, 70, 32, 4), down(70, 48, 32, 8);

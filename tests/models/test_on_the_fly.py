@@ -46,6 +46,18 @@ def test_it_equals_quantising_the_loaded_model(tmp_path, config):
     assert stages[-1][1:] == (2, 2)
 
 
+def test_weights_alone_lose_less_than_weights_and_activations(tmp_path):
+    """Same 4-bit weights; what is left of the difference to the float model is the activations' share."""
+    path, tokens = folder(tmp_path, EXPERTS), list(range(1, 40))
+    float_logits = load_model(path, dtype="float32").prompt_logits(tokens)
+    lost = {}
+    for scheme in ("w8a16", "w8a8", "w4a16"):
+        decoder = load_quantised(path, scheme, dtype="float32", environment=Environment.read()).decoder
+        assert {m.scheme.act_bits for m in decoder.modules() if hasattr(m, "scheme")} == {int(scheme[3:])}  # the head's as well
+        lost[scheme] = float((decoder.prompt_logits(tokens) - float_logits).norm() / float_logits.norm())
+    assert 0 < lost["w8a16"] < 0.9 * lost["w8a8"] < lost["w4a16"] < 0.3
+
+
 def test_bfloat16_models_keep_their_scales_and_routers(tmp_path):
     decoder = load_quantised(folder(tmp_path, EXPERTS), "w8a8", dtype="bfloat16", environment=Environment.read()).decoder
     kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in decoder.state_dict().items()}
@@ -57,6 +69,7 @@ def test_bfloat16_models_keep_their_scales_and_routers(tmp_path):
 
 def test_words_are_completed_only_where_they_say_nothing():
     assert completed("w4a8") == "w4a8-g64-h"
+    assert completed("w8a16") == "w8a16-g64-h"
     assert completed("w4a8-g32") == "w4a8-g32"
 
 

@@ -26,14 +26,14 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def packed(out_size, in_size, bits, group, hadamard=False, seed=1) -> PackedWeight:
+def packed(out_size, in_size, bits, group, hadamard=False, seed=1, float_inputs=False) -> PackedWeight:
     generator = torch.Generator().manual_seed(seed)
     low, high = (-8, 8) if bits == 4 else (-127, 128)
     whole = torch.randint(low, high, (out_size, in_size), generator=generator).to(torch.int8)
     groups = -(-in_size // group_width(in_size, group))
     # weights of about 1 / sqrt(I): outputs near one
     scales = (torch.rand(out_size, groups, generator=generator) + 0.5) / (in_size**0.5 * high / 2)
-    return pack(whole, scales, bits, group, hadamard=hadamard)
+    return pack(whole, scales, bits, group, hadamard=hadamard, float_inputs=float_inputs)
 
 
 def turns(tokens, size):
@@ -69,6 +69,44 @@ def test_all_instruction_sets_and_batch_sizes_give_the_same_bits(kernels, rows, 
     assert all(torch.equal(results[0], other) for other in results[1:])
     alone = torch.cat([kernels.packed_linear(row[None], weight) for row in x])
     assert torch.equal(results[0], alone), "a row's result must not depend on the rows beside it"
+
+
+@odd
+@given(**shapes, bf16=st.booleans())
+def test_float_activations_are_not_rounded_and_stand_alone(each, rows, out_size, in_size, bits, group, hadamard, bf16):
+    """Against the float64 twin: as near as float32 sums of a few hundred terms are; a row's result does not depend on its neighbours."""
+    x, weight = random(rows, in_size), packed(out_size, in_size, bits, group, hadamard, float_inputs=True)
+    if bf16:
+        x = x.bfloat16()
+    got, want = each.packed_linear(x, weight), quantised.packed_linear(x, weight)
+    torch.testing.assert_close(got, want, **({"rtol": 8e-3, "atol": 1e-3} if bf16 else {"rtol": 2e-6, "atol": 4e-6}))
+    assert torch.equal(got, torch.cat([each.packed_linear(row[None], weight) for row in x]))
+
+
+def test_a_float_activation_that_is_no_number_shows_in_its_row_alone(each):
+    x, weight = random(14, 96), packed(32, 96, 4, 32, float_inputs=True)
+    x[1, 40] = float("nan")
+    got = each.packed_linear(x, weight)
+    assert got[1].isnan().all()
+    assert got[[0, *range(2, 14)]].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 13])
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_fused_layers_with_float_activations_equal_their_twins(each, rows, hadamard):
+    x, norm = random(rows, 70), random(70, seed=2) * 0.1 + 1
+    near = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums, three layers of them
+    qkv = packed((4 + 2 * 2) * 32, 70, 4, 32, hadamard, float_inputs=True)
+    arguments = (x, norm, 1e-5, qkv, turns(rows, 32), 4, 2)
+    torch.testing.assert_close(each.packed_qkv(*arguments), quantised.packed_qkv(*arguments), **near)
+    gate_up = packed(2 * 80, 70, 4, 32, hadamard, float_inputs=True)
+    down, square = packed(70, 80, 8, 64, hadamard, 2, True), packed(70, 70, 4, 32, hadamard, 3, True)
+    for name, arguments in (
+        ("packed_feed_forward", (x, norm, 1e-5, gate_up, down)),
+        ("packed_swiglu", (x, gate_up, down)),
+        ("packed_linear_add", (x, square, random(rows, 70, seed=3))),
+    ):
+        torch.testing.assert_close(getattr(each, name)(*arguments), getattr(quantised, name)(*arguments), **near)
 
 
 def test_rows_may_lie_apart(each):

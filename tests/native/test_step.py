@@ -80,6 +80,8 @@ NEAR = {torch.float32: 0.03, torch.bfloat16: 0.12}
         {"tied": False, "scheme": "w8a8"},
         {"experts": True},
         {"experts": True, "shared": 0, "scheme": "w8a8-g64-h"},
+        {"experts": True, "scheme": "w4a16-g32-h"},
+        {"tied": False, "scheme": "w8a16"},
     ],
 )
 def test_a_step_is_what_the_layers_compute(each, made, dtype):

@@ -8,12 +8,13 @@ from ernie45.errors import ConfigError
 from ernie45.quant.spec import GROUPS, QuantSpec, Rule, Scheme
 
 
-@given(bits=st.sampled_from([4, 8]), group=st.sampled_from(GROUPS), hadamard=st.booleans())
-def test_schemes_are_written_as_they_are_read(bits, group, hadamard):
-    assert Scheme.parse(str(Scheme(bits, group, hadamard))) == Scheme(bits, group, hadamard)
+@given(bits=st.sampled_from([4, 8]), group=st.sampled_from(GROUPS), hadamard=st.booleans(), act_bits=st.sampled_from([8, 16]))
+def test_schemes_are_written_as_they_are_read(bits, group, hadamard, act_bits):
+    scheme = Scheme(bits, group, hadamard, act_bits)
+    assert Scheme.parse(str(scheme)) == scheme
 
 
-@pytest.mark.parametrize("word", ["", "w4", "w5a8", "w4a16", "w4a8-g0", "w4a8-g48", "w4a8-64", "W4A8", "w4a8-g64 "])
+@pytest.mark.parametrize("word", ["", "w4", "w5a8", "w4a32", "w4a8-g0", "w4a8-g48", "w4a8-64", "W4A8", "w4a8-g64 "])
 def test_other_words_are_refused(word):
     with pytest.raises(ConfigError, match="scheme"):
         Scheme.parse(word)
