@@ -52,7 +52,7 @@ WORDS: dict[str, Word] = {
     ),
     "bench serve": Word("Measure", "ernie45.recipes.bench.serve", "BenchServeConfig", "how a server keeps up with many clients"),
     "bench make": Word("Measure", "ernie45.recipes.bench.make", "MakeConfig", "write a checkpoint of random weights in a published shape"),
-    "export": Word("Make", "ernie45.recipes.export", "ExportConfig", "write a model as a GGUF file for llama.cpp and its kin"),
+    "export": Word("Make", "ernie45.recipes.export", "ExportConfig", "write a GGUF file for llama.cpp and its kin, or merge an adapter"),
 }
 
 

@@ -6,17 +6,20 @@ The folder appears complete or not at all, and tensors are cut out of the parame
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ernie45.errors import CheckpointError
 from ernie45.models.names import FLOAT32_ENDINGS, LAYOUTS, name_table
+from ernie45.models.packed import packed_entry
 from ernie45.models.text import Decoder
 from ernie45.models.vision_config import ModelConfig
+from ernie45.quant.spec import QuantSpec
 from ernie45.weights.rename import Piece
 from ernie45.weights.safetensors_write import SHARD_BYTES, TensorSpec, check_room, write_safetensors
 from ernie45.weights.stream import save_tensor
@@ -67,10 +70,33 @@ def save_model(
         check_room(partial, sum(spec.nbytes for spec in specs))
         kinds = {spec.name: spec.dtype for spec in specs}
         write_safetensors(partial, specs, lambda file: save_tensor(pieces[file], parameters, kinds[file]), shard_bytes=shard_bytes)
-        (partial / "config.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-        for name in COMPANIONS:
-            if companions is not None and (companions / name).is_file():
-                shutil.copyfile(companions / name, partial / name)
+        _finish(partial, body, companions)
+
+
+def save_packed(decoder: Decoder, folder: Path, spec: QuantSpec, *, made_by: str, companions: Path | None = None) -> None:
+    """Write a packed `decoder`, whose matrices are as `spec` says, as a new folder of the kind `ernie quantize` writes.
+
+    `made_by` is kept in the config for people. `companions` and errors are as for `save_model`.
+    """
+    tensors = decoder.state_dict()
+    config = ModelConfig(decoder.config, decoder.sight.config if decoder.sight else None)
+    body = config.to_hf() | {
+        "torch_dtype": str(decoder.dtype).removeprefix("torch."),
+        "quantization_config": packed_entry(spec, made_by),
+    }
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with new_folder(folder) as partial:
+        check_room(partial, sum(spec.nbytes for spec in specs))
+        write_safetensors(partial, specs, tensors.__getitem__)
+        _finish(partial, body, companions)
+
+
+def _finish(partial: Path, body: Mapping[str, Any], companions: Path | None) -> None:
+    """The config, and the companions copied along."""
+    (partial / "config.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    for name in COMPANIONS:
+        if companions is not None and (companions / name).is_file():
+            shutil.copyfile(companions / name, partial / name)
 
 
 @contextmanager

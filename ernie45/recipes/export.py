@@ -1,38 +1,86 @@
-"""`ernie export MODEL --out FILE`: a model as a file for another program."""
+"""`ernie export MODEL --out PATH`: a model as a file for another program, or as a folder with an adapter merged in."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from ernie45.config import Environment
-from ernie45.errors import CheckpointError
+from ernie45.errors import CheckpointError, ConfigError
+from ernie45.models.adapters import load_adapter
 from ernie45.models.gguf_export import Exported, export_gguf
-from ernie45.models.load import find_model, open_model
+from ernie45.models.load import LoadedModel, find_model, load, open_model
+from ernie45.models.save import save_model, save_packed
+from ernie45.nn.lora import merge
+from ernie45.quant.frozen import freeze, thaw, unpack_model
+
+_FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a model as one GGUF file, which llama.cpp and its kin run."""
+    """Write a model as one GGUF file, which llama.cpp and its kin run, or as a model folder."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder, GGUF file, Hub name, or `starter`."""
     out: Path
-    """The file to write; it must not exist yet."""
-    format: Literal["gguf"] = "gguf"
-    """The file format."""
-    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16"
-    """How the matrices are stored: 32, 16, 16, 8.5 or 4.5 bits a weight."""
+    """The file or folder to write; it must not exist yet."""
+    format: Literal["gguf", "folder"] = "gguf"
+    """gguf is one file; folder is a model folder for this project, transformers and vLLM."""
+    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "packed"] = "f16"
+    """How the matrices are stored: 32, 16, 16, 8.5 or 4.5 bits a weight; `packed`: as those of a quantised MODEL are (folders only)."""
+    adapter: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """A PEFT adapter folder to merge into the model first (folders only)."""
+
+    def __post_init__(self) -> None:
+        if self.format == "gguf" and (self.adapter or self.type == "packed"):
+            raise ConfigError("--adapter and --type packed need --format folder; export the folder that they give as GGUF afterwards")
+        if self.format == "folder" and self.type not in (*_FLOATS, "packed"):
+            raise ConfigError(f"--type {self.type} is a type of GGUF files; a folder takes {', '.join(_FLOATS)} or packed")
 
 
 def run(config: ExportConfig, environment: Environment) -> int:
-    """Write the file and say what it holds. Raises `CheckpointError` for anything that cannot be exported."""
+    """Write the file or folder and say what it holds. Raises `CheckpointError` for anything that cannot be exported."""
+    if config.format == "folder":
+        export_folder(config, environment)
+        print(f"{config.out}: ready; try: ernie chat {config.out}")
+        return 0
     result = export(config, environment)
     kinds = ", ".join(f"{count} {name}" for name, count in sorted(result.formats.items()))
     print(f"{config.out}: {result.size:,} bytes; tensors: {kinds}")
     return 0
+
+
+def export_folder(config: ExportConfig, environment: Environment) -> None:
+    """Load the model in float32, merge the adapter, and write the folder.
+
+    A quantised model becomes floats, or with `--type packed` keeps its packing: each matrix is then rounded once, to nearest, after the
+    merge. Raises `CheckpointError` for an adapter of another model, and for `packed` where the model is not.
+    """
+    loaded = load(config.model, dtype="float32", environment=environment)
+    spec, source = loaded.opened.spec, loaded.opened.path
+    companions = source if source.is_dir() else None
+    if config.type != "packed":
+        decoder = loaded.decoder
+        unpack_model(decoder, torch.float32)
+        _merge_adapter(loaded, config.adapter)
+        save_model(decoder, config.out, dtype=getattr(torch, _FLOATS[config.type]), companions=companions)
+        return
+    if spec is None:
+        raise CheckpointError(f"{source} is not quantised; take --type bf16, or quantise the result with `ernie quantize`")
+    freeze(loaded.decoder)
+    _merge_adapter(loaded, config.adapter)
+    thaw(loaded.decoder)
+    save_packed(loaded.decoder, config.out, spec, made_by="adapter merged and rounded to nearest", companions=companions)
+
+
+def _merge_adapter(loaded: LoadedModel, adapter: Path | None) -> None:
+    if adapter is not None:
+        load_adapter(loaded.decoder, adapter)
+        merge(loaded.decoder)
 
 
 def export(config: ExportConfig, environment: Environment) -> Exported:

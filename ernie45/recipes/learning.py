@@ -21,9 +21,10 @@ from ernie45.config import Environment
 from ernie45.errors import CheckpointError, ConfigError, DataError, RunError
 from ernie45.models.adapters import save_adapter
 from ernie45.models.load import LoadedModel, load
-from ernie45.models.save import save_model
+from ernie45.models.save import save_model, save_packed
 from ernie45.models.text import Decoder
 from ernie45.nn.lora import LoraConfig, adapt, merge
+from ernie45.quant.frozen import freeze, thaw
 from ernie45.recipes.events import Events
 from ernie45.tokens.template import ChatTemplate, load_template
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -109,9 +110,16 @@ def open_pupil(model: str, dtype: str, environment: Environment) -> Pupil:
     if not loaded.opened.path.is_dir():
         raise CheckpointError(f"{loaded.opened.path}: training needs a model folder with its tokenizer, not a single file")
     decoder = loaded.decoder.train()
+    freeze(decoder)
     for name, parameter in decoder.named_parameters():
         parameter.requires_grad_(not name.endswith("selection_bias"))
     return Pupil(loaded, load_tokenizer(loaded.opened.path))
+
+
+def refuse_packed(pupil: Pupil, advice: str) -> None:
+    """Raise ConfigError when the pupil's matrices are packed, and so cannot learn themselves."""
+    if pupil.loaded.opened.spec is not None:
+        raise ConfigError(f"{pupil.folder} is quantised, and packed weights do not learn; {advice}")
 
 
 def add_adapters(decoder: Decoder, config: LoraConfig, seed: int) -> None:
@@ -205,7 +213,7 @@ def digest_of_ids(rows: Iterable[tuple[int, ...]]) -> str:
 
 
 def write_result(pupil: Pupil, target: Path, lora: LoraConfig | None, card: str) -> Path:
-    """The trained model as the folder `target`, in the type its weights were stored in, with tokenizer, template and a card.
+    """The trained model as the folder `target`, stored as the one it came from, packed too, with tokenizer, template and a card.
 
     With `lora` the adapters go to `adapter/` beside it and are merged into the model.
     """
@@ -213,8 +221,13 @@ def write_result(pupil: Pupil, target: Path, lora: LoraConfig | None, card: str)
         if not (target.parent / "adapter").exists():
             save_adapter(pupil.decoder, target.parent / "adapter", lora, str(pupil.folder))
         merge(pupil.decoder)
-    stored = pupil.loaded.opened.stored
-    save_model(pupil.decoder.eval(), target, dtype=stored if stored.is_floating_point else None, companions=pupil.folder)
+    opened = pupil.loaded.opened
+    if opened.spec is not None:
+        thaw(pupil.decoder)
+        save_packed(pupil.decoder.eval(), target, opened.spec, made_by="adapters merged and rounded to nearest", companions=pupil.folder)
+    else:
+        dtype = opened.stored if opened.stored.is_floating_point else None
+        save_model(pupil.decoder.eval(), target, dtype=dtype, companions=pupil.folder)
     (target / "README.md").write_text(card, "utf-8")
     if (pupil.folder / "LICENSE").is_file():
         shutil.copyfile(pupil.folder / "LICENSE", target / "LICENSE")

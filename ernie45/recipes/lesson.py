@@ -20,6 +20,7 @@ from ernie45.recipes.learning import (
     plain_settings,
     plan_text,
     prepare,
+    refuse_packed,
     write_result,
 )
 from ernie45.recipes.samples import Samples
@@ -50,7 +51,10 @@ def open_lesson(config: LessonConfig, environment: Environment) -> Pupil:
     """Prepare the run's folder, unless nothing is to be done, and load the model that learns."""
     if not config.dry_run:
         prepare(config.out, plain_settings(config))
-    return open_pupil(config.model, config.dtype, environment)
+    pupil = open_pupil(config.model, config.dtype, environment)
+    if not config.lora.rank:
+        refuse_packed(pupil, "train adapters beside them (--lora.rank 8), or the original model")
+    return pupil
 
 
 def announce(config: LessonConfig, pupil: Pupil, bad: BadRows, facts: Mapping[str, object]) -> None:

@@ -12,7 +12,18 @@ from ernie45.config import Environment
 from ernie45.errors import ConfigError, DataError
 from ernie45.models.load import find_model
 from ernie45.recipes.events import Events
-from ernie45.recipes.learning import BadRows, LearningConfig, Pupil, Watcher, open_pupil, plain_settings, plan_text, prepare, write_result
+from ernie45.recipes.learning import (
+    BadRows,
+    LearningConfig,
+    Pupil,
+    Watcher,
+    open_pupil,
+    plain_settings,
+    plan_text,
+    prepare,
+    refuse_packed,
+    write_result,
+)
 from ernie45.recipes.samples import Samples
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
 from ernie45.train.checkpoint import fingerprint
@@ -101,6 +112,7 @@ def pretrain(config: PretrainConfig, environment: Environment) -> Path | None:
     if not config.dry_run:
         prepare(config.out, plain_settings(config))
     pupil = open_pupil(config.model, config.dtype, environment)
+    refuse_packed(pupil, "take the original model")
     if config.fresh:
         pupil.decoder.initialise(torch.Generator().manual_seed(config.seed))
     sources = _sources(config, pupil)
