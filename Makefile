@@ -30,7 +30,7 @@ endef
 NATIVE := $(if $(shell command -v $(CXX)),$(VENV)/.kernels)
 KERNEL_FILES := $(shell find kernels -name build -prune -o -type f -print)
 
-.PHONY: help chat serve test lint kernels wheels sanitise docs bench clean native browser always
+.PHONY: help chat serve test lint kernels wheels sanitise arm count arm-tools count-tools docs bench clean native browser always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -78,6 +78,27 @@ sanitise:  ## run the kernels' own check under the sanitisers: address and undef
 	cmake -S kernels -B build/threads -DERNIE45_SANITISE=thread
 	cmake --build build/threads --parallel 2
 	build/threads/check step
+
+arm: arm-tools  ## build the kernels' own check for ARM and run it emulated: NEON must give the bits of the plain kernels
+	cmake -S kernels -B build/arm -DERNIE45_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	cmake --build build/arm --parallel 2 --target check
+	qemu-aarch64 -cpu max build/arm/check
+
+count: count-tools  ## count the kernels' instructions under valgrind and compare with the record
+	cmake -S kernels -B build/count -DERNIE45_CHECK=ON
+	cmake --build build/count --parallel 2 --target count
+	$(PYTHON) kernels/tests/count.py build/count $(ARGS)
+
+arm-tools: PACKAGES = g++-aarch64-linux-gnu qemu-user cmake
+arm-tools: PROGRAMS = aarch64-linux-gnu-g++ qemu-aarch64 cmake
+count-tools: PACKAGES = valgrind cmake
+count-tools: PROGRAMS = valgrind cmake
+arm-tools count-tools:
+	@command -v $(PROGRAMS) >/dev/null 2>&1 && [ $$(command -v $(PROGRAMS) | wc -l) = $(words $(PROGRAMS)) ] || \
+	    { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	      apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; } || \
+	    { echo "this needs: apt-get install $(PACKAGES)" >&2; exit 1; }
 
 # The web page is tested in a real browser; Debian and Ubuntu have one as a package.
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)

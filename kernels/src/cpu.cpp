@@ -3,6 +3,7 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -12,6 +13,8 @@ namespace {
 
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+bool has_avx_vnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
 
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -28,6 +31,15 @@ bool has_amx() {
   return false;
 #endif
 }
+#elif defined(__aarch64__)
+bool has_dot_product() {
+#if defined(__linux__)
+  constexpr unsigned long dot_product = 1ul << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & dot_product;
+#else
+  return true;  // every Apple processor of this architecture that runs macOS has it
+#endif
+}
 #endif
 
 std::vector<const Kernels*> runnable() {
@@ -35,7 +47,10 @@ std::vector<const Kernels*> runnable() {
 #if defined(__x86_64__)
   if (has_amx()) found.push_back(&amx_kernels());
   if (has_avx512()) found.push_back(&avx512_kernels());
+  if (has_avx_vnni()) found.push_back(&avx_vnni_kernels());
   if (has_avx2()) found.push_back(&avx2_kernels());
+#elif defined(__aarch64__)
+  if (has_dot_product()) found.push_back(&neon_kernels());
 #endif
   found.push_back(&plain_kernels());
   return found;

@@ -91,6 +91,40 @@ static void product(const uint16_t* w, int64_t I, int64_t row, int64_t end, cons
   }
 }
 
+// The vector that one instruction of this set adds. Attention keeps arrays of sums, and GCC 12 keeps those in registers only at this width.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+using W = float __attribute__((vector_size(kLanes * 4), may_alias, aligned(4)));
+using F4 = float __attribute__((vector_size(16)));
+
+static inline W part(const float* p) { return *reinterpret_cast<const W*>(p); }
+static inline W part(const uint16_t* p) {
+  using Halves = uint16_t __attribute__((vector_size(kLanes * 2), may_alias, aligned(2)));
+  using Words = uint32_t __attribute__((vector_size(kLanes * 4)));
+  return reinterpret_cast<W>(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
+}
+
+static inline void totals_of(const W* v, float* out) {
+#if defined(__AVX512F__)
+  totals(v, out);
+#else
+  for (int j = 0; j < 4; j++) {
+    F4 s;
+    std::memcpy(&s, &v[j], 16);
+#if defined(__AVX__)
+    s += __builtin_shufflevector(v[j], v[j], 4, 5, 6, 7);
+#endif
+    s += __builtin_shufflevector(s, s, 2, 3, 0, 1);
+    out[j] = s[0] + s[1];
+  }
+#endif
+}
+
 // scores[g][at .. at + count] = q[g] . keys * H^-0.5 for one run of keys that lie `stride` apart
 template <class E>
 static void scores_of(const float* q, int64_t G, int64_t H, const E* keys, int64_t stride, int64_t count, float* scores, int64_t S) {
@@ -99,14 +133,18 @@ static void scores_of(const float* q, int64_t G, int64_t H, const E* keys, int64
     const E* key = keys + s * stride;
     int64_t g = 0;
     for (; g + 4 <= G; g += 4) {
-      V sum[4] = {};
-      for (int64_t h = 0; h < H; h += 16) {
-        const V k = load(key + h);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) sum[j] += k * load(q + (g + j) * H + h);
+      const float* first = q + g * H;
+      W s0 = {}, s1 = {}, s2 = {}, s3 = {};
+      for (int64_t h = 0; h < H; h += kLanes) {
+        const W k = part(key + h);
+        s0 += k * part(first + h);
+        s1 += k * part(first + H + h);
+        s2 += k * part(first + 2 * H + h);
+        s3 += k * part(first + 3 * H + h);
       }
+      const W sum[4] = {s0, s1, s2, s3};
       float four[4];
-      totals(sum, four);
+      totals_of(sum, four);
       for (int j = 0; j < 4; j++) scores[(g + j) * S + s] = four[j] * by;
     }
     for (; g < G; g++) {
@@ -117,28 +155,27 @@ static void scores_of(const float* q, int64_t G, int64_t H, const E* keys, int64
   }
 }
 
-// out[g] += weights[g][s] * values[s]
+// out[g] += weights[g][s] * values[s]; H is a multiple of 16
 template <class E, int Q>
 static inline void gather_of(const float* weights, int64_t S, const E* values, int64_t stride, int64_t count, float* out, int64_t H) {
-  for (int64_t h = 0; h < H; h += 32) {
-    const bool two = h + 32 <= H;
-    V sum[Q][2];
-    for (int j = 0; j < Q; j++) {
-      sum[j][0] = load(out + j * H + h);
-      if (two) sum[j][1] = load(out + j * H + h + 16);
-    }
+  for (int64_t h = 0; h < H; h += 2 * kLanes) {
+    const bool two = h + 2 * kLanes <= H;
+    W sum[Q][2];
+#pragma GCC unroll 4
+    for (int j = 0; j < Q; j++) sum[j][0] = part(out + j * H + h), sum[j][1] = two ? part(out + j * H + h + kLanes) : W{};
     for (int64_t s = 0; s < count; s++) {
-      const V v0 = load(values + s * stride + h);
-      const V v1 = two ? load(values + s * stride + h + 16) : v0;
+      const W v0 = part(values + s * stride + h);
+      const W v1 = two ? part(values + s * stride + h + kLanes) : v0;
 #pragma GCC unroll 4
       for (int j = 0; j < Q; j++) {
         sum[j][0] += v0 * weights[j * S + s];
         sum[j][1] += v1 * weights[j * S + s];
       }
     }
+#pragma GCC unroll 4
     for (int j = 0; j < Q; j++) {
-      std::memcpy(out + j * H + h, &sum[j][0], 64);
-      if (two) std::memcpy(out + j * H + h + 16, &sum[j][1], 64);
+      std::memcpy(out + j * H + h, &sum[j][0], kLanes * 4);
+      if (two) std::memcpy(out + j * H + h + kLanes, &sum[j][1], kLanes * 4);
     }
   }
 }

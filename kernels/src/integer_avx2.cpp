@@ -1,12 +1,14 @@
-// Integer products with AVX2. Without VNNI there is no exact byte product: `maddubs` adds two products in 16 bits, which holds for nibbles
-// (2 * 15 * 127 < 32768) and not for bytes. Bytes are widened to 16 bits first, at half the speed.
-#define ERNIE_ISA avx2
+// Integer products with vectors of 32 bytes, compiled twice (ERNIE_ISA): as `avx2`, and as `avx_vnni` for processors with VNNI and without
+// AVX-512, which most desktops and laptops of the last years are.
+//
+// Without VNNI there is no exact byte product: `maddubs` adds two products in 16 bits, which holds for nibbles (2 * 15 * 127 < 32768) and not
+// for bytes. Bytes are widened to 16 bits first, at half the speed.
 #include <immintrin.h>
 
 #include "panel.h"
 
 namespace ernie {
-namespace avx2 {
+namespace ERNIE_ISA {
 
 static inline __m256i quad(const int8_t* p) {
   int32_t four;
@@ -17,11 +19,16 @@ static inline __m256i quad(const int8_t* p) {
 // sums of four products, 8 outputs: unsigned weights times signed activations
 template <int bits>
 static inline __m256i dot(__m256i s, __m256i w, __m256i a) {
+#ifdef __AVXVNNI__
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(s) : "x"(w), "x"(a));  // not its intrinsic: see integer_avx512.cpp
+  return s;
+#else
   const __m256i ones = _mm256_set1_epi16(1);
   if (bits == 4) return _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), ones));
   const __m256i even_w = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd_w = _mm256_srli_epi16(w, 8);
   const __m256i even_a = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), odd_a = _mm256_srai_epi16(a, 8);
   return _mm256_add_epi32(s, _mm256_add_epi32(_mm256_madd_epi16(even_w, even_a), _mm256_madd_epi16(odd_w, odd_a)));
+#endif
 }
 
 static inline void add_group(const __m256i* s, const __m256* d, float by, float* c) {
@@ -32,7 +39,11 @@ static inline void add_group(const __m256i* s, const __m256* d, float by, float*
 }
 
 struct Micro {
-  static constexpr int rows_at_once = 4;
+#ifdef __AVXVNNI__
+  static constexpr int rows_at_once = 6;  // 6 x 2 sums, 2 weights, 1 activation: 15 of 16 registers
+#else
+  static constexpr int rows_at_once = 4;  // the product itself needs registers
+#endif
   static constexpr bool unpacks_bytes = false;
 
   const Packed& w;
@@ -95,7 +106,7 @@ struct Micro {
       for (int64_t k = g * group; k < (g + 1) * group; k += 4) {
         const __m256i v0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value + k * 16));
         const __m256i v1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value + k * 16 + 32));
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int i = 0; i < M; i++) {
           const __m256i a = quad(x.value + (t0 + i) * x.I + k);
           s[i][0] = dot<bits>(s[i][0], v0, a);
@@ -113,7 +124,9 @@ struct Micro {
       case 1: return tile<bits, 1>(value, scale, t0, c);
       case 2: return tile<bits, 2>(value, scale, t0, c);
       case 3: return tile<bits, 3>(value, scale, t0, c);
-      default: return tile<bits, 4>(value, scale, t0, c);
+      case 4: return tile<bits, 4>(value, scale, t0, c);
+      case 5: return tile<bits, rows_at_once < 5 ? 4 : 5>(value, scale, t0, c);
+      default: return tile<bits, rows_at_once>(value, scale, t0, c);
     }
   }
 
@@ -125,11 +138,18 @@ struct Micro {
   }
 };
 
-}  // namespace avx2
+}  // namespace ERNIE_ISA
 
+#ifdef __AVXVNNI__
+const Kernels& avx_vnni_kernels() {
+  static const Kernels kernels = avx_vnni::table<avx_vnni::Micro>("avx_vnni", avx2_floats(), avx2_rows());
+  return kernels;
+}
+#else
 const Kernels& avx2_kernels() {
   static const Kernels kernels = avx2::table<avx2::Micro>("avx2", avx2_floats(), avx2_rows());
   return kernels;
 }
+#endif
 
 }  // namespace ernie

@@ -155,6 +155,7 @@ const FloatKernels& plain_floats();
 const RowKernels& plain_rows();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
+const Kernels& avx_vnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& amx_kernels();
 const FloatKernels& avx2_floats();
@@ -163,6 +164,10 @@ const RowKernels& avx2_rows();
 const RowKernels& avx512_rows();
 const TiledAttention& amx_attention();
 const FloatKernels& amx_floats();
+#elif defined(__aarch64__)
+const Kernels& neon_kernels();
+const FloatKernels& neon_floats();
+const RowKernels& neon_rows();
 #endif
 
 }  // namespace ernie

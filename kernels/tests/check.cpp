@@ -79,7 +79,7 @@ std::vector<float> attention(const ernie::Kernels& k, const std::vector<float>& 
   std::vector<float> out(q.size());
   const auto sequences = int64_t(lengths.size());
   ernie::PagedJob job{q.data(), keys.data(), keys.data(), out.data(), ernie::Type::f32, ernie::Type::f32, pages.data(), lengths.data(),
-                      int64_t(pages.size()) / sequences, page_size, N, K, H};
+                      int64_t(pages.size()) / sequences, page_size, N, K, H, nullptr};
   ernie::paged(k, two, job, sequences);
   return out;
 }
