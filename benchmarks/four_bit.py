@@ -1,104 +1,121 @@
-"""Four-bit weights side by side: this engine and llama.cpp, in turn and in one run; prints a Markdown table.
+"""Four-bit weights side by side: this engine, llama.cpp, ik_llama.cpp and OpenVINO, in turn and in one run; prints a Markdown table.
 
-python benchmarks/four_bit.py PACKED_FOLDER GGUF [--prompt 512] [--output 64] [--batches 1,16] [--rounds 2] [--threads 2]
+python benchmarks/four_bit.py PACKED_FOLDER GGUF [--peers FOLDER] [--engines ernie45,llama.cpp,ik_llama.cpp,openvino]
 
-PACKED_FOLDER comes from `ernie bench make SHAPE --scheme w4a8`, GGUF from `ernie export` of the same shape with `--type q4_0`. llama.cpp is
-driven in process, by the package xllamacpp, whose wheel is built for AVX2 alone: slower than a build for this machine would be.
+PACKED_FOLDER comes from `ernie bench make SHAPE --scheme w4a8` or `ernie quantize`, GGUF from `ernie export` of the same weights with
+`--type q4_0`; FOLDER is what `benchmarks/peers.py` filled. llama.cpp and ik_llama.cpp run by their own benchmark programs, in the
+settings that suit them best; OpenVINO GenAI reads GGUF files of Llama models, not of ERNIE. Several sequences have prompts of 64 tokens.
 """
 
 import argparse
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
+BATCHED_PROMPT = 64
+OWN_OPTIONS = {"llama.cpp": ["-fa", "1"], "ik_llama.cpp": ["-fa", "1", "-rtr", "1"]}
+OPENVINO = """
+import sys, time, numpy as np, openvino as ov, openvino_genai as g
+path, prompt, output, threads = sys.argv[1], *map(int, sys.argv[2:])
+pipe = g.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
+def run(n, k):
+    ids = ov.Tensor(np.random.default_rng(0).integers(100, 40000, (1, n)).astype(np.int64))
+    c = g.GenerationConfig(); c.max_new_tokens = c.min_new_tokens = k; c.ignore_eos, c.do_sample = True, False
+    m = pipe.generate(g.TokenizedInputs(ids, ov.Tensor(np.ones((1, n), np.int64))), c).perf_metrics
+    return m.get_ttft().mean / 1e3, m.get_tpot().mean / 1e3
+run(64, 4)
+runs = [run(prompt, output) for _ in range(3)]
+print(prompt / sorted(a for a, _ in runs)[1], 1 / sorted(b for _, b in runs)[1])
+"""
 
-def run_ours(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+
+def run_ours(folder: Path, args: argparse.Namespace) -> tuple[float, float]:
     """Tokens per second through the engine: scheduler, paged cache and sampler included."""
     import torch
 
     from benchmarks.peer import Ernie45
 
     torch.set_num_threads(args.threads)
-    prompts = _prompts(args.batch, args.prompt)
+    chosen, length = random.Random(1), _prompt(args)
+    prompts = [[chosen.randrange(300, 40_000) for _ in range(length)] for _ in range(args.batch)]
     peer = Ernie45(folder, "auto", args.batch)
     peer.run([prompt[:16] for prompt in prompts], 4)
     runs = [peer.run(prompts, args.output) for _ in range(3)]
-    return {
-        "prefill": args.batch * args.prompt / statistics.median(first for first, _ in runs),
-        "decode": args.batch * args.output / statistics.median(rest for _, rest in runs),
-    }
+    return (
+        args.batch * length / statistics.median(first for first, _ in runs),
+        args.batch * args.output / statistics.median(rest for _, rest in runs),
+    )
 
 
-def run_llama_cpp(file: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second by llama.cpp's own clocks; of several sequences all answered tokens over the whole time, prompts included."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = str(file), args.batch * (args.prompt + args.output + 16), args.batch
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
-    params.n_batch = params.n_ubatch = 512
-    params.warmup, params.cache_ram_mib = True, 0
-    server = xllamacpp.Server(params)
-    found: list[dict[str, float]] = [{} for _ in range(args.batch)]
-
-    def ask(place: int, prompt: list[int], output: int) -> None:
-        body = {"prompt": prompt, "n_predict": output, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-        found[place] = server.handle_completions(body)["timings"]
-
-    def all_at_once(prompts: list[list[int]], output: int) -> dict[str, float]:
-        start = time.perf_counter()
-        threads = [threading.Thread(target=ask, args=(i, prompt, output)) for i, prompt in enumerate(prompts)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if len(prompts) == 1:
-            return {"prefill": found[0]["prompt_per_second"], "decode": found[0]["predicted_per_second"]}
-        seconds = time.perf_counter() - start
-        return {"prefill": float("nan"), "decode": len(prompts) * output / seconds}
-
-    prompts = _prompts(args.batch, args.prompt)
-    all_at_once([prompt[:16] for prompt in prompts], 4)
-    runs = [all_at_once(prompts, args.output) for _ in range(3)]
-    return {name: statistics.median(run[name] for run in runs) for name in ("prefill", "decode")}
+def run_llama(engine: str, args: argparse.Namespace) -> tuple[float, float]:
+    """llama-bench for one sequence, llama-batched-bench for several: tokens per second by their own clocks."""
+    programs, threads = args.peers / engine / "bin", str(args.threads)
+    shared = ["-m", args.gguf, "-t", threads, *OWN_OPTIONS[engine]]
+    if args.batch == 1:
+        sizes = ["-p", str(args.prompt), "-n", str(args.output), "-r", "3", "-o", "json"]
+        text = _output([programs / "llama-bench", *shared, *sizes])
+        found = json.loads(text[text.index("[\n") : text.rindex("]") + 1])
+        rates = {bool(row["n_prompt"]): statistics.median(row["samples_ts"]) for row in found}
+        return rates[True], rates[False]
+    sizes = ["-c", str(args.batch * (BATCHED_PROMPT + args.output + 16)), "-b", "2048", "-ub", "512", "-tb", threads]
+    sizes += ["-npp", str(BATCHED_PROMPT), "-ntg", str(args.output), "-npl", str(args.batch)]
+    row = re.findall(r"^\|([ \d.|]+)\|$", _output([programs / "llama-batched-bench", *shared, *sizes]), re.MULTILINE)[-1].split("|")
+    return float(row[5]), float(row[7])  # S_PP and S_TG
 
 
-def _prompts(count: int, length: int) -> list[list[int]]:
-    chosen = random.Random(1)
-    return [[chosen.randrange(300, 50_000) for _ in range(length)] for _ in range(count)]
+def run_openvino(args: argparse.Namespace) -> tuple[float, float]:
+    """OpenVINO GenAI, one sequence, by its own metrics."""
+    command = [args.peers / "openvino/bin/python", "-c", OPENVINO, args.gguf, str(args.prompt), str(args.output), str(args.threads)]
+    prefill, decode = map(float, _output(command).split()[-2:])
+    return prefill, decode
+
+
+def _output(command: list[str | Path]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{command[0]} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def _prompt(args: argparse.Namespace) -> int:
+    return args.prompt if args.batch == 1 else BATCHED_PROMPT
 
 
 def main() -> None:
-    """Both sides in processes of their own, in turn; medians over the rounds."""
+    """All sides in processes of their own, in turn; medians over the rounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("gguf", type=Path)
-    for name, default in (("prompt", 512), ("output", 64), ("rounds", 2), ("threads", 2), ("batch", 1)):
+    parser.add_argument("--peers", type=Path, default=Path("peers"))
+    parser.add_argument("--engines", default="ernie45,llama.cpp,ik_llama.cpp")
+    for name, default in (("prompt", 512), ("output", 64), ("rounds", 2), ("threads", 2), ("batch", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batches", default="1,16")
-    parser.add_argument("--side", choices=["ernie45", "llama.cpp"])
     args = parser.parse_args()
-    if args.side:
-        print(json.dumps(run_ours(args.folder, args) if args.side == "ernie45" else run_llama_cpp(args.gguf, args)))
+    if args.batch:  # one measurement of ours, in the process that is being measured
+        print(*run_ours(args.folder, args))
         return
-    print("| engine | sequences | prefill, tok/s | decode, tok/s |\n|---|---|---|---|")
+    print("| engine | sequences | prefill, tok/s | decode, tok/s | prefill ratio | decode ratio |\n|---|---|---|---|---|---|")
     for batch in map(int, args.batches.split(",")):
-        rows: dict[str, list[dict[str, float]]] = {}
+        args.batch = batch
+        engines = [engine for engine in args.engines.split(",") if engine != "openvino" or args.batch == 1]
+        rates: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
         for _ in range(args.rounds):
-            for side in ("ernie45", "llama.cpp"):
-                command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--batch", str(batch)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
-                rows.setdefault(side, []).append(json.loads(done.stdout.splitlines()[-1]))
-        for side, found in rows.items():
-            prefill, decode = (statistics.median(row[name] for row in found) for name in ("prefill", "decode"))
-            print(f"| {side} | {batch} | {prefill:.0f} | {decode:.1f} |", flush=True)
+            for engine in engines:
+                if engine == "ernie45":
+                    prefill, decode = _output([sys.executable, __file__, *sys.argv[1:], "--batch", str(args.batch)]).split()[-2:]
+                    rates[engine].append((float(prefill), float(decode)))
+                else:
+                    rates[engine].append(run_openvino(args) if engine == "openvino" else run_llama(engine, args))
+        medians = {engine: tuple(statistics.median(column) for column in zip(*found, strict=True)) for engine, found in rates.items()}
+        for engine, (prefill, decode) in medians.items():
+            ours = medians.get("ernie45")
+            ratios = f"{ours[0] / prefill:.2f}x | {ours[1] / decode:.2f}x" if ours and engine != "ernie45" else "|"
+            print(f"| {engine} | {args.batch} | {prefill:.0f} | {decode:.1f} | {ratios} |", flush=True)
 
 
 if __name__ == "__main__":
