@@ -59,7 +59,8 @@ class Environment:
 
     `cache_dir` holds what the project makes for itself (starter model, chat history); `hf_home` is huggingface_hub's own cache, None for
     its default; `offline` forbids every download. `api_keys` are the server's (`ERNIE45_API_KEYS`, separated by commas); `for_children`
-    is what a process that we start gets to see, which is what it needs and none of the keys.
+    is what a process that we start gets to see, which is what it needs and none of the keys. `rank` of `world` processes is a launcher's
+    word (torchrun).
     """
 
     cache_dir: Path
@@ -69,16 +70,19 @@ class Environment:
     starter_wheel: Path | None = None
     isa: str | None = None
     no_color: bool = False
+    rank: int = 0
+    world: int = 1
     api_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     for_children: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> "Environment":
-        """Read the `ERNIE45_` names below and `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `NO_COLOR`, `XDG_CACHE_HOME`.
+        """Read the `ERNIE45_` names below, `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `NO_COLOR`, `XDG_CACHE_HOME`, `RANK`, `WORLD_SIZE`.
 
-        Raises `ConfigError` when a switch is neither on nor off.
+        Raises `ConfigError` when a switch is neither on nor off, or a number is none.
         """
         env = os.environ if environ is None else environ
+        launched = "RANK" in env and "WORLD_SIZE" in env  # one alone is left over from something else
         base = Path(env["XDG_CACHE_HOME"]) if env.get("XDG_CACHE_HOME") else Path.home() / ".cache"
         return cls(
             cache_dir=_path(env, "ERNIE45_CACHE") or base / "ernie45",
@@ -88,6 +92,8 @@ class Environment:
             starter_wheel=_path(env, "ERNIE45_STARTER_WHEEL"),
             isa=env.get("ERNIE45_ISA") or None,
             no_color=bool(env.get("NO_COLOR")),
+            rank=_whole(env, "RANK") if launched else 0,
+            world=_whole(env, "WORLD_SIZE") if launched else 1,
             api_keys=tuple(key for key in env.get("ERNIE45_API_KEYS", "").split(",") if key.strip()),
             for_children={name: value for name, value in env.items() if _for_children(name)},
         )
@@ -111,6 +117,12 @@ def shorten_thread_waits(environ: MutableMapping[str, str] | None = None) -> Non
 
 def _path(env: Mapping[str, str], name: str) -> Path | None:
     return Path(env[name]).expanduser() if env.get(name) else None
+
+
+def _whole(env: Mapping[str, str], name: str) -> int:
+    if not env[name].strip().isdigit():
+        raise ConfigError(f"the environment variable {name} is '{env[name]}'; a launcher such as torchrun sets it to a whole number")
+    return int(env[name])
 
 
 def _switch(env: Mapping[str, str], name: str) -> bool:

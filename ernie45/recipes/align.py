@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ernie45.config import Environment
 from ernie45.nn.lora import without_adapters
+from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
 from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, open_pupil
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
 from ernie45.train.optim import Optimiser, OptimiserConfig
@@ -29,18 +30,19 @@ class AlignConfig(LessonConfig):
 
 def run(config: AlignConfig, environment: Environment) -> int:
     """Train, and say where the result is."""
-    target = align(config, environment)
-    if target is not None:
+    with open_ranks(environment, config.rank_timeout) as ranks:
+        target = align(config, environment, ranks)
+    if target is not None and ranks.is_first:
         print(f"{target}: ready; try: ernie chat {target}")
     return 0
 
 
-def align(config: AlignConfig, environment: Environment) -> Path | None:
-    """Train as `config` says. Returns the folder of the finished model, None for a dry run.
+def align(config: AlignConfig, environment: Environment, ranks: Ranks = ALONE) -> Path | None:
+    """Train as `config` says, together with the other `ranks`. Returns the folder of the finished model, None for a dry run.
 
     Raises DataError (file, line, field), CheckpointError, ConfigError or RunError.
     """
-    pupil = open_lesson(config, environment)
+    pupil = open_lesson(config, environment, ranks)
     data, bad = _data(config, pupil)
     batches = sum(len(data.packs(epoch)) for epoch in range(config.epochs))
     steps = config.steps if config.steps is not None else -(-batches // config.accumulate)
@@ -54,7 +56,7 @@ def align(config: AlignConfig, environment: Environment) -> Path | None:
         return None
     optimiser = Optimiser(pupil.decoder, config.optimiser, pupil.decoder.config.head_size)
     reference = _reference(config, pupil, environment)
-    learner = PreferenceStep(pupil.decoder, optimiser, config.preference, reference, recompute=config.recompute)
+    learner = PreferenceStep(pupil.decoder, optimiser, config.preference, reference, recompute=config.recompute, ranks=ranks)
     ids = digest_of_ids((*pair.prefix, -1, *pair.chosen, -1, *pair.rejected) for pair in data.examples)
     method = f"Preference training ({config.preference.loss}) with ernie45"
     return teach(config, pupil, learner, data, steps, ids, lambda how: f"# Aligned from {config.model}\n\n{method}: {how}.")
@@ -72,7 +74,7 @@ def _reference(config: AlignConfig, pupil: Pupil, environment: Environment) -> R
 
 def _data(config: AlignConfig, pupil: Pupil) -> tuple[PackedPairs, BadRows]:
     """The pairs, checked against the model's limits."""
-    bad = BadRows()
+    bad = BadRows(pupil.ranks)
     on_bad = bad if config.skip_bad else None
     limit = min(pupil.decoder.config.max_positions, config.batch_tokens)
     records = read_weighted(config.data, config.weights, config.seed, on_bad)

@@ -7,6 +7,7 @@ adapters were trained. `ernie watch` shows it.
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ from ernie45.models.load import LoadedModel, load
 from ernie45.models.save import save_model, save_packed
 from ernie45.models.text import Decoder
 from ernie45.nn.lora import LoraConfig, adapt, merge
+from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.quant.frozen import freeze, thaw
 from ernie45.recipes.events import Events
 from ernie45.tokens.template import ChatTemplate, load_template
@@ -32,6 +34,8 @@ from ernie45.train.optim import OptimiserConfig
 from ernie45.train.schedule import ScheduleConfig
 from ernie45.train.step import LossConfig, StepReport
 
+WITHOUT_EFFECT = ("out", "save_every", "dry_run", "skip_bad", "recompute", "samples", "sample_tokens", "tensorboard", "rank_timeout")
+"""Settings that do not change what is learned: a run may go on with others."""
 _QUIET_STEPS = 10
 """Steps between two lines where the error stream is no terminal."""
 
@@ -49,7 +53,7 @@ class LearningConfig:
     batch_tokens: int = 2048
     """Tokens that go through the model at once; no example may be longer."""
     accumulate: int = 1
-    """Batches per step."""
+    """Batches per step, of all ranks together; with several ranks at least one for each."""
     seed: int = 0
     """Of the order of the data and the first values of adapters."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -66,6 +70,8 @@ class LearningConfig:
     """Most tokens of one sample."""
     tensorboard: bool = False
     """Write the numbers as TensorBoard events too, into `tensorboard/` of the run."""
+    rank_timeout: float = 600.0
+    """Seconds that a rank of several waits for a silent one before the run ends."""
     dry_run: bool = False
     """Say what would be done, and stop."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
@@ -80,14 +86,17 @@ class LearningConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, not {value}")
+        if not (math.isfinite(self.rank_timeout) and self.rank_timeout > 0):
+            raise ConfigError(f"rank_timeout must be a number of seconds above 0, not {self.rank_timeout}")
 
 
 @dataclass(frozen=True)
 class Pupil:
-    """A model that is to learn, with its tokenizer."""
+    """A model that is to learn, with its tokenizer, and the processes that teach it."""
 
     loaded: LoadedModel
     tokenizer: Tokenizer
+    ranks: Ranks = ALONE
 
     @property
     def decoder(self) -> Decoder:
@@ -104,7 +113,7 @@ class Pupil:
         return load_template(self.folder, self.tokenizer, chat_format)
 
 
-def open_pupil(model: str, dtype: str, environment: Environment) -> Pupil:
+def open_pupil(model: str, dtype: str, environment: Environment, ranks: Ranks = ALONE) -> Pupil:
     """Load a model folder to be trained. Raises CheckpointError for a single file, which has no tokenizer beside it."""
     loaded = load(model, dtype=dtype, environment=environment)
     if not loaded.opened.path.is_dir():
@@ -113,7 +122,7 @@ def open_pupil(model: str, dtype: str, environment: Environment) -> Pupil:
     freeze(decoder)
     for name, parameter in decoder.named_parameters():
         parameter.requires_grad_(not name.endswith("selection_bias"))
-    return Pupil(loaded, load_tokenizer(loaded.opened.path))
+    return Pupil(loaded, load_tokenizer(loaded.opened.path), ranks)
 
 
 def refuse_packed(pupil: Pupil, advice: str) -> None:
@@ -129,17 +138,18 @@ def add_adapters(decoder: Decoder, config: LoraConfig, seed: int) -> None:
 
 
 class BadRows:
-    """Counts rows that are left out, and says which."""
+    """Counts rows that are left out, and says which, on the first rank."""
 
     SHOWN = 5
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
         self.errors: list[DataError] = []
+        self._speaks = ranks.is_first
 
     def __call__(self, error: DataError) -> None:
         """Take one in."""
         self.errors.append(error)
-        if len(self.errors) <= self.SHOWN:
+        if self._speaks and len(self.errors) <= self.SHOWN:
             print(f"left out: {error}", file=sys.stderr)
 
 

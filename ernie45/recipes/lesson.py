@@ -9,8 +9,10 @@ import tyro
 
 from ernie45.config import Environment
 from ernie45.nn.lora import LoraConfig
+from ernie45.parallel.ranks import Ranks
 from ernie45.recipes.events import Events
 from ernie45.recipes.learning import (
+    WITHOUT_EFFECT,
     BadRows,
     LearningConfig,
     Pupil,
@@ -27,8 +29,6 @@ from ernie45.recipes.samples import Samples
 from ernie45.train.checkpoint import fingerprint
 from ernie45.train.examples import B, Batches
 from ernie45.train.loop import Learner, RunConfig, train
-
-_WITHOUT_EFFECT = ("out", "save_every", "dry_run", "skip_bad", "recompute", "samples", "sample_tokens", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,11 @@ class LessonConfig(LearningConfig):
     """How conversations are written, for a base model that has no template of its own."""
 
 
-def open_lesson(config: LessonConfig, environment: Environment) -> Pupil:
+def open_lesson(config: LessonConfig, environment: Environment, ranks: Ranks) -> Pupil:
     """Prepare the run's folder, unless nothing is to be done, and load the model that learns."""
     if not config.dry_run:
-        prepare(config.out, plain_settings(config))
-    pupil = open_pupil(config.model, config.dtype, environment)
+        ranks.once(lambda: prepare(config.out, plain_settings(config)))
+    pupil = open_pupil(config.model, config.dtype, environment, ranks)
     if not config.lora.rank:
         refuse_packed(pupil, "train adapters beside them (--lora.rank 8), or the original model")
     return pupil
@@ -62,7 +62,8 @@ def announce(config: LessonConfig, pupil: Pupil, bad: BadRows, facts: Mapping[st
     if config.lora.rank:
         add_adapters(pupil.decoder, config.lora, config.seed)
     common = {"computed in": f"{pupil.loaded.compute.dtype}".removeprefix("torch."), "left out": len(bad.errors)}
-    print(plan_text(pupil.decoder, common | dict(facts)))
+    if pupil.ranks.is_first:
+        print(plan_text(pupil.decoder, common | dict(facts)))
 
 
 def teach(
@@ -72,14 +73,25 @@ def teach(
 
     Raises RunError as `train` does. Returns the folder of the finished model.
     """
-    same = plain_settings(config, *_WITHOUT_EFFECT) | {"steps": steps, "ids": ids}
+    same = plain_settings(config, *WITHOUT_EFFECT) | {"steps": steps, "ids": ids}
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
     samples = Samples(pupil.decoder, pupil.tokenizer, pupil.template(config.chat_format), config.out, config.samples, config.sample_tokens)
     with Watcher(steps, Events(config.out) if config.tensorboard else None) as watcher:
         progress = train(
-            learner, pupil.decoder, data, config.schedule, length, config.out, fingerprint(same), on_report=watcher, on_saved=samples
+            learner,
+            pupil.decoder,
+            data,
+            config.schedule,
+            length,
+            config.out,
+            fingerprint(same),
+            on_report=watcher,
+            on_saved=samples,
+            ranks=pupil.ranks,
         )
     how = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all weights"
     card = say(f"{how}, {progress.step:,} steps, {progress.tokens:,} tokens")
     card += " The settings stand in `settings.json` of the run. The licence of the base model applies.\n"
-    return write_result(pupil, config.out / "model", config.lora if config.lora.rank else None, card)
+    target = config.out / "model"
+    pupil.ranks.once(lambda: write_result(pupil, target, config.lora if config.lora.rank else None, card))
+    return target

@@ -11,8 +11,10 @@ import tyro
 from ernie45.config import Environment
 from ernie45.errors import ConfigError, DataError
 from ernie45.models.load import find_model
+from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
 from ernie45.recipes.events import Events
 from ernie45.recipes.learning import (
+    WITHOUT_EFFECT,
     BadRows,
     LearningConfig,
     Pupil,
@@ -34,8 +36,6 @@ from ernie45.train.schedule import ScheduleConfig
 from ernie45.train.shards import open_corpus, write_corpus
 from ernie45.train.step import LossConfig, Step
 from ernie45.train.stream import Source, Stream
-
-_WITHOUT_EFFECT = ("out", "save_every", "dry_run", "skip_bad", "recompute", "prepare", "epochs", "samples", "sample_tokens", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,9 @@ def run(config: PretrainConfig, environment: Environment) -> int:
     if config.prepare is not None:
         _prepare(config, environment, config.prepare)
         return 0
-    target = pretrain(config, environment)
-    if target is not None:
+    with open_ranks(environment, config.rank_timeout) as ranks:
+        target = pretrain(config, environment, ranks)
+    if target is not None and ranks.is_first:
         print(f"{target}: ready")
     return 0
 
@@ -102,16 +103,16 @@ def _silent(documents: int, tokens: int) -> None:
     """Where nobody watches."""
 
 
-def pretrain(config: PretrainConfig, environment: Environment) -> Path | None:
-    """Train as `config` says. Returns the folder of the finished model, None for a dry run.
+def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = ALONE) -> Path | None:
+    """Train as `config` says, together with the other `ranks`. Returns the folder of the finished model, None for a dry run.
 
     Raises DataError, CheckpointError, ConfigError or RunError.
     """
     import torch
 
     if not config.dry_run:
-        prepare(config.out, plain_settings(config))
-    pupil = open_pupil(config.model, config.dtype, environment)
+        ranks.once(lambda: prepare(config.out, plain_settings(config)))
+    pupil = open_pupil(config.model, config.dtype, environment, ranks)
     refuse_packed(pupil, "take the original model")
     if config.fresh:
         pupil.decoder.initialise(torch.Generator().manual_seed(config.seed))
@@ -125,14 +126,15 @@ def pretrain(config: PretrainConfig, environment: Environment) -> Path | None:
         "steps": f"{steps:,} of {config.accumulate} x {config.batch_tokens:,} tokens",
         "epochs": f"{steps * config.accumulate * config.batch_tokens / tokens:.2f}",
     }
-    print(plan_text(pupil.decoder, facts))
+    if ranks.is_first:
+        print(plan_text(pupil.decoder, facts))
     if config.dry_run:
         return None
     optimiser = Optimiser(pupil.decoder, config.optimiser, pupil.decoder.config.head_size)
     average = MovingAverage(optimiser, config.average_tokens) if config.average_tokens else None
-    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute)
+    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, ranks=ranks)
     digests = [source.corpus.facts.sha256_tokens for source in sources]
-    same = plain_settings(config, *_WITHOUT_EFFECT) | {"steps": steps, "corpora": digests}
+    same = plain_settings(config, *WITHOUT_EFFECT, "prepare", "epochs") | {"steps": steps, "corpora": digests}
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
     samples = Samples(pupil.decoder, pupil.tokenizer, None, config.out, config.samples, config.sample_tokens)
     with Watcher(steps, Events(config.out) if config.tensorboard else None) as watcher:
@@ -147,17 +149,19 @@ def pretrain(config: PretrainConfig, environment: Environment) -> Path | None:
             average=average,
             on_report=watcher,
             on_saved=samples,
+            ranks=ranks,
         )
     learner.watch.close()
     start = "random weights" if config.fresh else config.model
     names = ", ".join(source.name for source in sources)
     card = f"# Pre-trained from {start}\n\nernie45, {progress.step:,} steps, {progress.tokens:,} tokens of {names}.\n"
-    target = write_result(pupil, config.out / "model", None, card)
+    target = config.out / "model"
+    ranks.once(lambda: write_result(pupil, target, None, card))
     if average is not None:
         with torch.no_grad():
             for name, weights in average.weights.items():
                 pupil.decoder.get_parameter(name).copy_(weights)
-        write_result(pupil, config.out / "model-averaged", None, card)
+        ranks.once(lambda: write_result(pupil, config.out / "model-averaged", None, card))
     return target
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ernie45.config import Environment
 from ernie45.errors import ConfigError
+from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
 from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
 from ernie45.train.examples import PackedExamples, make_examples
@@ -30,18 +31,19 @@ class SftConfig(LessonConfig):
 
 def run(config: SftConfig, environment: Environment) -> int:
     """Train, and say where the result is."""
-    target = sft(config, environment)
-    if target is not None:
+    with open_ranks(environment, config.rank_timeout) as ranks:
+        target = sft(config, environment, ranks)
+    if target is not None and ranks.is_first:
         print(f"{target}: ready; try: ernie chat {target}")
     return 0
 
 
-def sft(config: SftConfig, environment: Environment) -> Path | None:
-    """Train as `config` says. Returns the folder of the finished model, None for a dry run.
+def sft(config: SftConfig, environment: Environment, ranks: Ranks = ALONE) -> Path | None:
+    """Train as `config` says, together with the other `ranks`. Returns the folder of the finished model, None for a dry run.
 
     Raises DataError (file, line, field), CheckpointError, ConfigError or RunError.
     """
-    pupil = open_lesson(config, environment)
+    pupil = open_lesson(config, environment, ranks)
     data, bad = _data(config, pupil)
     steps = config.steps if config.steps is not None else -(-data.count(config.epochs) // config.accumulate)
     facts = {
@@ -55,7 +57,7 @@ def sft(config: SftConfig, environment: Environment) -> Path | None:
         return None
     optimiser = Optimiser(pupil.decoder, config.optimiser, pupil.decoder.config.head_size)
     noise = EmbeddingNoise(config.neftune, config.seed) if config.neftune else None
-    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, noise=noise)
+    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, noise=noise, ranks=ranks)
     ids = digest_of_ids(example.ids for example in data.examples)
     target = teach(
         config,
@@ -73,7 +75,7 @@ def sft(config: SftConfig, environment: Environment) -> Path | None:
 def _data(config: SftConfig, pupil: Pupil) -> tuple[PackedExamples, BadRows]:
     """The examples, checked against the model's limits."""
     limit = min(pupil.decoder.config.max_positions, config.batch_tokens)
-    bad = BadRows()
+    bad = BadRows(pupil.ranks)
     on_bad = bad if config.skip_bad else None
     records = read_weighted(config.data, config.weights, config.seed, on_bad)
     examples = make_examples(records, pupil.template(config.chat_format), pupil.tokenizer, limit, on_bad=on_bad)

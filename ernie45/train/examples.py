@@ -143,10 +143,16 @@ class PackedExamples:
         return pack([self.examples[n] for n in self.packs(epoch)[index]])
 
 
-def digest_of(before: str, batch: Batch) -> str:
-    """The digest of all ids consumed so far, after one batch more: equal digests mean equal histories."""
-    learned = batch.tokens_T.numpy().tobytes() + batch.labels_T.numpy().tobytes()
-    return hashlib.sha256(bytes.fromhex(before) + learned).hexdigest()
+def digest_of(batch: Batch) -> bytes:
+    """The SHA-256 of the ids and labels of one batch."""
+    return hashlib.sha256(batch.tokens_T.numpy().tobytes() + batch.labels_T.numpy().tobytes()).digest()
+
+
+def digest_after(before: str, digests: Iterable[bytes]) -> str:
+    """The digest of everything consumed so far, after more batches: equal digests mean equal histories, whoever read which batch."""
+    for digest in digests:
+        before = hashlib.sha256(bytes.fromhex(before) + digest).hexdigest()
+    return before
 
 
 NO_HISTORY = hashlib.sha256(b"").hexdigest()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -10,8 +10,9 @@ from typing import Protocol, TypeVar
 import torch
 
 from ernie45.errors import ConfigError, RunError
+from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.train.checkpoint import Checkpoints, Progress
-from ernie45.train.examples import Batch, Batches, digest_of
+from ernie45.train.examples import Batch, Batches, digest_after, digest_of
 from ernie45.train.lock import locked
 from ernie45.train.optim import MovingAverage, Optimiser
 from ernie45.train.schedule import ScheduleConfig
@@ -29,7 +30,7 @@ class RunConfig:
     steps: int
     """Optimiser steps."""
     accumulate: int = 1
-    """Batches per step."""
+    """Batches per step, of all ranks together."""
     save_every: int = 500
     """Steps between checkpoints; one more is written at the end."""
     keep: int = 2
@@ -67,45 +68,73 @@ def train(
     average: MovingAverage | None = None,
     on_report: Callable[[StepReport], None] = lambda report: None,
     on_saved: Callable[[Progress], None] = lambda progress: None,
+    ranks: Ranks = ALONE,
 ) -> Progress:
     """Run to the end from the newest checkpoint in `folder`, or from the start. Returns where it stands.
 
-    on_report is called after each step, on_saved after each checkpoint. In one process a run that was killed and resumed gives the
-    losses of one that was not, bit for bit.
-    Raises RunError when another run works in the folder, the checkpoint does not fit, or losses stay not finite.
+    The batches of a step are shared out among the ranks; which batches a step has does not depend on how many ranks there are. on_report is
+    called after each step and on_saved after each checkpoint, on the first rank. In one process a run that was killed and resumed gives
+    the losses of one that was not, bit for bit.
+    Raises RunError when another run works in the folder, the checkpoint does not fit, or losses stay not finite, and ConfigError when there
+    are more ranks than batches in a step.
     """
-    with locked(folder):
-        (folder / PLAN).write_text(json.dumps(asdict(config)) + "\n", "utf-8")
+    if config.accumulate < ranks.world:
+        raise ConfigError(
+            f"{ranks.world} ranks share {config.accumulate} batches a step, so some would have none; set accumulate to {ranks.world} or a "
+            "multiple (it counts the batches of all ranks together)"
+        )
+    with ExitStack() as held:
+        ranks.once(lambda: held.enter_context(_folder(folder, config)))
         checkpoints = Checkpoints(folder / "checkpoints", fingerprint, config.keep)
         progress = checkpoints.load_last(model, learner.optimiser, average) or Progress()
+        write = held.enter_context(_log(folder / LOG, progress.step)) if ranks.is_first else _nowhere
         skipped = 0
-        with _log(folder / LOG, progress.step) as write:
-            while progress.step < config.steps:
-                batches = [data.batch(progress.consumed + n) for n in range(config.accumulate)]
-                report = learner(batches, progress.step, schedule.at(progress.step, config.steps))
-                progress = _after(progress, batches, report)
-                if average is not None and not report.skipped:
-                    average.update(learner.optimiser, report.tokens)
-                write(report)
+        while progress.step < config.steps:
+            batches = [data.batch(progress.consumed + n) for n in ranks.share(config.accumulate)]
+            report = learner(batches, progress.step, schedule.at(progress.step, config.steps))
+            progress = _after(progress, batches, config.accumulate, report, ranks)
+            if average is not None and not report.skipped:
+                average.update(learner.optimiser, report.tokens)
+            write(report)
+            if ranks.is_first:
                 on_report(report)
-                skipped = skipped + 1 if report.skipped else 0
-                if skipped == MAX_SKIPPED:
-                    raise RunError(
-                        f"the gradient was not finite in {MAX_SKIPPED} steps in a row, up to step {report.step}: the run has diverged; "
-                        f"lower the learning rate or look at the data; the last good weights are in {checkpoints.folder}"
-                    )
-                if not skipped and (progress.step % config.save_every == 0 or progress.step == config.steps):
-                    checkpoints.save(progress, model, learner.optimiser, average)
-                    on_saved(progress)
+            skipped = skipped + 1 if report.skipped else 0
+            if skipped == MAX_SKIPPED:
+                raise RunError(
+                    f"the gradient was not finite in {MAX_SKIPPED} steps in a row, up to step {report.step}: the run has diverged; "
+                    f"lower the learning rate or look at the data; the last good weights are in {checkpoints.folder}"
+                )
+            if not skipped and (progress.step % config.save_every == 0 or progress.step == config.steps):
+                now = progress
+
+                def save(now: Progress = now) -> None:
+                    checkpoints.save(now, model, learner.optimiser, average)
+                    on_saved(now)
+
+                ranks.once(save)
     return progress
 
 
-def _after(progress: Progress, batches: Sequence[Batch], report: StepReport) -> Progress:
-    digest = progress.digest
-    for batch in batches:
-        digest = digest_of(digest, batch)
+@contextmanager
+def _folder(folder: Path, config: RunConfig) -> Iterator[None]:
+    """The run's folder, locked, with its plan in it."""
+    with locked(folder):
+        (folder / PLAN).write_text(json.dumps(asdict(config)) + "\n", "utf-8")
+        yield
+
+
+def _nowhere(report: StepReport) -> None:
+    """The log of a rank that writes none."""
+
+
+def _after(progress: Progress, batches: Sequence[Batch], count: int, report: StepReport, ranks: Ranks) -> Progress:
+    """After a step of `count` batches, of which `batches` were this rank's."""
+    digests = ranks.in_order([digest_of(batch) for batch in batches], count)
     return Progress(
-        step=progress.step + 1, consumed=progress.consumed + len(batches), digest=digest, tokens=progress.tokens + report.tokens
+        step=progress.step + 1,
+        consumed=progress.consumed + count,
+        digest=digest_after(progress.digest, digests),
+        tokens=progress.tokens + report.tokens,
     )
 
 

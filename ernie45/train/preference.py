@@ -16,6 +16,7 @@ from torch import Tensor
 from ernie45.errors import DataError, ErnieError
 from ernie45.models.text import Decoder
 from ernie45.nn.attention import BranchedCausal
+from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.tokens.template import IGNORED, ChatTemplate
 from ernie45.train.batch import plan_packs
 from ernie45.train.cross_entropy import token_log_probs
@@ -176,21 +177,34 @@ class Reference:
 
 
 class PreferenceStep:
-    """One optimiser step over pairs: the loss is the mean over the pairs of the whole step, however it is cut into batches.
+    """One optimiser step over pairs: the loss is the mean over the pairs of the whole step, however it is cut into batches or shared out.
 
     (`kto-pair` compares with the mean drift of a batch, so for it the cut matters.)
     """
 
     def __init__(
-        self, decoder: Decoder, optimiser: Optimiser, config: PreferenceConfig, reference: Reference | None, *, recompute: bool = False
+        self,
+        decoder: Decoder,
+        optimiser: Optimiser,
+        config: PreferenceConfig,
+        reference: Reference | None,
+        *,
+        recompute: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         assert (reference is not None) or not config.needs_reference, f"the loss {config.loss} needs a reference"
-        self.decoder, self.optimiser, self.config, self.reference, self.recompute = decoder, optimiser, config, reference, recompute
+        self.decoder, self.optimiser, self.config, self.reference = decoder, optimiser, config, reference
+        self.recompute, self.ranks = recompute, ranks
 
     def __call__(self, batches: Sequence[PreferenceBatch], step: int, rate: float) -> StepReport:
-        """Learn from the batches of one step. A step whose gradient is not finite is skipped, and the report says so."""
+        """Learn from the batches of one step, or this rank's of them. A step whose gradient is not finite is skipped by all ranks."""
         start = time.perf_counter()
-        num_pairs = sum(len(batch.groups) for batch in batches)
+        own = (
+            sum(len(batch.groups) for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+            sum(int((batch.labels_T != IGNORED).sum()) for batch in batches),
+        )
+        num_pairs, tokens, learned = map(int, self.ranks.sums(own))
         loss, margins = 0.0, []
         for batch in batches:
             pairs = self.pairs(batch)
@@ -200,8 +214,10 @@ class PreferenceStep:
             total.backward()
             loss += total.item()
             margins.append(self.config.beta * pairs.delta.detach())
+        self.ranks.add_gradients(list(self.optimiser.parameters.values()))
         margin_P = torch.cat(margins)
-        norm = self.optimiser.gradient_norm()
+        loss, margin, preferred = self.ranks.sums((loss, margin_P.sum().item(), (margin_P > 0).sum().item()))
+        norm = self.ranks.from_first(self.optimiser.gradient_norm())
         skipped = not math.isfinite(norm)
         self.optimiser.drop_gradients() if skipped else self.optimiser.step(rate, norm)
         return StepReport(
@@ -209,12 +225,12 @@ class PreferenceStep:
             loss=loss,
             rate=rate,
             norm=norm,
-            tokens=sum(batch.num_tokens for batch in batches),
-            learned=sum(int((batch.labels_T != IGNORED).sum()) for batch in batches),
+            tokens=tokens,
+            learned=learned,
             seconds=time.perf_counter() - start,
             skipped=skipped,
-            margin=margin_P.mean().item(),
-            accuracy=(margin_P > 0).float().mean().item(),
+            margin=margin / num_pairs,
+            accuracy=preferred / num_pairs,
         )
 
     def pairs(self, batch: PreferenceBatch) -> Pairs:

@@ -1,7 +1,8 @@
-"""One optimiser step: micro-batches in, a report out. The same text serves one process and, wrapped, several.
+"""One optimiser step: micro-batches in, a report out. The same text serves one process and several, each with its own micro-batches.
 
 The loss is the mean over the learned labels of the *whole* step: a micro-batch with few labels weighs little, and how the step is cut into
-micro-batches changes nothing. Router losses are means over the micro-batches; they add gradient and never change the reported loss.
+micro-batches, or shared out among ranks, changes nothing. Router losses are means over the micro-batches; they add gradient and never
+change the reported loss.
 Letters: T tokens, D width.
 """
 
@@ -9,7 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ernie45.errors import ConfigError
 from ernie45.models.text import Decoder
 from ernie45.nn.attention import Attend, PackedCausal
 from ernie45.nn.rope import turns
+from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.train.batch import TrainBatch
 from ernie45.train.cross_entropy import summed_cross_entropy
 from ernie45.train.noise import EmbeddingNoise
@@ -75,31 +77,48 @@ class StepReport:
         return data | {"tokens_per_second": round(self.tokens / max(self.seconds, 1e-9), 1)}
 
 
+class _Counts(NamedTuple):
+    """Of a whole step: learned labels, those of the multi-token predictor, tokens, micro-batches."""
+
+    learned: int
+    mtp_learned: int
+    tokens: int
+    batches: int
+
+
 class Step:
     """How one model learns from one batch after the other."""
 
     def __init__(
-        self, decoder: Decoder, optimiser: Optimiser, losses: LossConfig, *, recompute: bool = False, noise: EmbeddingNoise | None = None
+        self,
+        decoder: Decoder,
+        optimiser: Optimiser,
+        losses: LossConfig,
+        *,
+        recompute: bool = False,
+        noise: EmbeddingNoise | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.decoder, self.optimiser, self.losses, self.recompute, self.noise = decoder, optimiser, losses, recompute, noise
+        self.ranks = ranks
         self.watch = RouterWatch(decoder, want_logits=losses.balance > 0 or losses.z > 0)
 
     def __call__(self, batches: Sequence[TrainBatch], step: int, rate: float) -> StepReport:
-        """Learn from micro-batches that together are one step. A step whose gradient is not finite is skipped, and the report says so."""
+        """Learn from micro-batches that together are one step, or this rank's of them.
+
+        A step whose gradient is not finite is skipped, by all ranks, and the report says so.
+        """
         start = time.perf_counter()
-        learned = sum(batch.learned for batch in batches)
-        if not learned:
+        counts = self._counts(batches)
+        if not counts.learned:
             raise ConfigError("a step has no learned label in any of its documents; check which parts of the data are learned")
         sums = dict.fromkeys(("loss", "mtp", "balance", "z"), 0.0)
-        mtp_learned = sum(batch.after_next().learned for batch in batches) if self._has_mtp else 0
-        for n, batch in enumerate(batches):
-            x_TD = self.decoder.embed(batch.tokens_T)
-            if self.noise is not None:
-                x_TD = self.noise(x_TD, batch.doc_ends, step, n)
-            self._learn(batch, x_TD, learned, mtp_learned, len(batches), sums)
+        for number, batch in zip(self.ranks.share(counts.batches), batches, strict=True):
+            self._learn(batch, (step, number), counts, sums)
+        self.ranks.add_gradients(list(self.optimiser.parameters.values()))
         orthogonal = self._learn_orthogonal()
-        load = self.watch.take_load()
-        norm = self.optimiser.gradient_norm()
+        sums, load = self._together(sums)
+        norm = self.ranks.from_first(self.optimiser.gradient_norm())
         skipped = not math.isfinite(norm)
         if skipped:
             self.optimiser.drop_gradients()
@@ -111,36 +130,53 @@ class Step:
             loss=sums["loss"],
             rate=rate,
             norm=norm,
-            tokens=sum(batch.num_tokens for batch in batches),
-            learned=learned,
+            tokens=counts.tokens,
+            learned=counts.learned,
             seconds=time.perf_counter() - start,
             skipped=skipped,
-            mtp_loss=sums["mtp"] if mtp_learned else None,
+            mtp_loss=sums["mtp"] if counts.mtp_learned else None,
             balance_loss=sums["balance"] if self.losses.balance else None,
             z_loss=sums["z"] if self.losses.z else None,
             orthogonal_loss=orthogonal,
-            load=tuple(tuple(round(share, 3) for share in (counts / counts.double().mean()).tolist()) for counts in load) if load else None,
+            load=_shares(load),
         )
+
+    def _counts(self, batches: Sequence[TrainBatch]) -> "_Counts":
+        """What the step has, of all ranks: every rank's loss is divided by these, so that the gradients only need to be added."""
+        mtp_learned = sum(batch.after_next().learned for batch in batches) if self._has_mtp else 0
+        own = (sum(batch.learned for batch in batches), mtp_learned, sum(batch.num_tokens for batch in batches), len(batches))
+        return _Counts(*map(int, self.ranks.sums(own)))
+
+    def _together(self, sums: dict[str, float]) -> tuple[dict[str, float], list[Tensor]]:
+        """The losses of all ranks, and every expert's choices in all of them, int64 [E] a layer."""
+        load = self.watch.take_load()
+        sizes = [len(counts_E) for counts_E in load]
+        values = self.ranks.sums([*sums.values(), *(count for counts_E in load for count in counts_E.tolist())])
+        losses = dict(zip(sums, values, strict=False))
+        return losses, list(torch.tensor(values[len(sums) :], dtype=torch.int64).split(sizes)) if sizes else []
 
     @property
     def _has_mtp(self) -> bool:
         return self.decoder.mtp is not None and self.losses.mtp > 0
 
-    def _learn(self, batch: TrainBatch, x_TD: Tensor, learned: int, mtp_learned: int, num_batches: int, sums: dict[str, float]) -> None:
-        """Forward and backward of one micro-batch; adds what it contributes to `sums`."""
+    def _learn(self, batch: TrainBatch, place: tuple[int, int], counts: "_Counts", sums: dict[str, float]) -> None:
+        """Forward and backward of micro-batch (step, number in it); adds what it contributes to `sums`."""
         attend = PackedCausal(list(batch.doc_ends))
+        x_TD = self.decoder.embed(batch.tokens_T)
+        if self.noise is not None:
+            x_TD = self.noise(x_TD, batch.doc_ends, *place)
         with self.watch.recording() as passes:
             h_TD = trunk(self.decoder, x_TD, batch.positions_T, attend, recompute=self.recompute)
-        main = self._summed(h_TD, batch.labels_T, 1.0 / learned)
+        main = self._summed(h_TD, batch.labels_T, 1.0 / counts.learned)
         total = main
         sums["loss"] += main.item()
-        if mtp_learned:
+        if counts.mtp_learned:
             ahead = batch.after_next()
             m_TD = self.decoder.predict_after_next(ahead.next_tokens_T, h_TD, ahead.positions_T, attend)
-            mtp = self._summed(m_TD, ahead.labels_T, 1.0 / mtp_learned)
+            mtp = self._summed(m_TD, ahead.labels_T, 1.0 / counts.mtp_learned)
             total = total + self.losses.mtp * mtp
             sums["mtp"] += mtp.item()
-        (total + self._router_losses(passes, num_batches, sums)).backward()
+        (total + self._router_losses(passes, counts.batches, sums)).backward()
 
     def _summed(self, h_TD: Tensor, labels_T: Tensor, each: float) -> Tensor:
         decoder = self.decoder
@@ -172,6 +208,13 @@ class Step:
         if self.losses.bias_rate:
             for router, counts_E in zip(self.watch.routers, load, strict=True):
                 router.selection_bias.copy_(moved_bias(router.selection_bias, counts_E, self.losses.bias_rate))
+
+
+def _shares(load: list[Tensor]) -> tuple[tuple[float, ...], ...] | None:
+    """Each expert's choices over an even share, layer by layer; None without experts."""
+    if not load:
+        return None
+    return tuple(tuple(round(share, 3) for share in (counts_E / counts_E.double().mean()).tolist()) for counts_E in load)
 
 
 def trunk(decoder: Decoder, x_TD: Tensor, positions_T: Tensor, attend: Attend, *, recompute: bool) -> Tensor:

@@ -109,15 +109,3 @@ class Stream:
             torch.cat([torch.arange(len(tokens)) for tokens, _ in pieces]),
             tuple(np.cumsum([len(tokens) for tokens, _ in pieces]).tolist()),
         )
-
-
-class RankBatches:
-    """One rank's part of a sequence: of every `world` batches in a row it takes its own. All ranks together read the sequence once."""
-
-    def __init__(self, data: Stream, rank: int, world: int) -> None:
-        assert 0 <= rank < world, "a rank is one of the world's"
-        self.data, self.rank, self.world = data, rank, world
-
-    def batch(self, index: int) -> TrainBatch:
-        """This rank's batch number `index`."""
-        return self.data.batch(index * self.world + self.rank)

@@ -14,7 +14,7 @@ import torch
 from ernie45.errors import ConfigError, RunError
 from ernie45.train.batch import Example
 from ernie45.train.checkpoint import Checkpoints, fingerprint
-from ernie45.train.examples import NO_HISTORY, PackedExamples, digest_of, permutation
+from ernie45.train.examples import NO_HISTORY, PackedExamples, digest_after, digest_of, permutation
 from ernie45.train.lock import locked
 from ernie45.train.loop import LOG, RunConfig, train
 from ernie45.train.optim import MovingAverage, Optimiser, OptimiserConfig
@@ -193,9 +193,10 @@ def test_a_permutation_depends_on_its_key_alone():
 
 def test_the_digest_tells_histories_apart():
     first, second = DATA.batch(0), DATA.batch(1)
-    assert digest_of(digest_of(NO_HISTORY, first), second) != digest_of(digest_of(NO_HISTORY, second), first)
-    relabelled = replace(first, labels_T=first.labels_T + 1)
-    assert digest_of(NO_HISTORY, first) != digest_of(NO_HISTORY, relabelled)
+    one, two = digest_of(first), digest_of(second)
+    assert digest_after(NO_HISTORY, [one, two]) == digest_after(digest_after(NO_HISTORY, [one]), [two])
+    assert digest_after(NO_HISTORY, [one, two]) != digest_after(NO_HISTORY, [two, one])
+    assert digest_of(first) != digest_of(replace(first, labels_T=first.labels_T + 1))
 
 
 def test_a_fingerprint_does_not_depend_on_order():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ernie45.errors import ConfigError, DataError
 from ernie45.tokens.template import IGNORED
 from ernie45.train.shards import open_corpus, write_corpus
-from ernie45.train.stream import Mixture, RankBatches, Source, Stream
+from ernie45.train.stream import Mixture, Source, Stream
 
 
 def corpus(folder, name, lengths, first=0):
@@ -104,14 +104,6 @@ def test_rows_can_be_asked_for_in_any_order(tmp_path):
     forward = [one.batch(n).tokens_T for n in range(20)]
     backward = [other.batch(n).tokens_T for n in reversed(range(20))][::-1]
     assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 6])
-def test_ranks_read_the_one_sequence_together(tmp_path, world):
-    stream = Stream([corpus(tmp_path, "a", [5, 6, 7, 20])], 4, seed=1)
-    ranks = [RankBatches(stream, rank, world) for rank in range(world)]
-    together = [ranks[n % world].batch(n // world).tokens_T for n in range(12)]
-    assert all(torch.equal(together[n], stream.batch(n).tokens_T) for n in range(12))
 
 
 @pytest.mark.parametrize("weights", [[], [0.0], [1.0, float("nan")], [-1.0]])
