@@ -11,6 +11,7 @@ from ernie45.tokens.template import IGNORED
 from ernie45.train.batch import pack
 from ernie45.train.examples import PackedExamples
 from ernie45.train.loop import RunConfig, train
+from ernie45.train.noise import EmbeddingNoise
 from ernie45.train.optim import MovingAverage, Optimiser, OptimiserConfig
 from ernie45.train.preference import PairExample, PreferenceStep, pack_pairs
 from ernie45.train.preference_losses import PreferenceConfig
@@ -52,7 +53,7 @@ def language(ranks):
     """Report, gradients and moved biases of one step."""
     decoder = moe()
     optimiser = Keep(decoder, OptimiserConfig(), 16)
-    step = Step(decoder, optimiser, LOSSES, ranks=ranks)
+    step = Step(decoder, optimiser, LOSSES, noise=EmbeddingNoise(1.0, seed=7), ranks=ranks)
     batches = [pack(make_examples(lengths, seed)) for seed, lengths in enumerate(MICRO)]
     report = step([batches[n] for n in ranks.share(len(batches))], 0, 1e-3)
     step.watch.close()
