@@ -47,6 +47,11 @@ class PagePool:
         """How many pages `allocate` can still give."""
         return len(self._blank) + len(self._kept)
 
+    @property
+    def kept(self) -> int:
+        """How many of the free pages are known, and found again by who begins alike."""
+        return len(self._kept)
+
     def holders(self, page: int) -> int:
         """How many sequences hold a page; 0 when it is free."""
         return self._holders[page]

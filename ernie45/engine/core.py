@@ -18,7 +18,7 @@ from ernie45.engine.experts_load import ExpertsLoad
 from ernie45.engine.eyes import Eyes
 from ernie45.engine.grammar import Grammars
 from ernie45.engine.memory import CACHE_SHARE, EnginePlan, plan_memory
-from ernie45.engine.output import Output
+from ernie45.engine.output import BankLoad, Output
 from ernie45.engine.packed_cache import KV_BITS, PackedCache, packed_bytes_per_token
 from ernie45.engine.request import FinishReason, Request
 from ernie45.engine.runner import Runner, StepResult, merged
@@ -177,7 +177,7 @@ class Engine:
         load = self._scheduler.load
         return replace(load, waiting=load.waiting + self._eyes.waiting) if self._eyes is not None else load
 
-    def experts_load(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    def experts_load(self) -> tuple[BankLoad, ...]:
         """As `ExpertsLoad.read`; empty for a model without experts."""
         return self._experts.read()
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ernie45.engine.output import BankLoad
 from ernie45.nn.moe import Router
 from ernie45.ops import Routing
 
@@ -13,16 +14,16 @@ class ExpertsLoad:
     """Counts of a network's routers, from the moment this is made. A model without experts has none, and pays nothing."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._counts: dict[int, Tensor] = {}
+        self._counts: dict[tuple[int, bool], Tensor] = {}  # by layer, and whether pictures go there
         for name, module in network.named_modules():
             if isinstance(module, Router) and name.startswith("layers."):
                 counts_E = torch.zeros(module.weight.shape[0], dtype=torch.int64)
-                self._counts[int(name.split(".")[1])] = counts_E
+                self._counts[int(name.split(".")[1]), ".vision." in name] = counts_E
                 module.register_forward_hook(_counter(counts_E))
 
-    def read(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """Number of each layer with experts and, for each of its experts, how many tokens chose it."""
-        return tuple((layer, tuple(counts_E.tolist())) for layer, counts_E in self._counts.items())
+    def read(self) -> tuple[BankLoad, ...]:
+        """Of each layer with experts, and each of its banks, how many tokens chose which."""
+        return tuple(BankLoad(layer, tuple(counts_E.tolist()), vision) for (layer, vision), counts_E in self._counts.items())
 
 
 def _counter(counts_E: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Routing], None]:

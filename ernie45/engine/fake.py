@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ernie45.engine.grammar import Grammars, Matcher
-from ernie45.engine.output import Output, TokenLogprobs
+from ernie45.engine.output import BankLoad, Output, TokenLogprobs
 from ernie45.engine.request import FinishReason, Request
 from ernie45.engine.scheduler import Load, Scheduler, SchedulerConfig
 from ernie45.errors import RequestError
@@ -163,7 +163,7 @@ class FakeEngine:
         norm = sum(value * value for value in values) ** 0.5
         return [value / norm for value in values]
 
-    def experts_load(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    def experts_load(self) -> tuple[BankLoad, ...]:
         """As `Engine.experts_load`: it has none."""
         return ()
 

@@ -15,6 +15,15 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class BankLoad:
+    """How often each expert of one layer was chosen since the start; `vision`: of those that pictures go to."""
+
+    layer: int
+    counts: tuple[int, ...]
+    vision: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """What one step brought to one request.
 

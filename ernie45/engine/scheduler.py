@@ -114,15 +114,17 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the scheduler is, for reports."""
+    """How busy the scheduler is, for reports. kept_pages: free ones that are known; read_tokens: prompt tokens computed so far."""
 
     running: int
     waiting: int
     free_pages: int
+    kept_pages: int
     num_pages: int
     preemptions: int
     prompt_tokens: int
     cached_tokens: int
+    read_tokens: int
 
 
 @dataclass(slots=True, eq=False)
@@ -158,6 +160,7 @@ class Scheduler:
         self._preemptions = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
+        self._read_tokens = 0
 
     @property
     def idle(self) -> bool:
@@ -169,10 +172,12 @@ class Scheduler:
             running=len(self._running),
             waiting=len(self._waiting),
             free_pages=self.pool.free,
+            kept_pages=self.pool.kept,
             num_pages=self.pool.num_pages,
             preemptions=self._preemptions,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
+            read_tokens=self._read_tokens,
         )
 
     def check_fits(self, request: Request) -> int:
@@ -260,6 +265,7 @@ class Scheduler:
                 self._preempt(sequence, spoiled=True)
                 continue
             sequence.computed += len(row.tokens)
+            self._read_tokens += max(0, min(sequence.computed, len(sequence.request.prompt)) - row.start)
             if row.request_id in failed:
                 progress.append(self._progress(sequence, (), failed[row.request_id]))
                 self._end(sequence, spoiled=True)

@@ -14,7 +14,7 @@ except ImportError as error:
     raise MissingExtra("msgspec", "serve") from error
 
 from ernie45.engine.memory import EnginePlan
-from ernie45.engine.output import Output
+from ernie45.engine.output import BankLoad, Output
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load, SchedulerConfig
 from ernie45.tokens.pictures import PixelRules
@@ -147,9 +147,9 @@ class Embedded(msgspec.Struct, frozen=True, tag="embedded"):
 
 
 class Chosen(msgspec.Struct, frozen=True, tag="chosen"):
-    """How often each expert was chosen since the start: number and counts of each layer with experts."""
+    """How often each expert was chosen since the start."""
 
-    layers: tuple[tuple[int, tuple[int, ...]], ...]
+    layers: tuple[BankLoad, ...]
 
 
 ToEngine = Grant | Submit | Cancel | Embed

@@ -1,6 +1,5 @@
 """Routes about the server itself: alive, ready, busy."""
 
-from collections import deque
 from typing import Any
 
 from fastapi import FastAPI
@@ -9,8 +8,6 @@ from fastapi.responses import JSONResponse, Response
 from ernie45.server.metrics import CONTENT_TYPE
 from ernie45.server.model import ServedModel
 from ernie45.server.service import Service
-
-_PACE_SECONDS = 10.0  # over which tokens per second are reckoned
 
 
 def add_health(app: FastAPI, service: Service) -> None:
@@ -42,41 +39,19 @@ def add_health(app: FastAPI, service: Service) -> None:
         """The version of the program."""
         return JSONResponse({"version": service.version})
 
-    pace = _Pace()
-
     @app.get("/status.json", tags=["server"])
     async def status() -> JSONResponse:
         """How busy each model is, for people and pages."""
         models = [_status(model) for model in service.models]
         body = {"version": service.version, "draining": service.draining, "uptime_seconds": service.now() - service.began}
-        return JSONResponse(body | _whole(service, pace) | {"models": models})
+        return JSONResponse(body | _whole(service) | {"models": models})
 
 
-class _Pace:
-    """Tokens per second between two looks at a counter that are a while apart."""
-
-    def __init__(self) -> None:
-        self._looks: deque[tuple[float, int, int]] = deque(maxlen=64)
-
-    def rates(self, now: float, read: int, written: int) -> dict[str, float]:
-        """Rates since the oldest look of the last seconds."""
-        while len(self._looks) > 1 and now - self._looks[0][0] > _PACE_SECONDS:
-            self._looks.popleft()
-        then, read_then, written_then = self._looks[0] if self._looks else (now, read, written)
-        if not self._looks or now - self._looks[-1][0] > _PACE_SECONDS / 8:
-            self._looks.append((now, read, written))
-        seconds = max(now - then, 1e-9)
-        return {
-            "prompt_tokens_per_second": max(0, read - read_then) / seconds if now > then else 0.0,
-            "generated_tokens_per_second": max(0, written - written_then) / seconds if now > then else 0.0,
-        }
-
-
-def _whole(service: Service, pace: _Pace) -> dict[str, Any]:
+def _whole(service: Service) -> dict[str, Any]:
     """All models together, as the page of the server's state reads it; the experts are those of the first model that has any."""
     loads = [model.load for model in service.models if model.load is not None]
     infos = [model.info for model in service.models if model.info is not None]
-    read = sum(load.prompt_tokens - load.cached_tokens for load in loads)
+    now, recent = service.now(), service.metrics.recent
     written = sum(model.written for model in service.models)
     prompts = sum(load.prompt_tokens for load in loads)
     pages = sum(load.num_pages for load in loads)
@@ -87,8 +62,11 @@ def _whole(service: Service, pace: _Pace) -> dict[str, Any]:
             "max_running": sum(info.limits.max_running for info in infos),
             "max_waiting": service.settings.limits.queue,
         },
-        "throughput": pace.rates(service.now(), read, written),
-        "totals": {
+        "throughput": recent.rates(now),
+        "history": recent.history(now),
+        "latency": recent.latency(now),
+        "totals": recent.totals
+        | {
             "prompt_tokens": prompts,
             "generated_tokens": written,
             "preemptions": sum(load.preemptions for load in loads),
@@ -96,13 +74,16 @@ def _whole(service: Service, pace: _Pace) -> dict[str, Any]:
         "cache": {
             "pages_total": pages,
             "pages_used": pages - sum(load.free_pages for load in loads),
+            "pages_reusable": sum(load.kept_pages for load in loads),
             "page_size": infos[0].limits.page_size if infos else None,
             "prefix_hit_rate": sum(load.cached_tokens for load in loads) / prompts if prompts else None,
         },
     }
     experts = next((model.experts for model in service.models if model.experts), ())
     if experts:
-        whole["experts"] = {"layers": [{"layer": layer, "load": list(counts)} for layer, counts in experts]}
+        whole["experts"] = {
+            "layers": [{"layer": bank.layer, "load": list(bank.counts)} | ({"bank": "vision"} if bank.vision else {}) for bank in experts]
+        }
     return whole
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from ernie45.engine.wire import Stepped
+from ernie45.engine.request import FinishReason
+from ernie45.server.recent import Recent
 from ernie45.server.ticket import Ticket
 
 if TYPE_CHECKING:
-    from ernie45.server.model import ServedModel
+    from ernie45.server.model import ServedModel, Step
 
 _FIRST = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _EACH = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
@@ -22,10 +23,11 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """One registry for one server; told what happens by the models and the door."""
+    """One registry for one server; told what happens by the models and the door. recent: the last minutes, for the page of the state."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.recent = Recent()
         label = ["model_name"]
         made = {"registry": self.registry}
         self._http = Counter("ernie_http_requests", "HTTP requests by route and status.", ["route", "status"], **made)
@@ -44,6 +46,9 @@ class Metrics:
         self._each = Histogram(
             "vllm:request_time_per_output_token_seconds", "Seconds per token after the first, by answer.", label, buckets=_EACH, **made
         )
+        self._gaps = Histogram(
+            "vllm:inter_token_latency_seconds", "Seconds between a token of an answer and the one before.", label, buckets=_EACH, **made
+        )
         self._whole = Histogram("vllm:e2e_request_latency_seconds", "Seconds from asking to the end.", label, buckets=_WHOLE, **made)
         self._prompt_sizes = Histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", label, buckets=_SIZES, **made)
         self._sizes = Histogram("vllm:request_generation_tokens", "Tokens of an answer.", label, buckets=_SIZES, **made)
@@ -56,8 +61,12 @@ class Metrics:
         """An HTTP request has been answered."""
         self._http.labels(route, str(status)).inc()
 
-    def stepped(self, model: str, message: Stepped) -> None:
+    def stepped(self, model: str, step: "Step") -> None:
         """The engine made a step."""
+        message = step.message
+        self.recent.stepped(step.written, step.read, step.gaps, step.now)
+        for gap in step.gaps:
+            self._gaps.labels(model).observe(gap)
         if message.seconds:
             self._steps.labels(model).inc()
             self._step_time.labels(model).inc(message.seconds)
@@ -71,23 +80,34 @@ class Metrics:
             self._failures.labels(model, ticket.failure.code or "error").inc()
         else:
             self._finished.labels(model, str(answer.finish)).inc()
-        if ticket.began is None or ticket.ended is None:
+        times = _times(ticket)
+        end = "errors" if ticket.failure is not None else "" if answer.finish in (FinishReason.stop, FinishReason.length) else "cancelled"
+        self.recent.finished(end, times, ticket.ended or ticket.came)
+        if not times:
             return
         self._prompt.labels(model).inc(answer.prompt_tokens)
         self._cached.labels(model).inc(answer.cached_tokens)
         self._generated.labels(model).inc(tokens)
-        self._queue.labels(model).observe(ticket.began - ticket.came)
         self._prompt_sizes.labels(model).observe(answer.prompt_tokens)
         self._sizes.labels(model).observe(tokens)
-        self._whole.labels(model).observe(ticket.ended - ticket.came)
-        if ticket.first is not None:
-            self._first.labels(model).observe(ticket.first - ticket.came)
-            if tokens > 1:
-                self._each.labels(model).observe((ticket.ended - ticket.first) / (tokens - 1))
+        for name, seconds in times.items():
+            {"queue": self._queue, "e2e": self._whole, "ttft": self._first, "tpot": self._each}[name].labels(model).observe(seconds)
 
     def text(self) -> bytes:
         """The page."""
         return generate_latest(self.registry)
+
+
+def _times(ticket: Ticket) -> dict[str, float]:
+    """How long an answer that is over took, in seconds, as `Recent` calls it; empty when it never ran."""
+    if ticket.began is None or ticket.ended is None:
+        return {}
+    times = {"queue": ticket.began - ticket.came, "e2e": ticket.ended - ticket.came}
+    if ticket.first is not None:
+        times["ttft"] = ticket.first - ticket.came
+        if (tokens := len(ticket.answer.ids)) > 1:
+            times["tpot"] = (ticket.ended - ticket.first) / (tokens - 1)
+    return times
 
 
 class _Gauges:

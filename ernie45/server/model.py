@@ -18,6 +18,7 @@ from ernie45.config import read_table
 from ernie45.engine.fake import fake_template, fake_tokenizer
 from ernie45.engine.grammar import Grammars
 from ernie45.engine.memory import EnginePlan
+from ernie45.engine.output import BankLoad
 from ernie45.engine.process import EngineDied
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load
@@ -73,10 +74,25 @@ class TextSide:
     seeing: Seeing | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step of the engine came to, at `now` seconds of the loop's clock.
+
+    written   tokens of answers;  read: tokens of prompts that were computed
+    gaps      for each answer that grew and had begun before: seconds since it last grew
+    """
+
+    message: Stepped
+    now: float
+    written: int
+    read: int
+    gaps: tuple[float, ...]
+
+
 class Observer(Protocol):
     """Who is told what happens; the metrics."""
 
-    def stepped(self, model: str, message: Stepped) -> None: ...
+    def stepped(self, model: str, step: "Step") -> None: ...
     def finished(self, model: str, ticket: Ticket) -> None: ...
 
 
@@ -118,7 +134,7 @@ class ServedModel:
         self.info: EngineInfo | None = None
         self.text: TextSide | None = None
         self.load: Load | None = None
-        self.experts: tuple[tuple[int, tuple[int, ...]], ...] = ()  # layers with experts: how often each was chosen
+        self.experts: tuple[BankLoad, ...] = ()  # how often each expert was chosen
         self.written = 0  # tokens of answers since the start
         self.used = asyncio.get_running_loop().time()
         self._opener = opener
@@ -350,9 +366,12 @@ class ServedModel:
                 self._end(ticket, failure)
 
     def _on_step(self, message: Stepped) -> None:
+        read = message.load.read_tokens - (self.load.read_tokens if self.load is not None else 0)
         self.load = message.load
         self._deaths = 0 if message.outputs else self._deaths
         now = asyncio.get_running_loop().time()
+        gaps: list[float] = []
+        before = self.written
         for output in message.outputs:
             self.written += len(output.tokens)
             ticket = self._running.get(output.request_id)
@@ -360,9 +379,11 @@ class ServedModel:
                 continue
             assert self._engine is not None
             ticket.feed(output, now, self._engine.submit, lambda ticket=ticket: self._stop(ticket))
+            if output.tokens and ticket.gap is not None:
+                gaps.append(ticket.gap)
             if ticket.state is State.over:
                 self._end(ticket)
-        self._observer.stepped(self.name, message)
+        self._observer.stepped(self.name, Step(message, now, self.written - before, max(0, read), tuple(gaps)))
         self._fill()
 
     def _stop(self, ticket: Ticket) -> None:

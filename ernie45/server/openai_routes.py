@@ -66,6 +66,8 @@ def _card(model: ServedModel, name: str, parent: str | None = None) -> dict[str,
     card["max_model_len"] = model.info.limits.max_length if model.info else None
     if parent is not None:
         card["parent"] = parent
+    if model.text is not None:
+        card["defaults"] = dict(model.text.sampling)
     template = model.text.template if model.text else None
     if (
         model.text is not None and template is not None and template.family is not None

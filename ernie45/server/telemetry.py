@@ -7,9 +7,8 @@ never prompts or answers.
 import time
 from typing import Any
 
-from ernie45.engine.wire import Stepped
 from ernie45.errors import MissingExtra
-from ernie45.server.model import Observer
+from ernie45.server.model import Observer, Step
 from ernie45.server.ticket import Ticket
 
 SERVICE = "ernie45"
@@ -32,9 +31,9 @@ class Telemetry:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer(SERVICE)
 
-    def stepped(self, model: str, message: Stepped) -> None:
+    def stepped(self, model: str, step: Step) -> None:
         """The engine made a step."""
-        self._inner.stepped(model, message)
+        self._inner.stepped(model, step)
 
     def finished(self, model: str, ticket: Ticket) -> None:
         """An answer is over."""

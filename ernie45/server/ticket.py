@@ -60,6 +60,7 @@ class Ticket:
 
     failure   why it ended without an answer
     came, began, first, ended   seconds of the loop's clock: put in line, handed to the engine, first token, over
+    gap       seconds between its last two outputs with tokens
     timer     ends it when it waits or runs too long;  counted: the metrics know it
     """
 
@@ -71,6 +72,8 @@ class Ticket:
         self.began: float | None = None
         self.first: float | None = None
         self.ended: float | None = None
+        self.gap: float | None = None
+        self._fed: float | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.counted = False
         self._news = asyncio.Event()
@@ -90,8 +93,10 @@ class Ticket:
     def feed(self, output: Output, now: float, resubmit: Callable[[Request], None], stop: Callable[[], None]) -> None:
         """An output of the engine. resubmit: the answer goes on with this request; stop: the engine need not go on."""
         answer = self.job.answer
-        if self.first is None and output.tokens:
-            self.first = now
+        if output.tokens:
+            self.first = now if self.first is None else self.first
+            self.gap = None if self._fed is None else now - self._fed
+            self._fed = now
         answer.take(output, now)
         if answer.over_budget:
             stop()

@@ -13,7 +13,7 @@ def test_counts_are_those_of_the_routers(tmp_path):
     answer = serve(engine, [ask(1, prompt)])["1"][0]
     seen = [[], []]
     hooks = [decoder.layers[i].ffn.router.register_forward_hook(lambda m, a, r, i=i: seen[i - 1].append(r.experts)) for i in (1, 2)]
-    counted = dict(engine.experts_load())
+    counted = {bank.layer: bank.counts for bank in engine.experts_load()}
     decoder.prompt_logits([*prompt, *answer][:-1])  # the last token is sampled and never computed
     for hook in hooks:
         hook.remove()
@@ -28,7 +28,7 @@ def test_rows_with_adapters_are_counted_too(tmp_path):
     write(tmp_path / "voice", random_factors(EXPERTS, 1))
     engine = engine_of(build(EXPERTS), tmp_path)
     answer = serve(engine, [ask(1, range(3, 20), "voice")])["1"][0]
-    assert [sum(counts) for _, counts in engine.experts_load()] == [2 * (17 + len(answer) - 1)] * 2
+    assert [sum(bank.counts) for bank in engine.experts_load()] == [2 * (17 + len(answer) - 1)] * 2
 
 
 def test_a_dense_model_has_none(tmp_path):

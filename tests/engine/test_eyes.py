@@ -290,3 +290,11 @@ def test_requests_with_pictures_cross_a_process_border():
     (message,) = Unpacker(ToEngine).feed(pack(Submit(request)))
     assert message.request == request
     assert [p.picture.digest for p in message.request.pictures] == [p.picture.digest for p in request.pictures]
+
+
+def test_the_experts_of_pictures_are_counted_apart():
+    engine = engine_of(sighted_decoder())
+    answer = answers(engine, asked("1", 3, 4, noise(2, 3), 5))["1"]
+    text, vision = ([sum(bank.counts) for bank in engine.experts_load() if bank.vision is sees] for sees in (False, True))
+    assert vision == [2 * 8] * 3, "six tokens of the picture and the two marks around them, each to two experts"
+    assert text == [2 * (3 + len(answer) - 1)] * 3, "the last token is sampled and never computed"

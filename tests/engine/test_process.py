@@ -23,7 +23,7 @@ from tests.engine.peft_adapters import merged, random_factors, write
 from tests.engine.test_engine import DENSE, build
 from tests.engine.tiny_folder import save_tiny
 
-LOAD = Load(running=1, waiting=0, free_pages=3, num_pages=4, preemptions=0, prompt_tokens=5, cached_tokens=0)
+LOAD = Load(running=1, waiting=0, free_pages=3, kept_pages=1, num_pages=4, preemptions=0, prompt_tokens=5, cached_tokens=0, read_tokens=5)
 REQUEST = Request(
     id="a", prompt=(5, 6), params=SamplingParams(logit_bias={7: -1.5}, bad_words=((1, 2),), stop=("x",), seed=-3), eos_ids=(2,), grammar="g"
 )

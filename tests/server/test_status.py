@@ -1,5 +1,6 @@
 """What /status.json says of all models together, in the words that the page reads."""
 
+from ernie45.engine.output import BankLoad
 from ernie45.engine.wire import Chosen
 
 
@@ -15,16 +16,54 @@ def test_the_whole_and_the_experts(serve, until):
     assert body["models"][0]["id"] == "one"
     assert body["uptime_seconds"] >= 0
     assert "experts" not in body
-    running.loop.call_soon_threadsafe(running.engine.tell, Chosen(((1, (3, 0, 1)), (2, (2, 2, 0)))))
+    running.loop.call_soon_threadsafe(running.engine.tell, Chosen((BankLoad(1, (3, 0, 1)), BankLoad(1, (2, 2, 0), True))))
     until(lambda: running.service.models[0].experts)
     experts = running.client().get("/status.json").json()["experts"]
-    assert experts == {"layers": [{"layer": 1, "load": [3, 0, 1]}, {"layer": 2, "load": [2, 2, 0]}]}
+    assert experts == {"layers": [{"layer": 1, "load": [3, 0, 1]}, {"layer": 1, "load": [2, 2, 0], "bank": "vision"}]}
 
 
-def test_throughput_is_over_the_last_seconds(serve, until):
+def test_the_last_minutes_are_told(serve, until):
     running = serve()
-    running.client().get("/status.json")
-    running.chat("«hello, you who read this»")
-    pace = running.client().get("/status.json").json()["throughput"]
-    assert pace["generated_tokens_per_second"] > 0
-    assert pace["prompt_tokens_per_second"] > 0
+    before = running.client().get("/status.json").json()
+    assert before["latency"] == {"window_seconds": 300}
+    text = "«hello, you who read this»"
+    for _ in range(3):
+        tokens = running.chat(text).json()["usage"]
+    running.chat("«x»", max_tokens=1)
+    assert running.chat("«x»", temperature=0, bad_words_token_ids=[[9999]]).status_code == 400  # never ran: in no count
+    body = running.client().get("/status.json").json()
+    written, read = 3 * tokens["completion_tokens"] + 1, body["totals"]["prompt_tokens"] - running.engine.fake.load.cached_tokens
+    latency, pace = body["latency"], body["throughput"]
+    assert {name: latency[name]["count"] for name in ("ttft", "e2e", "queue", "tpot", "itl")} == {
+        "ttft": 4,
+        "e2e": 4,
+        "queue": 4,
+        "tpot": 3,
+        "itl": written - 4,
+    }
+    for times in (latency["ttft"], latency["itl"]):
+        assert 0 < times["p50"] <= times["p90"] <= times["p99"] < 60
+    assert latency["ttft"]["p50"] <= latency["e2e"]["p50"] * 1.04
+    assert body["totals"]["requests"] == 4
+    assert pace["generated_tokens_per_second"] * 8 <= written <= pace["generated_tokens_per_second"] * 10
+    assert pace["prompt_tokens_per_second"] * 8 <= read <= pace["prompt_tokens_per_second"] * 10
+
+    def history():
+        return running.client().get("/status.json").json()["history"]
+
+    until(lambda: sum(history()["generated_tokens_per_second"]) * 2 == written)
+    assert sum(history()["prompt_tokens_per_second"]) * history()["seconds"] == read
+    assert len(history()["prompt_tokens_per_second"]) == 90
+
+
+def test_whoever_leaves_is_counted_as_cancelled_and_a_broken_answer_as_an_error(serve, until):
+    running = serve(fails=lambda request: request.params.seed == 13)
+    assert running.chat(seed=13).status_code == 500
+    running.engine.held.set()
+    with running.client().stream("POST", "/v1/chat/completions", json={"messages": [{"role": "user", "content": "«x»"}], "stream": True}):
+        until(lambda: running.service.models[0].running)
+    until(lambda: not running.service.models[0].running)
+    running.engine.held.clear()
+    until(lambda: running.client().get("/status.json").json()["totals"]["cancelled"] == 1)
+    totals = running.client().get("/status.json").json()["totals"]
+    assert (totals["requests"], totals["errors"]) == (2, 1)

@@ -132,12 +132,12 @@ def visit(browser, running_server, server):
 
 @pytest.fixture
 def look_at(browser):
-    """As `visit`, for a page that has a server of its own: `look_at(address, **context options)`."""
+    """As `visit`, for a page that has a server of its own: `look_at(address, path="/", **context options)`."""
     visits = []
 
-    def start(address, **options):
+    def start(address, path="/", **options):
         visits.append(Visit(browser, address, **options))
-        return visits[-1].open()
+        return visits[-1].open(path)
 
     yield start
     for one in visits:

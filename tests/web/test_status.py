@@ -62,6 +62,11 @@ def test_what_is_missing_is_said_to_be_missing(visit, server, state):
     expect(page.locator("#problem")).to_be_hidden()
 
 
+def test_experts_that_nobody_chose_yet_are_no_picture(visit, server):
+    server.state = {"experts": {"layers": [{"layer": 1, "load": [0, 0]}]}}
+    expect(visit("/status").locator("#experts")).to_have_text("No choice of an expert has been counted yet.")
+
+
 def test_a_server_without_a_report_says_so(visit, server):
     server.state_status = 404
     page = visit("/status")

@@ -95,6 +95,9 @@ function timing(clock, usage) {
   const result = { first: (clock.first - clock.start) / 1000, total: (clock.last - clock.start) / 1000, tokens };
   if (tokens > 1 && span >= SHORTEST) result.rate = (tokens - 1) / span;
   if (Number.isFinite(usage?.prompt_tokens)) result.promptTokens = usage.prompt_tokens;
+  const details = usage?.prompt_tokens_details ?? {};
+  const seen = (details.image_tokens ?? 0) + (details.video_tokens ?? 0);
+  if (Number.isFinite(seen) && seen > 0) result.seenTokens = seen;
   if (clock.spoke !== null && clock.spoke > clock.first) result.thinking = (clock.spoke - clock.first) / 1000;
   else if (clock.spoke === null) result.thinking = span;
   return result;

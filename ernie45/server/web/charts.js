@@ -74,9 +74,9 @@ export function loadPicture(layers, experts) {
       return svg("rect", { x: i * (cell + gap), width: cell, height: cell, class: share > 1 ? "above" : "below", "fill-opacity": strength(share).toFixed(3) });
     }));
   });
-  const worst = layers.map(({ layer, load }) => ({ layer, ratio: (Math.max(...load) / (load.reduce((sum, value) => sum + value, 0) || 1)) * load.length }))
+  const worst = layers.map(({ layer, bank, load }) => ({ layer: bank === "vision" ? `${layer} (vision)` : layer, ratio: (Math.max(...load) / (load.reduce((sum, value) => sum + value, 0) || 1)) * load.length }))
     .reduce((a, b) => (b.ratio > a.ratio ? b : a), { layer: 0, ratio: 0 });
-  const words = `${layers.length} layers by ${experts} experts. The busiest expert stands in layer ${worst.layer}, with ${worst.ratio.toFixed(1)} times an even share.`;
+  const words = `${layers.length} ${layers.some((one) => one.bank) ? "banks, one a row, those of pictures below those of text," : "layers"} by ${experts} experts. The busiest expert stands in layer ${worst.layer}, with ${worst.ratio.toFixed(1)} times an even share.`;
   return el("div", {}, svg("svg", { class: "load", viewBox: `0 0 ${experts * (cell + gap) - gap} ${layers.length * (cell + gap) - gap}`, role: "img", "aria-label": words }, ...rows),
     el("p", { class: "hint", text: words }),
     el("ul", { class: "legend" }, el("li", {}, el("i", { class: "above" }), "more than an even share"), el("li", {}, el("i", { class: "below" }), "less")));

@@ -117,14 +117,15 @@ function answerTools(conversation, node, actions) {
   ].filter(Boolean);
 }
 
-/** "34 tokens · 12.1 tokens/s · first after 0.42 s". */
+/** "34 tokens · 12.1 tokens/s · first after 0.42 s · 391 tokens seen": the last are those of pictures in the conversation. */
 export function numbers(node) {
-  const { tokens, rate, first } = node.timing ?? {};
+  const { tokens, rate, first, seenTokens } = node.timing ?? {};
   const parts = [];
   if (node.model) parts.push(node.model);
   if (tokens) parts.push(`${tokens} ${tokens === 1 ? "token" : "tokens"}`);
   if (rate) parts.push(`${rate < 10 ? rate.toFixed(1) : Math.round(rate)} tokens/s`);
   if (first !== undefined) parts.push(`first after ${seconds(first)}`);
+  if (seenTokens) parts.push(`${seenTokens} tokens seen`);
   return parts.join("  ·  ");
 }
 

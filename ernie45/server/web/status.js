@@ -10,10 +10,12 @@ const $ = (id) => document.getElementById(id);
 const EVERY = 2000; // milliseconds
 const KEPT = 90; // readings: three minutes
 const PERCENTILES = ["p50", "p90", "p95", "p99"];
-const history = { generated: [], prompt: [] };
+const openSettings = new Set(); // names of models
+const history = { generated: [], prompt: [] }; // what this page saw, for servers that report none
 
 const has = (value) => typeof value === "number" && Number.isFinite(value);
 const whole = (value) => Math.round(value).toLocaleString("en");
+const reading = (value) => (has(value) ? Math.max(0, value) : null);
 const rate = (value) => `${value < 10 ? value.toFixed(1) : whole(value)} tokens/s`;
 
 function duration(value) {
@@ -40,7 +42,7 @@ function draw(data) {
   $("state").textContent = parts.join(" · ");
   $("state").className = data.draining ? "draining" : "running";
   drawTiles(data);
-  drawCharts();
+  drawCharts(data.history ?? {});
   drawLatency(data.latency ?? {});
   drawCache(data.cache ?? {}, data.memory ?? {});
   drawExperts(data.experts);
@@ -59,12 +61,13 @@ function drawTiles({ queue = {}, throughput = {}, cache = {}, latency = {} }) {
     tile("First token", has(latency.ttft?.p50) ? duration(latency.ttft.p50) : null, "half of the answers begin sooner"));
 }
 
-function drawCharts() {
-  $("charts").replaceChildren(lineChart("Written", history.generated, rate), lineChart("Read", history.prompt, rate));
+function drawCharts(reported) {
+  const points = (name, seen) => (Array.isArray(reported[name]) && reported[name].length ? reported[name].map(reading) : seen);
+  $("charts").replaceChildren(lineChart("Written", points("generated_tokens_per_second", history.generated), rate), lineChart("Read", points("prompt_tokens_per_second", history.prompt), rate));
 }
 
 function drawLatency(latency) {
-  const names = { ttft: "To the first token", tpot: "Each further token", e2e: "Whole answer", queue: "In the queue" };
+  const names = { ttft: "To the first token", tpot: "Each further token, by answer", itl: "Between tokens", e2e: "Whole answer", queue: "In the queue" };
   const rows = Object.keys(names).filter((key) => PERCENTILES.some((p) => has(latency[key]?.[p]))).map((key) => [names[key], latency[key]]);
   if (!rows.length) return missing($("latency"), "Latency");
   const note = has(latency.window_seconds) ? el("p", { class: "hint", text: `Over the last ${duration(latency.window_seconds)}. So many answers in a hundred were at least this quick; the scale of the picture is logarithmic.` }) : null;
@@ -87,14 +90,39 @@ function drawCache(cache, memory) {
 function drawExperts(experts) {
   const layers = Array.isArray(experts?.layers) ? experts.layers.filter((one) => Array.isArray(one?.load) && one.load.length && one.load.every((value) => has(value) && value >= 0)) : [];
   $("experts-section").hidden = !layers.length;
-  if (layers.length) $("experts").replaceChildren(loadPicture(layers, Math.max(...layers.map((one) => one.load.length))));
+  if (!layers.length) return;
+  if (layers.every(({ load }) => load.every((value) => value === 0))) return $("experts").replaceChildren(el("p", { class: "hint", text: "No choice of an expert has been counted yet." }));
+  $("experts").replaceChildren(loadPicture(layers, Math.max(...layers.map((one) => one.load.length))));
 }
 
-function drawModels(models) {
+const COLUMNS = [
+  ["State", (model) => model.state ?? null],
+  ["Parameters", (model) => (has(model.parameters) ? `${(model.parameters / 1e6).toLocaleString("en", { maximumFractionDigits: model.parameters < 1e7 ? 2 : 0 })} M` : null)],
+  ["Type", (model) => model.dtype ?? null],
+  ["Threads", (model) => (has(model.threads) ? whole(model.threads) : null)],
+  ["Memory", (model) => (has(model.memory) ? bytes(model.memory) : null)],
+  ["Context", (model) => (has(model.context) ? `${whole(model.context)} tokens` : null)],
+];
+
+/** A column that no model has anything to say for is left out. */
+function drawModels(given) {
+  const models = given.map((model) => model ?? {});
   if (!models.length) return missing($("models"), "The list of models");
-  const row = (model) => el("tr", {}, el("th", { scope: "row", text: String(model?.id ?? "") }), el("td", { text: String(model?.state ?? "–") }),
-    el("td", { text: has(model?.parameters) ? `${(model.parameters / 1e6).toLocaleString("en", { maximumFractionDigits: 0 })} M` : "–" }), el("td", { text: String(model?.dtype ?? "–") }), el("td", { text: has(model?.threads) ? whole(model.threads) : "–" }));
-  $("models").replaceChildren(el("div", { class: "frame" }, el("table", {}, el("thead", {}, el("tr", {}, ...["Name", "State", "Parameters", "Type", "Threads"].map((text) => el("th", { scope: "col", text })))), el("tbody", {}, ...models.map(row)))));
+  const columns = COLUMNS.filter(([, value]) => models.some((model) => value(model) !== null));
+  const row = (model) => el("tr", {}, el("th", { scope: "row", text: String(model.id ?? "") }), ...columns.map(([, value]) => el("td", { text: String(value(model) ?? "–") })));
+  $("models").replaceChildren(
+    el("div", { class: "frame" }, el("table", {}, el("thead", {}, el("tr", {}, ...["Name", ...columns.map(([name]) => name)].map((text) => el("th", { scope: "col", text })))), el("tbody", {}, ...models.map(row)))),
+    ...models.map(settingsOf).filter(Boolean));
+}
+
+/** What was resolved when a model was loaded: threads, memory, cache. Whoever opened it keeps it open. */
+function settingsOf(model) {
+  const facts = typeof model?.settings === "object" && model.settings !== null ? Object.entries(model.settings).filter(([, value]) => typeof value === "string") : [];
+  if (!facts.length) return null;
+  const name = String(model.id ?? "");
+  const part = el("details", { class: "settings", open: openSettings.has(name) }, el("summary", { text: `How ${name} was loaded` }), el("dl", {}, ...facts.flatMap(pair)));
+  part.addEventListener("toggle", () => (part.open ? openSettings.add(name) : openSettings.delete(name)));
+  return part;
 }
 
 function drawTotals(totals) {
@@ -107,9 +135,8 @@ function drawTotals(totals) {
 const pair = ([name, value]) => [el("dt", { text: name }), el("dd", { text: value })];
 
 function remember(data) {
-  const read = (value) => (has(value) ? Math.max(0, value) : null);
-  history.generated.push(read(data?.throughput?.generated_tokens_per_second));
-  history.prompt.push(read(data?.throughput?.prompt_tokens_per_second));
+  history.generated.push(reading(data?.throughput?.generated_tokens_per_second));
+  history.prompt.push(reading(data?.throughput?.prompt_tokens_per_second));
   for (const list of Object.values(history)) while (list.length > KEPT) list.shift();
 }
 
@@ -121,7 +148,7 @@ async function look() {
     $("problem").hidden = true;
   } catch (error) {
     remember(null);
-    drawCharts();
+    drawCharts({});
     if (error.status === 401 || error.status === 403) askKey();
     $("problem").textContent = error.status === 404 ? "This server does not report its state." : error instanceof SyntaxError ? "The server's report cannot be read." : error.message;
     $("problem").hidden = false;
