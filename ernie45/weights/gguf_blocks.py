@@ -117,6 +117,25 @@ def _decode_q4_1(blocks: Tensor, values: Tensor) -> None:
     values.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
 
 
+def _put_five_bits(values: Tensor, high: Tensor, packed: Tensor) -> None:
+    """As `_put_nibbles`, with a fifth bit: bit i of the four bytes `high`, the first byte lowest, belongs to number i."""
+    _put_nibbles(values, packed)
+    shift = torch.arange(8, dtype=torch.uint8)[None, None, :]
+    values.add_(((high[:, :, None] >> shift) & 1).view(-1, 32), alpha=16)
+
+
+def _decode_q5_0(blocks: Tensor, values: Tensor) -> None:
+    """float16 scale, 32 fifth bits, 32 four-bit codes: value = scale * (code - 16)."""
+    _put_five_bits(values, blocks[:, 2:6], blocks[:, 6:])
+    values.sub_(16).mul_(_half(blocks, 0))
+
+
+def _decode_q5_1(blocks: Tensor, values: Tensor) -> None:
+    """float16 scale, float16 minimum, 32 fifth bits, 32 four-bit codes: value = scale * code + minimum."""
+    _put_five_bits(values, blocks[:, 4:8], blocks[:, 8:])
+    values.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
 def _inverse(scale: Tensor) -> Tensor:
     """1 / scale, and 0 where that is no finite number: an all-zero (or vanishing) block gets code 0."""
     return torch.where(scale == 0, 0.0, 1 / scale).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
@@ -185,14 +204,14 @@ _READABLE = (
     BlockType("Q8_0", 8, 32, 34, _decode_q8_0, _encode_q8_0),
     BlockType("Q4_0", 2, 32, 18, _decode_q4_0, _encode_q4_0),
     BlockType("Q4_1", 3, 32, 20, _decode_q4_1),
+    BlockType("Q5_0", 6, 32, 22, _decode_q5_0),
+    BlockType("Q5_1", 7, 32, 24, _decode_q5_1),
     BlockType("Q4_K", 12, 256, 144, _decode_q4_k),
     BlockType("Q5_K", 13, 256, 176, _decode_q5_k),
     BlockType("Q6_K", 14, 256, 210, _decode_q6_k),
 )
 # Sizes of the formats that are not read here: a listing still shows them, and their bytes are still checked against the file.
 _OTHERS = (
-    ("Q5_0", 6, 32, 22),
-    ("Q5_1", 7, 32, 24),
     ("Q8_1", 9, 32, 40),
     ("Q2_K", 10, 256, 84),
     ("Q3_K", 11, 256, 110),

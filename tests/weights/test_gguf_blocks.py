@@ -18,7 +18,9 @@ ORDINARY = st.floats(-1e4, 1e4, width=32).filter(lambda x: x == 0 or abs(x) > 1e
 
 def finite_halves(raw, kind):
     """Random bytes as they are, but no float16 scale that is NaN or infinite: NaN payloads are not part of the promise."""
-    places = {"F16": [0], "Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}.get(kind.name, [])
+    both = [0, 2]
+    places = {"F16": [0], "Q8_0": [0], "Q4_0": [0], "Q4_1": both, "Q5_0": [0], "Q5_1": both, "Q4_K": both, "Q5_K": both, "Q6_K": [208]}
+    places = places.get(kind.name, [])
     for place in places:
         raw[:, place + 1] &= 0xBB  # one exponent bit cleared
     if kind.name == "BF16":
