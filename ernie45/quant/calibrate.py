@@ -8,7 +8,7 @@ mean magnitudes and counts. Routed experts are counted one by one: an expert tha
 Letters: S sequences, L their length, T tokens, D width, I in-width, F width of one expert, P rotary pairs.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,13 +34,17 @@ class InputStatistics:
         self.magnitude_I = torch.zeros(size)
         self.tokens = 0
 
-    def add(self, x_TI: Tensor, original_TI: Tensor, where: str) -> None:
-        """Take in T inputs. Raises `CheckpointError` for one that is no finite number: a model that overflows cannot be calibrated."""
+    def add(self, x_TI: Tensor, original_TI: Tensor, weights_T: Tensor, where: str) -> None:
+        """Take in T inputs, each counting by its weight.
+
+        Raises `CheckpointError` for one that is no finite number: a model that overflows cannot be calibrated.
+        """
         x_TI, original_TI = x_TI.float(), original_TI.float()
         if not bool(x_TI.isfinite().all()):
             raise CheckpointError(f"the inputs of '{where}' hold NaN or infinities on the calibration text; the checkpoint is damaged")
-        self.gram_II.addmm_(x_TI.t(), x_TI)
-        self.cross_II.addmm_(original_TI.t(), x_TI)
+        weighted_TI = x_TI * weights_T[:, None]
+        self.gram_II.addmm_(x_TI.t(), weighted_TI)
+        self.cross_II.addmm_(original_TI.t(), weighted_TI)
         self.magnitude_I += x_TI.abs().sum(0)
         self.tokens += len(x_TI)
 
@@ -73,15 +77,15 @@ class ExpertStatistics:
         """Experts that saw fewer than `least` tokens of their own."""
         return tuple(e for e, tokens in enumerate(self.routed) if tokens < self.least)
 
-    def add(self, now: "Seen", before: "Seen", where: str) -> None:
+    def add(self, now: "Seen", before: "Seen", weights_T: Tensor, where: str) -> None:
         """Give every token to the experts it is routed to now."""
         assert now.chosen is not None
-        self.everything.add(now.x_TI, before.x_TI, where)
+        self.everything.add(now.x_TI, before.x_TI, weights_T, where)
         for e in now.chosen.unique().tolist():
             rows = (now.chosen == e).any(1)
             self.routed[e] += int(rows.sum())
-            self.gate_up[e].add(now.x_TI[rows], before.x_TI[rows], f"{where}.gate_up.{e}")
-            self.down[e].add(_inner(now, e, rows), _inner(before, e, rows), f"{where}.down.{e}")
+            self.gate_up[e].add(now.x_TI[rows], before.x_TI[rows], weights_T[rows], f"{where}.gate_up.{e}")
+            self.down[e].add(_inner(now, e, rows), _inner(before, e, rows), weights_T[rows], f"{where}.down.{e}")
 
     def begin_again_for_starved(self) -> None:
         """Starved experts share the Gram matrix of all tokens; their inner inputs are gathered anew by `add_to_starved`."""
@@ -89,11 +93,11 @@ class ExpertStatistics:
             self.gate_up[e] = self.everything
             self.down[e] = InputStatistics(len(self.down[e].magnitude_I))
 
-    def add_to_starved(self, now: "Seen", before: "Seen", where: str) -> None:
+    def add_to_starved(self, now: "Seen", before: "Seen", weights_T: Tensor, where: str) -> None:
         """Give every token to the starved experts' inner inputs."""
         rows = torch.ones(len(now.x_TI), dtype=torch.bool)
         for e in self.starved():
-            self.down[e].add(_inner(now, e, rows), _inner(before, e, rows), f"{where}.down.{e}")
+            self.down[e].add(_inner(now, e, rows), _inner(before, e, rows), weights_T, f"{where}.down.{e}")
 
 
 Statistics = dict[str, InputStatistics | ExpertStatistics]
@@ -111,13 +115,16 @@ class Seen:
 
 @dataclass(frozen=True)
 class Pair:
-    """A block with the hidden states [S, L, D] that enter it, now and in the original model."""
+    """A block with the hidden states [S, L, D] that enter it, and what its modules received in the original model, pass by pass.
+
+    `weights_SL` says how much a token counts; None: all the same. Without `originals` the block is the original itself.
+    """
 
     now: nn.Module
     now_SLD: Tensor
-    original: nn.Module
-    original_SLD: Tensor
     turns_LP: Tensor
+    originals: "Sequence[Mapping[str, Seen]] | None" = None
+    weights_SL: Tensor | None = None
 
     @torch.inference_mode()
     def observe(self, names: Collection[str], least_tokens: int) -> Statistics:
@@ -130,26 +137,45 @@ class Pair:
             else:
                 assert isinstance(module, Linear)
                 statistics[name] = InputStatistics(module.weight.shape[1])
-        for now, before in self._inputs(names):
+        for now, before, weights_T in self._inputs(names):
             for name, found in statistics.items():
                 if isinstance(found, ExpertStatistics):
-                    found.add(now[name], before[name], name)
+                    found.add(now[name], before[name], weights_T, name)
                 else:
-                    found.add(now[name].x_TI, before[name].x_TI, name)
+                    found.add(now[name].x_TI, before[name].x_TI, weights_T, name)
         starving = {name: found for name, found in statistics.items() if isinstance(found, ExpertStatistics) and found.starved()}
         for found in starving.values():
             found.begin_again_for_starved()
-        for now, before in self._inputs(starving) if starving else ():
+        for now, before, weights_T in self._inputs(starving) if starving else ():
             for name, found in starving.items():
-                found.add_to_starved(now[name], before[name], name)
+                found.add_to_starved(now[name], before[name], weights_T, name)
         return statistics
 
-    def _inputs(self, names: Collection[str]) -> Iterator[tuple[dict[str, Seen], dict[str, Seen]]]:
-        for begin in range(0, len(self.now_SLD), SEQUENCES_AT_ONCE):
-            part = slice(begin, begin + SEQUENCES_AT_ONCE)
+    def _inputs(self, names: Collection[str]) -> Iterator[tuple[Mapping[str, Seen], Mapping[str, Seen], Tensor]]:
+        weights_SL = torch.ones(self.now_SLD.shape[:2]) if self.weights_SL is None else self.weights_SL
+        for number, part in enumerate(_parts(self.now_SLD)):
             now = inputs_of(self.now, names, self.now_SLD[part], self.turns_LP)
-            same = self.original is self.now and self.original_SLD is self.now_SLD
-            yield now, now if same else inputs_of(self.original, names, self.original_SLD[part], self.turns_LP)
+            yield now, now if self.originals is None else self.originals[number], weights_SL[part].flatten()
+
+
+@torch.inference_mode()
+def original_inputs(block: nn.Module, names: Collection[str], x_SLD: Tensor, turns_LP: Tensor) -> "list[dict[str, Seen]]":
+    """What the modules `names` of the original block receive, all of it kept: one pass serves every matrix of the block."""
+    return [inputs_of(block, names, x_SLD[part], turns_LP) for part in _parts(x_SLD)]
+
+
+def _parts(x_SLD: Tensor) -> Iterator[slice]:
+    return (slice(begin, begin + SEQUENCES_AT_ONCE) for begin in range(0, len(x_SLD), SEQUENCES_AT_ONCE))
+
+
+def token_weights(after_SLD: Tensor) -> Tensor:
+    """How much an error at each token counts, [S, L], mean 1: one over the energy of the hidden state it is added to.
+
+    What follows normalises that state, so only the relative error matters; unweighted, the few tokens whose state grows a thousandfold
+    ("massive activations", Sun et al. 2024, arXiv 2402.17762) would be all that a matrix is fitted to.
+    """
+    weights_SL = 1 / after_SLD.square().mean(-1).clamp(min=1e-30)
+    return weights_SL / weights_SL.mean()
 
 
 def reached_by_text(name: str) -> bool:
@@ -199,6 +225,5 @@ def _through(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor) -> Tensor:
 @torch.inference_mode()
 def advance(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor) -> None:
     """Replace every sequence by the block's output for it, in place, a few at a time."""
-    for begin in range(0, len(x_SLD), SEQUENCES_AT_ONCE):
-        part = slice(begin, begin + SEQUENCES_AT_ONCE)
+    for part in _parts(x_SLD):
         x_SLD[part] = _through(block, x_SLD[part], turns_LP)

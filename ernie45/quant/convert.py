@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ernie45.config import from_mapping
 from ernie45.nn.block import Block
 from ernie45.nn.rope import turns
-from ernie45.quant.calibrate import advance
+from ernie45.quant.calibrate import advance, token_weights
 from ernie45.quant.measure import LayerReport, Quality, QualityCounter
 from ernie45.quant.methods import MatrixReport, Method, Streams, quantise_block
 from ernie45.quant.model import quantisable, quantise_model
@@ -179,7 +179,8 @@ class _Walk:
         if self.plan.method.needs_text:
             before = self.streams["calibration_reference"].clone()
             advance(block, self.streams["calibration_reference"], self._turns("calibration"))
-            seen = Streams(self.streams["calibration"], before, self._turns("calibration"), self.plan.least_expert_tokens)
+            weights_SL = token_weights(self.streams["calibration_reference"])
+            seen = Streams(self.streams["calibration"], before, self._turns("calibration"), self.plan.least_expert_tokens, weights_SL)
         packed, matrices = quantise_block(block, f"layers.{layer}", schemes, self.plan.method, seen)
         for name in self.streams.keys() & {"calibration", "quantised"}:
             advance(packed, self.streams[name], self._turns(name))

@@ -6,7 +6,6 @@ function of the float block does not change when it is widened; routers stay in 
 Letters: D width, F feed-forward width, I in-width.
 """
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +19,7 @@ from ernie45.nn.layers import Linear, RMSNorm, SwiGLU
 from ernie45.nn.moe import Experts, MixtureOfExperts
 from ernie45.ops import PackedWeight
 from ernie45.quant import awq
-from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Statistics, reached_by_text
+from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Seen, Statistics, original_inputs, reached_by_text
 from ernie45.quant.gptq import GptqSettings, corrected, gptq, output_errors, restored, round_to_nearest
 from ernie45.quant.hadamard import turned, turned_back, turned_gram
 from ernie45.quant.linear import QuantExperts, QuantLinear
@@ -48,16 +47,20 @@ class Method:
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states [S, L, D] that enter the block on the calibration text: in the model quantised so far, and in the original."""
+    """Hidden states [S, L, D] that enter the block on the calibration text: in the model quantised so far, and in the original.
+
+    `weights_SL`: how much the error at a token counts (`token_weights`).
+    """
 
     now_SLD: Tensor
     original_SLD: Tensor
     turns_LP: Tensor
     least_tokens: int
+    weights_SL: Tensor | None = None
 
-    def pair(self, now: nn.Module, original: nn.Module) -> Pair:
-        """Both streams with the blocks they enter."""
-        return Pair(now, self.now_SLD, original, self.original_SLD, self.turns_LP)
+    def pair(self, now: nn.Module, originals: Sequence[Mapping[str, Seen]] | None, *, weighted: bool) -> Pair:
+        """The stream of the model so far with the block it enters, beside what the original's modules received (None: the block is it)."""
+        return Pair(now, self.now_SLD, self.turns_LP, originals, self.weights_SL if weighted else None)
 
 
 METHODS = {
@@ -111,14 +114,18 @@ def quantise_block(
     exponents: dict[str, float] = {}
     if method.widen and streams is not None and todo:
         heard = [name for name in named if reached_by_text(name)]
-        exponents = _widen(block, named, streams.pair(block, block).observe(heard, streams.least_tokens))
-    original = copy.deepcopy(block) if method.spread else block
+        exponents = _widen(block, named, streams.pair(block, None, weighted=False).observe(heard, streams.least_tokens))
+    originals: Sequence[Mapping[str, Seen]] | None = None
+    if method.spread and streams is not None:
+        heard = [name for name in todo if reached_by_text(name)]
+        originals = original_inputs(block, heard, streams.original_SLD, streams.turns_LP) if heard else None
     reports: list[MatrixReport] = []
     packed: dict[str, PackedWeight | list[tuple[PackedWeight, PackedWeight]]] = {}
     for stage in _stages(todo):
         statistics: Statistics = {}
         if streams is not None and all(map(reached_by_text, stage)):
-            statistics = streams.pair(block, original).observe(stage, streams.least_tokens)
+            # what qkv makes is read by all later tokens, whatever the token itself is worth
+            statistics = streams.pair(block, originals, weighted="attn.qkv" not in stage).observe(stage, streams.least_tokens)
         for name in stage:
             module, scheme, seen = block.get_submodule(name), todo[name], statistics.get(name)
             full, exponent = f"{prefix}.{name}", exponents.get(name)

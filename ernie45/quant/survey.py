@@ -34,7 +34,7 @@ def survey(source: Source, calibration_SL: Tensor, words: Sequence[str], least_t
         told(f"measuring needs, layer {layer}", layer + 1, source.num_layers)
         block = source.block(layer)
         names = [name for name, _ in quantisable(block) if reached_by_text(name)]
-        seen = Pair(block, x_SLD, block, x_SLD, turns_LP).observe(names, least_tokens)
+        seen = Pair(block, x_SLD, turns_LP).observe(names, least_tokens)
         advance(block, x_SLD, turns_LP)
         needs += _needs(block, f"layers.{layer}", seen, words, float(x_SLD.square().sum(dtype=torch.float64)))
     return needs

@@ -9,7 +9,7 @@ from ernie45.errors import CheckpointError, ConfigError
 from ernie45.nn.attention import PackedCausal
 from ernie45.nn.rope import turns
 from ernie45.quant import awq
-from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair
+from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, original_inputs, token_weights
 from ernie45.quant.gptq import GptqSettings, corrected
 from ernie45.quant.linear import QuantLinear
 from ernie45.quant.methods import METHODS, Streams, _widen, method_named, quantise_block
@@ -38,7 +38,7 @@ def test_what_matrices_see_is_what_enters_them(tiny, experts: bool) -> None:
     block = decoder.layers[1]
     x, turns_LP = stream(decoder)
     names = [name for name, _ in quantisable(block)]
-    seen = Pair(block, x, block, x, turns_LP).observe(names, least_tokens=0)
+    seen = Pair(block, x, turns_LP).observe(names, least_tokens=0)
     flat = torch.cat([block.attn_norm(one) for one in x]).double()
     found = seen["attn.qkv"]
     assert isinstance(found, InputStatistics)
@@ -54,12 +54,30 @@ def test_what_matrices_see_is_what_enters_them(tiny, experts: bool) -> None:
         assert float(total) == pytest.approx(2 * float(routed.everything.gram_II.trace()), rel=1e-4)
 
 
+def test_tokens_count_by_their_weights(tiny) -> None:
+    decoder = tiny()
+    block = decoder.layers[1]
+    x, turns_LP = stream(decoder)
+    weights = token_weights(through(block, x, turns_LP))
+    assert float(weights.mean()) == pytest.approx(1)
+    energy = through(block, x, turns_LP).square().mean(-1)
+    torch.testing.assert_close(weights * energy, (weights * energy)[0, 0].expand(4, 24))
+    other = x * 1.1
+    originals = original_inputs(block, ["attn.qkv"], other, turns_LP)
+    found = Pair(block, x, turns_LP, originals, weights).observe(["attn.qkv"], least_tokens=0)["attn.qkv"]
+    assert isinstance(found, InputStatistics)
+    now, before = (torch.cat([block.attn_norm(one) for one in entered]).double() for entered in (x, other))
+    torch.testing.assert_close(found.gram_II.double(), now.t() @ (now * weights.flatten()[:, None]), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.cross_II.double(), before.t() @ (now * weights.flatten()[:, None]), rtol=1e-4, atol=1e-3)
+    assert found.tokens == 96, "tokens are counted, not weighed"
+
+
 def test_starved_experts_are_calibrated_on_all_tokens(tiny) -> None:
     decoder = tiny(experts=True)
     block = decoder.layers[1]
     block.ffn.router.selection_bias[0] = -10  # never chosen
     x, turns_LP = stream(decoder)
-    pair = Pair(block, x, block, x, turns_LP)
+    pair = Pair(block, x, turns_LP)
     some = pair.observe(["ffn.experts"], least_tokens=1)["ffn.experts"]
     assert some.routed[0] == 0
     assert some.starved() == (0,)
@@ -79,7 +97,7 @@ def test_widening_does_not_change_the_function(tiny, experts: bool, bias: bool) 
     before = through(block, x, turns_LP)
     names = [name for name, _ in quantisable(block)]
     weights = {name: value.clone() for name, value in block.state_dict().items()}
-    seen = Pair(block, x, block, x, turns_LP).observe(names, least_tokens=0)
+    seen = Pair(block, x, turns_LP).observe(names, least_tokens=0)
     exponents = _widen(block, {name: Scheme(4, 32) for name in names}, seen)
     assert set(exponents) >= {"attn.qkv"}  # the strong dimension is worth widening
     assert not torch.equal(block.attn_norm.weight, weights["attn_norm.weight"])
