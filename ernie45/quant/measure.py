@@ -58,6 +58,11 @@ class QualityCounter:
         self._agreed += int((before.argmax(-1) == after.argmax(-1)).sum())
         self._differences.append(losses[1] - losses[0])
 
+    @property
+    def total_difference(self) -> float:
+        """What the quantised model lost on all tokens so far, in nats."""
+        return self._after - self._before
+
     def quality(self) -> Quality:
         """The means. A model whose logits are not numbers has an infinite perplexity."""
         assert self.tokens, "nothing was measured"
