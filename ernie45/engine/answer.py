@@ -39,6 +39,7 @@ class Completion:
     logprobs       one entry per id when asked for; None for ids that a thinking budget put in
     prompt_logprobs one entry per prompt token from the second on, when asked for
     image_tokens    prompt tokens that stand for images, and video_tokens for videos
+    drafted_tokens  tokens that were guessed ahead, and accepted_tokens those that turned out right
     """
 
     text: str
@@ -53,6 +54,8 @@ class Completion:
     timing: Timing
     image_tokens: int = 0
     video_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Answer:
@@ -88,6 +91,8 @@ class Answer:
         self._deltas: list[Delta] = []
         self._told = 0
         self._cached = 0
+        self._drafted = 0
+        self._accepted = 0
         self._asked = now
         self._first = self._last = now
         self._sampled = 0
@@ -118,6 +123,16 @@ class Answer:
         return self._cached
 
     @property
+    def drafted_tokens(self) -> int:
+        """How many tokens were guessed ahead for it."""
+        return self._drafted
+
+    @property
+    def accepted_tokens(self) -> int:
+        """How many of those turned out right."""
+        return self._accepted
+
+    @property
     def reasoning_tokens(self) -> int:
         """Ids of the thinking so far."""
         return self._reasoned
@@ -143,6 +158,8 @@ class Answer:
             return
         self._prompt_logprobs += output.prompt_logprobs
         self._cached = max(self._cached, output.cached_tokens)
+        self._drafted += output.drafted
+        self._accepted += output.accepted
         if output.tokens:
             self._first = self._first if self._sampled else now
             self._last = now
@@ -213,6 +230,8 @@ class Answer:
             prompt_logprobs=None if params.prompt_logprobs is None else tuple(self._prompt_logprobs),
             image_tokens=self.request.seen_tokens("image"),
             video_tokens=self.request.seen_tokens("video"),
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
             timing=Timing(prefill=self._first - self._asked, decode=self._last - self._first, tokens=self._sampled),
         )
 

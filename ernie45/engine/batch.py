@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ernie45.engine.scheduler import Plan
 
+FEW_ROWS = 16  # of a request: up to here each attends alone, as it would without the others and so with the same rounding
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -42,9 +44,18 @@ class Batch:
     pages_RP: Tensor
 
     @property
-    def decodes(self) -> bool:
-        """Whether every request computes one token."""
-        return len(self.tokens_T) == len(self.spans)
+    def few_rows(self) -> bool:
+        """Whether every request computes one token, or few with drafted ones."""
+        return len(self.tokens_T) == len(self.spans) or all(span.end - span.first <= FEW_ROWS for span in self.spans)
+
+    def by_row(self) -> tuple[Tensor, Tensor]:
+        """As if each row were a request of its own: page tables [T, P] and how many keys each sees [T]."""
+        if len(self.tokens_T) == len(self.spans):
+            return self.pages_RP, self.places_R3[:, 2] + 1
+        counts_R = self.places_R3[:, 1] - self.places_R3[:, 0]
+        ahead_R = self.places_R3[:, 2] - self.places_R3[:, 0] + 1
+        lengths_T = torch.arange(len(self.tokens_T)) + ahead_R.repeat_interleave(counts_R)
+        return self.pages_RP.repeat_interleave(counts_R, dim=0), lengths_T
 
 
 class BatchBuilder:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ernie45 import ops
-from ernie45.engine.batch import Batch, Span, causal_mask
+from ernie45.engine.batch import FEW_ROWS, Batch, Span, causal_mask
 from ernie45.errors import ConfigError
 from ernie45.models.config import TextConfig
 
@@ -58,8 +58,9 @@ class PagedAttend:
     def __init__(self, cache: PagedCache, batch: Batch) -> None:
         self._cache = cache
         self._batch = batch
-        self._native = ops.KERNELS is not None and batch.decodes
-        self._lengths_R = batch.places_R3[:, 2] + 1  # of decodes
+        self._native = ops.KERNELS is not None and batch.few_rows
+        if self._native:
+            self._pages_TP, self._lengths_T = batch.by_row()
         self._masks = masks_of(batch, cache.dtype)
 
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class PagedAttend:
         spans = self._batch.spans
         # the kernel takes head sizes of whole vectors, and one call for all rows in place of one each
         if self._native and q_TNH.shape[-1] % 16 == 0:
-            return ops.paged_attention(q_TNH.contiguous(), keys, values, self._batch.pages_RP, self._lengths_R, self._cache.page_size)
+            return ops.paged_attention(q_TNH.contiguous(), keys, values, self._pages_TP, self._lengths_T, self._cache.page_size)
         if len(spans) == 1:
             return self._attend(spans[0], q_TNH, keys, values)
         out_TNH = torch.empty_like(q_TNH)
@@ -96,6 +97,9 @@ def attend_rows(q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, mask: Tensor | None
     """One request's rows over its keys and values [1, K, S, H], [T, N, H] -> [T, N, H]; without a mask they begin the sequence."""
     T, N, H = q_TNH.shape
     K = k_KSH.shape[1]
+    if mask is not None and T <= FEW_ROWS:  # each as if it came alone: drafts must not change how sums are rounded
+        first = k_KSH.shape[2] - T + 1
+        return torch.cat([attend_rows(q_TNH[t : t + 1], k_KSH[:, :, : first + t], v_KSH[:, :, : first + t], None) for t in range(T)])
     if T == 1:  # the G queries of a key head become rows of one small product: each key is read once, and nothing is masked
         return F.scaled_dot_product_attention(q_TNH.reshape(1, K, N // K, H), k_KSH, v_KSH).reshape(1, N, H)
     q_NTH = q_TNH.transpose(0, 1).unsqueeze(0)

@@ -17,8 +17,10 @@ from ernie45.config import Environment
 from ernie45.engine.answer import Answer, Completion
 from ernie45.engine.core import Engine, EngineConfig
 from ernie45.engine.memory import EnginePlan, check_fits, gib
+from ernie45.engine.output import Output
 from ernie45.engine.request import PlacedPicture, Request, SamplingParams
 from ernie45.engine.scheduler import Load, SchedulerConfig
+from ernie45.engine.speculate import DRAFT_TOKENS, SpeculationConfig
 from ernie45.errors import CheckpointError, ConfigError, RequestError
 from ernie45.machine import available_memory
 from ernie45.models.adapter_folder import AdapterFolder
@@ -111,6 +113,8 @@ class LLM:
         max_adapters: int = 8,
         adapter_bytes: int = 1 << 30,
         kv: str = "whole",
+        speculative: str = "off",
+        draft_tokens: int = DRAFT_TOKENS,
         text_only: bool = False,
         rules: PixelRules | None = None,
         memory: int | None = None,
@@ -123,8 +127,8 @@ class LLM:
         chat_format names a known chat format for a model without a template of its own. adapters: a folder of PEFT adapters, which the
         methods below name by their folders' names. text_only leaves what a model sees with in its files; rules: how pictures are made for
         a decoder that sees (a folder brings its own). memory: bytes that weights, work and
-        cache may take; None = what is available. What does not fit is refused before its weights are read. The engine's settings: see
-        `EngineConfig`.
+        cache may take; None = what is available. What does not fit is refused before its weights are read. speculative and
+        draft_tokens: who guesses tokens ahead, see `SpeculationConfig`. The engine's settings: see `EngineConfig`.
         Raises CheckpointError, TokenizerError or ConfigError.
         """
         config = EngineConfig(
@@ -138,7 +142,9 @@ class LLM:
             max_adapters=max_adapters,
             adapter_bytes=adapter_bytes,
             kv=kv,
+            speculation=SpeculationConfig(by=speculative, most=draft_tokens),
         )
+        self._speculation = config.speculation
         folder = None if adapters is None else AdapterFolder(Path(adapters))
         self.tokenizer, self.template = tokenizer, template
         self.compute, self.name = "as the decoder was given", "decoder"
@@ -197,6 +203,7 @@ class LLM:
             **({} if self.plan is None else {"memory": f"{self.plan.text()}; at least {gib(self.plan.least)}"}),
             "cache": f"{limits.num_pages:,} pages of {limits.page_size} tokens, at most {size / 2**30:.2f} GiB, taken as it fills",
             "step": limits.describe(),
+            **({} if self._speculation.by == "off" else {"drafts": self._speculation.text()}),
             "chat format": self.template.source if self.template else "none",
         }
 
@@ -299,14 +306,19 @@ class LLM:
         outputs = self._engine.step()
         now = time.perf_counter()
         for output in outputs:
-            answer = self._live[output.request_id]
-            answer.take(output, now)
-            if answer.over_budget:
+            self._take(self._live[output.request_id], output, now)
+
+    def _take(self, answer: Answer, output: Output, now: float) -> None:
+        for single in output.one_by_one():
+            answer.take(single, now)
+            if over_budget := answer.over_budget:
                 self._engine.cancel(output.request_id)
                 if (following := answer.closing()) is not None:
                     self._engine.submit(following)
             if answer.finish is not None:
                 self.drop([answer])
+            if over_budget or answer.finish is not None:
+                return
 
     def drop(self, answers: Sequence[Answer]) -> None:
         """Ends answers and frees what they hold."""

@@ -7,13 +7,15 @@ while not engine.idle:
 """
 
 import secrets
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ernie45.engine.adapters import Adapters
 from ernie45.engine.cache import PagedCache, bytes_per_token
+from ernie45.engine.drafter import NgramDrafter
 from ernie45.engine.experts_load import ExpertsLoad
 from ernie45.engine.eyes import Eyes
 from ernie45.engine.grammar import Grammars
@@ -23,6 +25,7 @@ from ernie45.engine.packed_cache import KV_BITS, PackedCache, packed_bytes_per_t
 from ernie45.engine.request import FinishReason, Request
 from ernie45.engine.runner import Runner, StepResult, merged
 from ernie45.engine.scheduler import Load, Plan, Scheduler, SchedulerConfig
+from ernie45.engine.speculate import Speculation, SpeculationConfig
 from ernie45.errors import ConfigError, RequestError
 from ernie45.machine import available_memory
 from ernie45.models.adapter_folder import AdapterFolder
@@ -33,6 +36,7 @@ from ernie45.tokens.pictures import Picture, PixelRules
 _EMBEDDING = "\0embedding"  # who holds the adapter of a text to embed
 _IDLE_SHARE = 4
 _RGB = 3
+_BROKEN = (FinishReason.error, FinishReason.grammar)  # ends without a token of their own
 _ALONE = 16  # times its budget the vision tower gets in a step when no answer is being written
 
 
@@ -51,6 +55,7 @@ class EngineConfig:
     vision_budget   billions of multiplications the vision tower may do in a step beside answers that are being written; larger sees
                     sooner, smaller keeps answers smooth
     picture_bytes   of encoded pictures in memory; a single request may have more
+    speculation     who guesses tokens ahead of the model, and how many
     """
 
     page_size: int = 32
@@ -65,6 +70,7 @@ class EngineConfig:
     kv: str = "whole"
     vision_budget: int = 10
     picture_bytes: int = 1 << 29
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     def __post_init__(self) -> None:
         if self.kv != "whole" and self.kv not in KV_BITS:
@@ -138,12 +144,13 @@ class Engine:
         rules: PixelRules | None = None,
         new_seed: Callable[[], int] = lambda: secrets.randbits(63),
         on_fault: Callable[[str, Exception], None] = lambda request_id, error: None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """available: bytes of memory, asked from the system when None. grammars: compiler for requests with a grammar; None refuses them.
 
         adapters: what requests may name; None refuses all. rules: how pictures are made for a model that sees; beside adapters
         it sees none. new_seed: for requests without a seed. on_fault: told of each request that ended alone because its part of a step
-        broke, and how.
+        broke, and how. clock: seconds, by which drafting is judged.
         """
         free = available_memory() if available is None else available
         config = config or EngineConfig()
@@ -159,7 +166,10 @@ class Engine:
         self._experts = ExpertsLoad(decoder)
         self._eyes = _eyes(decoder, rules, config.picture_bytes) if self._adapters is None else None
         self._vision_budget = config.vision_budget * 10**9
-        self._runner = Runner(decoder, _cache(config, self.limits, decoder), self._adapters, self._eyes)
+        self._clock = clock
+        drafter = NgramDrafter() if config.speculation.by == "ngram" else None
+        self._speculation = Speculation(config.speculation.most) if drafter is not None else None
+        self._runner = Runner(decoder, _cache(config, self.limits, decoder), self._adapters, self._eyes, drafter, clock)
 
     @property
     def rules(self) -> PixelRules | None:
@@ -228,12 +238,14 @@ class Engine:
         caller; the next call tells of the ends.
         """
         self._look()
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._speculation.lengths(self._scheduler.decoding) if self._speculation is not None else None)
         outputs, self._untold = self._untold, []
         if not plan.rows:
             return tuple(outputs)
         try:
+            began = self._clock()
             result, undone = self._computed(plan)
+            seconds = self._clock() - began - result.drafting
         except BaseException:
             for progress in self._scheduler.abandon(plan):
                 self._forget(progress.request_id)
@@ -244,10 +256,15 @@ class Engine:
         for progress in self._scheduler.commit(plan, result.sampled, result.failed, undone):
             name = progress.request_id
             logprobs = result.logprobs.get(name, ())
-            outputs.append(Output(name, progress.tokens, logprobs, scored.pop(name, ()), progress.finish, progress.cached_tokens))
+            drafted = result.drafted.get(name, 0)
+            right = min(drafted, len(progress.tokens) - (progress.finish not in _BROKEN))
+            told = (scored.pop(name, ()), progress.finish, progress.cached_tokens, drafted, right)
+            outputs.append(Output(name, progress.tokens, logprobs, *told))
             if progress.finish is not None:
                 self._forget(name)
         outputs += [Output(name, (), (), entries, None, 0) for name, entries in scored.items()]
+        if self._speculation is not None:
+            self._speculation.note(plan, result.drafted, {out.request_id: out.accepted for out in outputs}, seconds, result.drafting)
         return tuple(outputs)
 
     def _computed(self, plan: Plan) -> tuple[StepResult, frozenset[str]]:
@@ -309,6 +326,8 @@ class Engine:
     def _forget(self, request_id: str) -> bool:
         """True when its pictures were not encoded yet."""
         self._runner.forget(request_id)
+        if self._speculation is not None:
+            self._speculation.forget(request_id)
         self._drop(request_id)
         return self._eyes is not None and self._eyes.forget(request_id)
 

@@ -53,6 +53,14 @@ class Matcher:
             self._look()
         return taken
 
+    def agrees(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens, from the first on, could come next; nothing is taken in."""
+        return self._inner.validate_tokens(list(tokens))
+
+    def take_back(self, count: int) -> None:
+        """Forgets the newest tokens it took in."""
+        self._inner.rollback(count)
+
     def _look(self) -> None:
         if self._inner.is_error() and not self._inner.get_error().startswith("Parser Error"):  # that is a token's fault, not the grammar's
             self._on_break()

@@ -120,6 +120,8 @@ class Request:
     grammar     what the answer must follow, as `engine.grammar` reads it; empty = anything. It ends the answer when it is complete, before
                 min_tokens too
     pictures    what the prompt's placeholder tokens stand for, in order
+    prediction  what the answer is likely to hold, word for word: drafts are made of it where the engine drafts from text, and it changes
+                nothing else
     """
 
     id: str
@@ -132,6 +134,7 @@ class Request:
     adapter: str = ""
     grammar: str = ""
     pictures: tuple[PlacedPicture, ...] = ()
+    prediction: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("id", "cache_salt", "adapter", "grammar"):
@@ -142,6 +145,7 @@ class Request:
         _integer("priority", self.priority, low=_INT64_MIN, high=_INT64_MAX)
         object.__setattr__(self, "prompt", _ids("prompt", self.prompt))
         object.__setattr__(self, "eos_ids", _ids("eos_ids", self.eos_ids))
+        object.__setattr__(self, "prediction", _ids("prediction", self.prediction))
         if not self.prompt:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
         if self.grammar and self.params.ignore_eos:
@@ -166,6 +170,7 @@ class Request:
         params = self.params
         fields: tuple[tuple[str, Iterable[int]], ...] = (
             ("prompt", self.prompt),
+            ("prediction", self.prediction),
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", params.logit_bias),
             ("bad_words", (i for word in params.bad_words for i in word)),

@@ -3,8 +3,9 @@
 Letters: T tokens of the step, R rows that sample, D width, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -14,13 +15,15 @@ from ernie45 import ops
 from ernie45.engine.adapters import Adapters
 from ernie45.engine.batch import Batch, BatchBuilder
 from ernie45.engine.cache import PagedCache
+from ernie45.engine.drafter import Drafter
 from ernie45.engine.eyes import Eyes, Look
 from ernie45.engine.grammar import Matcher
 from ernie45.engine.output import TokenLogprobs
 from ernie45.engine.packed_cache import PackedCache
 from ernie45.engine.request import FinishReason, Request
-from ernie45.engine.sampler import SampleState, sample, score, take_best
+from ernie45.engine.sampler import SampleState, score
 from ernie45.engine.scheduler import Plan, PlanRow
+from ernie45.engine.verify import Wanted, verify
 from ernie45.models.native import native_network
 from ernie45.models.text import Decoder
 from ernie45.nn.attention import PackedCausal
@@ -33,12 +36,15 @@ class StepResult:
     """What a plan brought: tokens per request that samples, how requests failed (`error` or `grammar`), log probabilities asked for.
 
     prompt_logprobs holds what this step adds: entries for prompt tokens in order, the first entry being for the second token.
+    drafted says for whom how many tokens were guessed and verified; guessing took so many seconds. A failed request may have tokens.
     """
 
     sampled: dict[str, tuple[int, ...]]
     failed: dict[str, FinishReason]
     logprobs: dict[str, tuple[TokenLogprobs, ...]]
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]
+    drafted: dict[str, int] = field(default_factory=dict)
+    drafting: float = 0.0
 
 
 class _Computed(NamedTuple):
@@ -57,6 +63,7 @@ def merged(results: Sequence[StepResult], broken: Iterable[str]) -> StepResult:
         whole.sampled.update(result.sampled)
         whole.logprobs.update(result.logprobs)
         whole.prompt_logprobs.update(result.prompt_logprobs)
+        whole.drafted.update(result.drafted)
     return whole
 
 
@@ -64,7 +71,13 @@ class Runner:
     """Executes plans of requests that were announced by `admit`, and holds what sampling must remember of them."""
 
     def __init__(
-        self, decoder: Decoder, cache: PagedCache | PackedCache, adapters: Adapters | None = None, eyes: Eyes | None = None
+        self,
+        decoder: Decoder,
+        cache: PagedCache | PackedCache,
+        adapters: Adapters | None = None,
+        eyes: Eyes | None = None,
+        drafter: Drafter | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._decoder = decoder
         self._eyes = eyes
@@ -75,22 +88,29 @@ class Runner:
         self._network = native_network(decoder, ops.KERNELS) if ops.KERNELS is not None else None
         self._batches = BatchBuilder(cache.page_size)
         self._states: dict[str, SampleState] = {}
+        self._drafter, self._clock = drafter, clock
 
     def admit(self, request: Request, seed: int, matcher: Matcher | None = None) -> None:
         self._states[request.id] = SampleState.of(request, seed, self._decoder.config.vocab_size, matcher)
 
     def forget(self, request_id: str) -> None:
         self._states.pop(request_id, None)
+        if self._drafter is not None:
+            self._drafter.forget(request_id)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
         """Computes a plan that has rows. When it raises, nothing is remembered: it may be run again, whole or in parts."""
+        began = self._clock()
+        drafts = self._drafts(plan)
+        drafting = self._clock() - began
+        plan = Plan(tuple(replace(row, tokens=row.tokens + drafts.get(row.request_id, ()), room=0) for row in plan.rows))
         batch = self._batches.build(plan)
         decoder = self._decoder
         if self._adapters is not None:
             spans = [(span.first, span.end) for span in batch.spans]
             decoder = self._adapters.network([row.request_id for row in plan.rows], spans)
-        ends = [span.end - 1 for row, span in zip(plan.rows, batch.spans, strict=True) if row.samples]
+        wanted, ends = self._wanted(plan, batch, drafts)
         look = self._eyes.compose(plan, batch) if self._eyes is not None else None
         computed = self._compute(decoder, batch, ends, look)
         scored = {
@@ -98,31 +118,41 @@ class Runner:
             for row, span in zip(plan.rows, batch.spans, strict=True)
             if (found := self._score_prompt(row, computed.hidden_TD[span.first : span.end]))
         }
-        rows = [row for row in plan.rows if row.samples]
-        if not rows:
-            self._note_scored(plan)
-            return StepResult({}, {}, {}, scored)
-        states = [self._states[row.request_id] for row in rows]
         if self._unspeakable and ends:
             computed.logits_RV[:, self._unspeakable] = float("-inf")
-        if computed.best is not None and all(state.takes_best for state in states) and self._may_say(computed.best[0]):
-            result = take_best(*computed.best)
-        else:
-            result = sample(computed.logits_RV, states)
+        best = computed.best if computed.best is not None and self._may_say(computed.best[0]) else None
+        verify(computed.logits_RV, best, wanted)
+        if self._drafter is not None:
+            self._drafter.follow(plan.rows, computed.hidden_TD)
         self._note_scored(plan)
-        sampled, logprobs, failed = {}, {}, {}
-        for row, state, token, entry in zip(rows, states, result.tokens, result.logprobs, strict=True):
-            if token is None:  # the logits are no numbers, or bad words forbid all that the grammar allows
-                by_grammar = state.matcher is not None and not computed.logits_RV[rows.index(row)].isnan().any()
-                failed[row.request_id] = FinishReason.grammar if by_grammar else FinishReason.error
-                continue
-            if not state.append(token):  # the grammar passed its limits: it can say nothing about what may follow
-                failed[row.request_id] = FinishReason.grammar
-                continue
-            sampled[row.request_id] = (token,)
-            if entry is not None:
-                logprobs[row.request_id] = (entry,)
-        return StepResult(sampled, failed, logprobs, scored)
+        named = [(one.state.request.id, one) for one in wanted]
+        return StepResult(
+            sampled={name: tuple(one.tokens) for name, one in named if one.tokens},
+            failed={name: one.failed for name, one in named if one.failed is not None},
+            logprobs={name: tuple(one.logprobs) for name, one in named if one.logprobs},
+            prompt_logprobs=scored,
+            drafted={name: len(draft) for name, draft in drafts.items()},
+            drafting=drafting,
+        )
+
+    def _drafts(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """Guesses for rows that have room for them, as far as their grammars go along."""
+        drafts = {} if self._drafter is None else self._drafter.draft(plan.rows, self._states)
+        for name, draft in drafts.items():
+            if (matcher := self._states[name].matcher) is not None:
+                drafts[name] = draft[: matcher.agrees(draft)]
+        return {name: draft for name, draft in drafts.items() if draft}
+
+    def _wanted(self, plan: Plan, batch: Batch, drafts: Mapping[str, tuple[int, ...]]) -> tuple[list[Wanted], list[int]]:
+        """Whose next tokens are wanted, and from which of the step's rows: the last certain one and all that were drafted."""
+        wanted: list[Wanted] = []
+        ends: list[int] = []
+        for row, span in zip(plan.rows, batch.spans, strict=True):
+            if row.samples:
+                draft = drafts.get(row.request_id, ())
+                wanted.append(Wanted(self._states[row.request_id], len(ends), draft))
+                ends.extend(range(span.end - 1 - len(draft), span.end))
+        return wanted, ends
 
     def _may_say(self, best_R: Tensor) -> bool:
         return not self._unspeakable or not set(best_R.tolist()) & set(self._unspeakable)

@@ -49,6 +49,25 @@ class SampleState:
         changed = params.penalised or params.logit_bias or params.bad_words or len(self.output) < params.min_tokens
         return params.greedy and not changed and params.logprobs is None and self.matcher is None
 
+    @property
+    def ended(self) -> bool:
+        """True when the newest token ends the answer."""
+        return bool(self.output) and self.output[-1] in self.request.end_ids and len(self.output) > self.request.params.min_tokens
+
+    def take_back(self, count: int) -> None:
+        """Forgets the newest tokens."""
+        if not count:
+            return
+        gone = self.output[-count:]
+        del self.output[-count:]
+        if self.seen_V is not None and self.counts_V is not None:
+            known = {*self.request.prompt, *self.output}
+            for token in gone:
+                self.counts_V[token] -= 1
+                self.seen_V[token] = token in known
+        if self.matcher is not None:
+            self.matcher.take_back(count)
+
     def append(self, token: int) -> bool:
         """Takes in the chosen token. False when the grammar broke on it."""
         self.output.append(token)

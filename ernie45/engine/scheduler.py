@@ -9,11 +9,15 @@ up and one large product reads prompts faster than several small ones: first one
 (decodes), then chunks to running sequences, then chunks to new ones, always by (priority, arrival). When pages run out the last in that
 order gives its pages back and will be computed again. The first in the order is never preempted for another, and a request that could not
 fit alone is refused at the door, so every request ends.
+
+A decode may be given room for drafted tokens behind its own (`engine.speculate` says how much is worth while): budget and pages that are
+left when everybody has what they need. Nobody waits or is preempted for a guess. Which tokens are drafted is not known here; those that
+turn out right come back from the step as further sampled tokens, and the pages of the others are taken back before the next plan.
 """
 
 from bisect import insort
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ernie45.engine.blocks import PagePool, page_digest, root_digest
 from ernie45.engine.request import FinishReason, Request
@@ -81,6 +85,7 @@ class PlanRow:
     """One request's share of a step: compute `tokens` at positions `start`, `start + 1`, ... into the sequence's `pages`.
 
     samples: the last token's logits are to be sampled.
+    room: so many drafted tokens may follow, and `pages` has places for them.
     """
 
     request_id: str
@@ -88,6 +93,7 @@ class PlanRow:
     start: int
     pages: tuple[int, ...]
     samples: bool
+    room: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,14 +218,24 @@ class Scheduler:
         self._end(sequence)
         return True
 
+    @property
+    def decoding(self) -> tuple[str, ...]:
+        """The requests that compute a single token next, as far as the budget goes."""
+        return tuple(s.request.id for s in self._running if s.remaining == 1)
+
     # ---- one step
 
-    def plan(self) -> Plan:
-        """Decides the next step. Without rows there is nothing to do. Every plan is followed by `commit` or `abandon`."""
+    def plan(self, drafts: Mapping[str, int] | None = None) -> Plan:
+        """Decides the next step. Without rows there is nothing to do. Every plan is followed by `commit` or `abandon`.
+
+        drafts: how many drafted tokens each decoding request is to have room for, at most.
+        """
         rows: list[_Sequence] = []
         preempted: list[str] = []
         decodes = [s for s in self._running if s.remaining == 1]
         budget = self.config.token_budget if decodes else self.config.idle_budget or self.config.token_budget
+        spare = min(sum(drafts.values()), max(0, budget - len(decodes)) // 2) if drafts else 0
+        budget -= spare
         chunks = [s for s in self._running if s.remaining > 1]
         for sequence in decodes + chunks:
             count = min(budget, sequence.remaining)
@@ -237,10 +253,12 @@ class Scheduler:
                 rows.append(sequence)
                 budget -= count
         for sequence in rows:
-            self._publish(sequence)
+            self._publish(sequence, sequence.computed + len(_planned(sequence).tokens))
         if not preempted:
             self._admit(rows, budget)
-        planned = tuple(s.row for s in rows if s.row is not None)
+        if drafts and spare:
+            self._make_room(rows, drafts, spare)
+        planned = tuple(_planned(s) for s in rows)
         assert planned or not self._alive, "requests are alive but nothing can be computed"
         return Plan(planned, tuple(preempted))
 
@@ -251,7 +269,8 @@ class Scheduler:
         failed: Mapping[str, FinishReason] | None = None,
         undone: Collection[str] = (),
     ) -> tuple[Progress, ...]:
-        """Takes in a step's result: tokens for each row that samples, or how it failed. Who was cancelled meanwhile is passed over.
+        """Takes in a step's result: tokens for each row that samples, or how it failed (behind the tokens it got before, if any). Who was
+        cancelled meanwhile is passed over. Of a row with room, all tokens but the last were drafted, and so are computed already.
 
         undone: rows that were not computed, since they stand on pages of one that failed; they begin anew, on pages of their own.
         """
@@ -267,11 +286,15 @@ class Scheduler:
             sequence.computed += len(row.tokens)
             self._read_tokens += max(0, min(sequence.computed, len(sequence.request.prompt)) - row.start)
             if row.request_id in failed:
-                progress.append(self._progress(sequence, (), failed[row.request_id]))
+                tokens, _ = self._accept(sequence, sampled.get(row.request_id, ()))
+                progress.append(self._progress(sequence, tokens, failed[row.request_id]))
                 self._end(sequence, spoiled=True)
             elif row.samples:
                 tokens, finish = self._accept(sequence, sampled[row.request_id])
+                assert len(tokens) <= 1 + row.room, "more tokens than there was room for"
                 progress.append(self._progress(sequence, tokens, finish))
+                if row.room:
+                    self._keep_right(sequence)
                 if finish is not None:
                     self._end(sequence)
         return tuple(progress)
@@ -299,24 +322,52 @@ class Scheduler:
     def _give(self, sequence: _Sequence, count: int) -> None:
         """Plans the next `count` tokens of a sequence and takes the pages they need."""
         start, end = sequence.computed, sequence.computed + count
-        pages = list(sequence.pages)
-        while len(pages) < self._pages_for(end):
-            pages.append(self.pool.allocate(after=pages[-1] if pages else None))
-        if len(pages) != len(sequence.pages):  # else the same tuple goes on: readers may compare by identity
-            sequence.pages = tuple(pages)
+        self._take_pages(sequence, end)
         tokens = tuple(sequence.tokens[start:end])
         sequence.row = PlanRow(sequence.request.id, tokens, start, sequence.pages, samples=end == len(sequence.tokens))
 
-    def _publish(self, sequence: _Sequence) -> None:
-        """Makes known the pages that this plan fills: within a step, writing comes before reading, so others may share them at once."""
-        assert sequence.row is not None
+    def _take_pages(self, sequence: _Sequence, length: int) -> None:
+        """Takes pages until the sequence has those of `length` tokens."""
+        pages = list(sequence.pages)
+        while len(pages) < self._pages_for(length):
+            pages.append(self.pool.allocate(after=pages[-1] if pages else None))
+        if len(pages) != len(sequence.pages):  # else the same tuple goes on: readers may compare by identity
+            sequence.pages = tuple(pages)
+
+    def _publish(self, sequence: _Sequence, length: int) -> None:
+        """Makes known the pages that `length` tokens fill. Those of a plan at once: within a step, writing comes before reading, so others
+        may share them. Never those of drafted tokens: whether they are right is known after the step."""
         if not self.config.prefix_sharing:
             return
-        full = (sequence.row.start + len(sequence.row.tokens)) // self.config.page_size
+        full = length // self.config.page_size
         self._extend_digests(sequence, full)
         for index in range(sequence.published, full):
             self.pool.publish(sequence.pages[index], sequence.digests[index])
         sequence.published = max(sequence.published, full)
+
+    def _make_room(self, rows: list[_Sequence], drafts: Mapping[str, int], budget: int) -> None:
+        """Room for drafted tokens behind decodes, in order, never more than the answer may still have."""
+        size = self.config.page_size
+        for sequence in rows:
+            row = _planned(sequence)
+            end = row.start + 1
+            if not row.samples or len(row.tokens) > 1:
+                continue
+            places = (len(sequence.pages) + self.pool.free) * size - end
+            count = min(drafts.get(row.request_id, 0), budget, places, sequence.max_tokens - sequence.output - 1)
+            if count > 0:
+                self._take_pages(sequence, end + count)
+                sequence.row = replace(row, pages=sequence.pages, room=count)
+                budget -= count
+
+    def _keep_right(self, sequence: _Sequence) -> None:
+        """After drafted tokens: all but the newest token is computed; pages beyond it are free again."""
+        sequence.computed = len(sequence.tokens) - 1
+        self._publish(sequence, sequence.computed)
+        needed = self._pages_for(len(sequence.tokens))
+        if len(sequence.pages) > needed:
+            self.pool.release(sequence.pages[needed:])
+            sequence.pages = sequence.pages[:needed]
 
     def _admit(self, rows: list[_Sequence], budget: int) -> None:
         """Starts waiting sequences, in order, while budget lasts and the whole of each fits beside what the running ones still need."""
@@ -339,7 +390,7 @@ class Scheduler:
                 self._cached_tokens += sequence.computed
             count = min(budget, sequence.remaining)
             self._give(sequence, count)
-            self._publish(sequence)
+            self._publish(sequence, sequence.computed + count)
             owed += self._pages_for(len(sequence.tokens)) - len(sequence.pages)
             budget -= count
             rows.append(sequence)
@@ -400,3 +451,8 @@ class Scheduler:
 
 def _order(sequence: _Sequence) -> tuple[int, int]:
     return sequence.order
+
+
+def _planned(sequence: _Sequence) -> PlanRow:
+    assert sequence.row is not None
+    return sequence.row

@@ -17,6 +17,7 @@ from ernie45.engine.memory import EnginePlan
 from ernie45.engine.output import BankLoad, Output
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load, SchedulerConfig
+from ernie45.engine.speculate import DRAFT_TOKENS
 from ernie45.tokens.pictures import PixelRules
 
 MAX_FRAME = 256 << 20  # bytes; the longest prompt of the longest model is a few megabytes
@@ -49,13 +50,15 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     adapter_bytes: int = 1 << 30
     quantize: str | None = None
     kv: str = "whole"
+    speculative: str = "off"
+    draft_tokens: int = DRAFT_TOKENS
     step_seconds: float = 0.0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded. text_folder: where tokenizer and template are, empty for the fake. settings: for people to read.
 
-    rules: how pictures are made for it; None when it sees none.
+    rules: how pictures are made for it; None when it sees none. speculative: who drafts for it.
     """
 
     name: str
@@ -67,6 +70,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     settings: dict[str, str]
     rules: PixelRules | None = None
     max_adapters: int = 8
+    speculative: str = "off"
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):

@@ -20,6 +20,7 @@ from ernie45.engine.memory import CACHE_SHARE, EnginePlan, check_fits, gib
 from ernie45.engine.output import BankLoad, Output
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load, SchedulerConfig
+from ernie45.engine.speculate import SpeculationConfig
 from ernie45.engine.wire import (
     Cancel,
     Chosen,
@@ -305,6 +306,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         settings=_told(spec, engine, str(loaded.compute), plan, size),
         rules=engine.rules,
         max_adapters=spec.max_adapters,
+        speculative=spec.speculative,
     )
     return engine, info
 
@@ -324,6 +326,7 @@ def _config(spec: EngineSpec) -> "EngineConfig":
         max_adapters=spec.max_adapters,
         adapter_bytes=spec.adapter_bytes,
         kv=spec.kv,
+        speculation=SpeculationConfig(by=spec.speculative, most=spec.draft_tokens),
     )
 
 
@@ -347,6 +350,7 @@ def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: EnginePlan, si
         "context": f"{limits.max_length:,} tokens",
         "step": limits.describe(),
         "kernels": ops.describe(),
+        **({} if spec.speculative == "off" else {"drafts": _config(spec).speculation.text()}),
         "threads": f"{torch.get_num_threads()} ({'as asked' if spec.threads else f'{usable_cores()} usable cores'})",
     }
 

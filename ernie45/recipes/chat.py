@@ -15,6 +15,7 @@ from typing import IO, Annotated, Any, Literal, Protocol, TextIO
 import tyro
 
 from ernie45.config import Environment
+from ernie45.engine.speculate import DRAFT_TOKENS
 from ernie45.errors import ConfigError, RequestError
 from ernie45.recipes.answer import AnswerView, Piece, Reply, Speaker, headline, summary
 from ernie45.recipes.conversation import Turn, fit
@@ -87,6 +88,10 @@ class ChatConfig:
     """Round the matrices as they are loaded: w4a8, w8a8, w4a16 or w8a16. Done anew at each start; `ernie quantize` loses less."""
     kv: Literal["whole", "int8", "int4"] = "whole"
     """Keys and values in the cache: in the compute type, or of 8 or 4 bits."""
+    speculative: Literal["off", "ngram"] = "off"
+    """Guess tokens ahead and verify them in one step; answers stay the same. ngram: from the prompt and the answer so far."""
+    draft_tokens: int = DRAFT_TOKENS
+    """Tokens guessed ahead in one step, at most."""
 
     def __post_init__(self) -> None:
         thinking_of(self.thinking)
@@ -132,6 +137,8 @@ def run(config: ChatConfig, environment: Environment) -> int:
         dtype=config.dtype,
         quantize=config.quantize,
         kv=config.kv,
+        speculative=config.speculative,
+        draft_tokens=config.draft_tokens,
         thinking=thinking_of(config.thinking),
         sampling=lambda folder: sampling_settings(config, folder),
         chat=interactive,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 import tyro
 
 from ernie45.config import Environment
+from ernie45.engine.speculate import DRAFT_TOKENS
 from ernie45.errors import DataError, RequestError, TokenizerError
 from ernie45.recipes.chat import sampling_settings, thinking_of
 from ernie45.recipes.speaker import read_generation_config
@@ -66,6 +67,10 @@ class GenerateConfig:
     """Rows that are answered at the same time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto takes the one this processor is fast at."""
+    speculative: Literal["off", "ngram"] = "off"
+    """Guess tokens ahead and verify them in one step; answers stay the same. ngram: from the prompt and the answer so far."""
+    draft_tokens: int = DRAFT_TOKENS
+    """Tokens guessed ahead of an answer in one step, at most."""
 
     def __post_init__(self) -> None:
         thinking_of(self.thinking)
@@ -97,6 +102,8 @@ def run(config: GenerateConfig, environment: Environment) -> int:
                 path,
                 dtype=config.dtype,
                 max_running=config.max_running,
+                speculative=config.speculative,
+                draft_tokens=config.draft_tokens,
                 chat_format=config.chat_format,
                 environment=environment,
                 progress=lambda tensor, done, total: progress("loading weights", done, total),
@@ -187,6 +194,7 @@ def _result(row: "Row", stream: "Stream") -> dict[str, Any]:
     if done.tool_calls:
         made["tool_calls"] = [{"name": call.name, "arguments": call.arguments} for call in done.tool_calls]
     made["usage"] = {"prompt_tokens": done.prompt_tokens, "completion_tokens": len(done.token_ids), "cached_tokens": done.cached_tokens}
+    made["usage"] |= {"accepted_tokens": done.accepted_tokens} if done.drafted_tokens else {}
     return made
 
 

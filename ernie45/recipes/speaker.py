@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie45.config import Environment, read_table
+from ernie45.engine.speculate import DRAFT_TOKENS
 from ernie45.errors import CheckpointError, ConfigError, RequestError
 from ernie45.models.adapter_folder import CONFIG
 from ernie45.recipes.answer import Outcome, Piece
@@ -39,6 +40,8 @@ def open_speaker(
     adapter: Path | None = None,
     quantize: str | None = None,
     kv: str = "whole",
+    speculative: str = "off",
+    draft_tokens: int = DRAFT_TOKENS,
     text_only: bool = False,
 ) -> "ModelSpeaker":
     """Find, load and prepare a model, with progress on stderr. With `chat` a model that only continues text is refused.
@@ -64,6 +67,8 @@ def open_speaker(
             dtype=dtype,
             quantize=quantize,
             kv=kv,
+            speculative=speculative,
+            draft_tokens=draft_tokens,
             max_running=1,
             text_only=text_only,
             adapters=None if adapter is None else adapter.parent,

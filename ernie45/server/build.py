@@ -80,6 +80,8 @@ def process_opener(settings: ServerSettings, environment: Environment) -> Opener
             adapter_bytes=engine.adapter_bytes,
             quantize=engine.quantize,
             kv=engine.kv,
+            speculative=engine.speculative,
+            draft_tokens=engine.draft_tokens,
         )
         return EngineProcess(spec, environment.for_children, stuck_seconds=engine.stuck_seconds, **listeners)
 

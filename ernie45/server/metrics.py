@@ -36,6 +36,8 @@ class Metrics:
         self._prompt = Counter("vllm:prompt_tokens", "Tokens of prompts.", label, **made)
         self._generated = Counter("vllm:generation_tokens", "Tokens of answers.", label, **made)
         self._cached = Counter("ernie_cached_prompt_tokens", "Tokens of prompts that were found in shared pages.", label, **made)
+        self._drafted = Counter("vllm:spec_decode_num_draft_tokens", "Tokens that were guessed ahead.", label, **made)
+        self._accepted = Counter("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that turned out right.", label, **made)
         self._steps = Counter("ernie_engine_steps", "Steps of the engine.", label, **made)
         self._step_time = Counter("ernie_engine_step_seconds", "Seconds the engine spent in steps.", label, **made)
         self._broken = Counter("ernie_engine_broken_steps", "Steps that broke and took their requests with them.", label, **made)
@@ -88,6 +90,8 @@ class Metrics:
         self._prompt.labels(model).inc(answer.prompt_tokens)
         self._cached.labels(model).inc(answer.cached_tokens)
         self._generated.labels(model).inc(tokens)
+        self._drafted.labels(model).inc(answer.drafted_tokens)
+        self._accepted.labels(model).inc(answer.accepted_tokens)
         self._prompt_sizes.labels(model).observe(answer.prompt_tokens)
         self._sizes.labels(model).observe(tokens)
         for name, seconds in times.items():

@@ -54,6 +54,7 @@ class Prompted:
     after: str | None = None
     one_call: bool = False
     pictures: tuple[PlacedPicture, ...] = ()
+    prediction: tuple[int, ...] = ()
 
 
 def chat_prompt(request: ChatRequest, context: Context) -> Prompted:
@@ -94,6 +95,7 @@ def chat_prompt(request: ChatRequest, context: Context) -> Prompted:
         budget=thinking if isinstance(thinking, int) and not isinstance(thinking, bool) and thinking > 0 else None,
         pictures=pictures,
         one_call=request.parallel_tool_calls is False,
+        prediction=_prediction(request, context),
     )
     if shape is None:
         return prompted
@@ -110,6 +112,15 @@ def remote_pictures(request: ChatRequest, context: Context) -> dict[str, str]:
         return {}
     messages = [conversation_message(message, n, True) for n, message in enumerate(request.messages)]
     return context.text.seeing.remote(messages) if has_pictures(messages) else {}
+
+
+def _prediction(request: ChatRequest, context: Context) -> tuple[int, ...]:
+    """The ids of what the answer is said to hold. Raises `Failure` 400 where nothing would be made of it."""
+    if request.prediction is None:
+        return ()
+    if context.info.speculative != "ngram":
+        raise bad("prediction has no use here: this server was not started with --engine.speculative ngram", "prediction")
+    return tuple(context.text.tokenizer.encode(request.prediction.text, start=False))[: context.info.limits.max_length]
 
 
 def _chat_shape(request: ChatRequest, context: Context, forced: bool) -> Shape | None:
@@ -299,6 +310,7 @@ def jobs(
             adapter=context.adapter,
             grammar=prompted.grammar,
             pictures=prompted.pictures,
+            prediction=prompted.prediction,
         )
         asked.check_vocabulary(context.info.vocab_size)
         most = context.info.limits.check_fits(asked)

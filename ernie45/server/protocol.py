@@ -156,6 +156,25 @@ class Metadata(Fields):
     enable_thinking: bool | None = None
 
 
+class PredictedPart(Fields):
+    """A piece of a predicted text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Fields):
+    """What the answer will hold for the most part, such as a file that is being edited: drafts are made of it."""
+
+    type: Literal["content"]
+    content: str | list[PredictedPart]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
@@ -176,6 +195,7 @@ class ChatRequest(Sampling):
     prompt_token_ids: list[int] | None = None
     prompt_cache_key: str | None = Field(None, max_length=256)
     safety_identifier: str | None = Field(None, max_length=256)
+    prediction: Prediction | None = None
 
 
 class CompletionRequest(Sampling):
@@ -210,7 +230,6 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
         "functions": "it is deprecated; use tools",
         "modalities": 'this server answers in text only: leave it out, or ["text"]',
         "moderation": "there is no moderation model here",
-        "prediction": "predicted outputs are not supported",
         "prompt_cache_options": "the prompt cache has no options; cache_salt keeps a prompt's cache apart",
         "prompt_cache_retention": "cached prompts stay in memory until their place is needed: leave it out, or in_memory",
         "service_tier": "there is one tier: leave it out, or auto or default",

@@ -225,5 +225,9 @@ def usage(tickets: Sequence[Ticket], per_prompt: int | None = None) -> dict[str,
         "completion_tokens": written,
         "total_tokens": prompt + written,
         "prompt_tokens_details": {"cached_tokens": cached} | {name: count for name, count in seen.items() if count},
-        "completion_tokens_details": {"reasoning_tokens": sum(ticket.answer.reasoning_tokens for ticket in tickets)},
+        "completion_tokens_details": {
+            "reasoning_tokens": sum(ticket.answer.reasoning_tokens for ticket in tickets),
+            "accepted_prediction_tokens": sum(ticket.answer.accepted_tokens for ticket in tickets),
+            "rejected_prediction_tokens": sum(ticket.answer.drafted_tokens - ticket.answer.accepted_tokens for ticket in tickets),
+        },
     }

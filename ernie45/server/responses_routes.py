@@ -110,7 +110,7 @@ class ResponseWriter:
                 "input_tokens": counted["prompt_tokens"],
                 "input_tokens_details": {"cached_tokens": counted["prompt_tokens_details"]["cached_tokens"], "cache_write_tokens": 0},
                 "output_tokens": counted["completion_tokens"],
-                "output_tokens_details": counted["completion_tokens_details"],
+                "output_tokens_details": {"reasoning_tokens": counted["completion_tokens_details"]["reasoning_tokens"]},
                 "total_tokens": counted["total_tokens"],
             },
         }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ernie45.engine.speculate import DRAFT_TOKENS
 from ernie45.errors import ConfigError
 from ernie45.server.remote import Origin, read_origins
 
@@ -129,6 +130,10 @@ class EngineSettings:
     """Round a float model's matrices as they are loaded: w4a8, w8a8, w4a16, w8a16. Done anew at each start; `ernie quantize` loses less."""
     kv: Literal["whole", "int8", "int4"] = "whole"
     """Keys and values in the cache: in the compute type, or of 8 or 4 bits, which holds two to seven times as many tokens."""
+    speculative: Literal["off", "ngram"] = "off"
+    """Guess tokens ahead and verify them in one step; answers stay the same. ngram: from the prompt and the answer so far."""
+    draft_tokens: int = DRAFT_TOKENS
+    """Tokens guessed ahead of an answer in one step, at most."""
     text_only: bool = False
     """Leave what a vision-language model sees with in its files: less memory, no pictures."""
     stuck_seconds: float = 300.0

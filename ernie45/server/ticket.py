@@ -92,13 +92,20 @@ class Ticket:
 
     def feed(self, output: Output, now: float, resubmit: Callable[[Request], None], stop: Callable[[], None]) -> None:
         """An output of the engine. resubmit: the answer goes on with this request; stop: the engine need not go on."""
-        answer = self.job.answer
         if output.tokens:
             self.first = now if self.first is None else self.first
             self.gap = None if self._fed is None else now - self._fed
             self._fed = now
+        for single in output.one_by_one():
+            if not self._take(single, now, resubmit, stop):
+                break
+        self._news.set()
+
+    def _take(self, output: Output, now: float, resubmit: Callable[[Request], None], stop: Callable[[], None]) -> bool:
+        """Takes in at most one token; True when the one behind it counts."""
+        answer = self.job.answer
         answer.take(output, now)
-        if answer.over_budget:
+        if over_budget := answer.over_budget:
             stop()
             following = answer.closing()
             if following is not None:
@@ -109,7 +116,7 @@ class Ticket:
             if output.finish is None:
                 stop()
             self.over(now, _failure(answer.finish, self.id))
-        self._news.set()
+        return not over_budget and answer.finish is None
 
     def over(self, now: float, failure: Failure | None = None) -> None:
         """Nothing more will come."""

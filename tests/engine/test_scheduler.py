@@ -29,18 +29,35 @@ class FakeModel:
     slots: dict[int, int] = field(default_factory=dict)
     computed: dict[str, list[int]] = field(default_factory=dict)
 
-    def run(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+    def run(self, plan: Plan, right: int = 0) -> dict[str, tuple[int, ...]]:
+        """right: so many drafted tokens are right wherever there is room, the others wrong; written they are all."""
         for row in plan.rows:
-            for offset, token in enumerate(row.tokens):
-                page, place = divmod(row.start + offset, self.page_size)
-                self.slots[row.pages[page] * self.page_size + place] = token
+            self._write(row, row.start, row.tokens)
             self.computed.setdefault(row.request_id, []).extend(range(row.start, row.start + len(row.tokens)))
+        known = {row.request_id: self._read(row, row.start + len(row.tokens)) for row in plan.rows if row.samples}
+        for row in plan.rows:
+            for place in range(row.room):
+                token = next_token(known[row.request_id]) if place < right else 10**6 + place
+                known[row.request_id].append(token)
+                self._write(row, row.start + len(row.tokens) + place, (token,))
         answers = {}
         for row in plan.rows:
             if row.samples:
-                where = (divmod(p, self.page_size) for p in range(row.start + len(row.tokens)))
-                answers[row.request_id] = (next_token([self.slots[row.pages[page] * self.page_size + place] for page, place in where]),)
+                end = row.start + len(row.tokens)
+                found = [next_token(self._read(row, end))]
+                while len(found) <= row.room and found[-1] == self._read(row, end + len(found))[-1]:
+                    found.append(next_token(self._read(row, end + len(found))))
+                answers[row.request_id] = tuple(found)
         return answers
+
+    def _write(self, row, start, tokens):
+        for offset, token in enumerate(tokens):
+            page, place = divmod(start + offset, self.page_size)
+            self.slots[row.pages[page] * self.page_size + place] = token
+
+    def _read(self, row, length):
+        where = (divmod(p, self.page_size) for p in range(length))
+        return [self.slots[row.pages[page] * self.page_size + place] for page, place in where]
 
 
 def alone(request, capacity):
@@ -55,13 +72,14 @@ def alone(request, capacity):
 
 
 def check_plan(plan, scheduler, config):
-    assert plan.num_tokens <= max(config.token_budget, config.idle_budget or 0)
+    assert plan.num_tokens + sum(row.room for row in plan.rows) <= max(config.token_budget, config.idle_budget or 0)
     assert len({row.request_id for row in plan.rows}) == len(plan.rows) <= config.max_running
     assert not set(plan.preempted) & {row.request_id for row in plan.rows}
     written = set()
     for row in plan.rows:
-        end = row.start + len(row.tokens)
+        end = row.start + len(row.tokens) + row.room
         assert row.tokens
+        assert not row.room or (row.samples and len(row.tokens) == 1)
         assert len(row.pages) == -(-end // config.page_size)
         assert len(set(row.pages)) == len(row.pages)
         for position in range(row.start, end):
@@ -113,8 +131,8 @@ configs = st.builds(
 
 
 @settings(max_examples=250, deadline=None)
-@given(st.data(), configs, st.lists(st.tuples(requests, st.integers(0, 6)), min_size=1, max_size=9))
-def test_every_request_ends_with_its_own_answer(data, config, work):
+@given(st.data(), configs, st.lists(st.tuples(requests, st.integers(0, 6)), min_size=1, max_size=9), st.sampled_from([0, 0, 1, 3, 9]))
+def test_every_request_ends_with_its_own_answer(data, config, work, drafts):
     scheduler, model = Scheduler(config), FakeModel(config.page_size)
     waiting = [Request(id=str(i), prompt=p, params=s, eos_ids=(EOS,), priority=q, cache_salt=c) for i, ((p, s, q, c), _) in enumerate(work)]
     delays = [delay for _, delay in work]
@@ -129,7 +147,7 @@ def test_every_request_ends_with_its_own_answer(data, config, work):
         delays[:1] = [d - 1 for d in delays[:1]]
         if scheduler.idle and not waiting:
             break
-        plan = scheduler.plan()
+        plan = scheduler.plan(dict.fromkeys(scheduler.decoding, drafts))
         check_plan(plan, scheduler, config)
         for lost in plan.preempted:
             counted[lost] = None
@@ -137,7 +155,9 @@ def test_every_request_ends_with_its_own_answer(data, config, work):
             last = counted.get(row.request_id)
             assert row.start == last or last is None
             counted[row.request_id] = row.start + len(row.tokens)
-        result = model.run(plan)
+        result = model.run(plan, right=data.draw(st.integers(0, drafts)))
+        for row in plan.rows:  # drafted tokens that were right are computed
+            counted[row.request_id] += len(result[row.request_id]) - 1 if row.room else 0
         if alive and data.draw(st.integers(0, 19)) == 0:
             victim = data.draw(st.sampled_from(sorted(alive)))
             assert scheduler.cancel(victim)
@@ -282,6 +302,47 @@ def test_a_failed_step_ends_its_requests_and_nobody_finds_its_pages():
     assert scheduler.plan().rows[0].start == 0
     scheduler.cancel("out")
     assert scheduler.pool.free == 8
+
+
+def test_drafts_take_what_is_left_and_give_back_what_was_wrong():
+    scheduler = Scheduler(small(token_budget=12, num_pages=6))
+    scheduler.add(ask("a", 7, max_tokens=9))
+    model = FakeModel(4)
+    scheduler.commit(first := scheduler.plan({"a": 3}), model.run(first))
+    assert first.rows[0].room == 0, "a prompt is no decode"
+    (row,) = (plan := scheduler.plan({"a": 8})).rows
+    assert (row.start, row.tokens[0], row.room, len(row.pages)) == (7, row.tokens[0], 5, 4), "half of the budget behind its own token"
+    scheduler.commit(plan, model.run(plan, right=1))
+    assert (scheduler.pool.free, scheduler.decoding) == (3, ("a",)), "ten tokens stand in three pages"
+    (row,) = (plan := scheduler.plan({"a": 8})).rows
+    assert (row.start, row.room) == (9, 5)
+    (progress,) = scheduler.commit(plan, model.run(plan, right=8))
+    assert (len(progress.tokens), progress.finish) == (6, FinishReason.length)
+    scheduler.check()
+
+
+def test_nobody_waits_or_is_preempted_for_a_draft():
+    scheduler = Scheduler(small(token_budget=64, num_pages=4))
+    scheduler.add(ask("a", 7, max_tokens=2))
+    scheduler.add(ask("b", 7, max_tokens=2))
+    model = FakeModel(4)
+    scheduler.commit(plan := scheduler.plan(), model.run(plan))
+    plan = scheduler.plan({"a": 8, "b": 8})
+    assert [(row.request_id, row.room, len(row.pages)) for row in plan.rows] == [("a", 0, 2), ("b", 0, 2)], "one token is left of either"
+    assert not plan.preempted
+
+
+def test_pages_that_drafts_filled_are_known_when_they_were_right():
+    scheduler = Scheduler(small(token_budget=64))
+    model = FakeModel(4)
+    scheduler.add(ask("a", 7, max_tokens=6))
+    scheduler.commit(plan := scheduler.plan(), model.run(plan))
+    scheduler.commit(plan := scheduler.plan({"a": 4}), model.run(plan, right=4))
+    (text,) = [model._read(row, row.start + 1 + row.room) for row in plan.rows]
+    assert len(text) == 12
+    scheduler.add(Request(id="b", prompt=(*text, 1), params=SamplingParams(max_tokens=1)))
+    (row,) = [row for row in scheduler.plan().rows if row.request_id == "b"]
+    assert row.start == 12
 
 
 def test_a_step_is_larger_while_no_answer_is_being_written():

@@ -24,12 +24,13 @@ LIMITS = SchedulerConfig(token_budget=64, max_running=4, page_size=8, num_pages=
 class HandEngine:
     """The fake engine inside the server's loop. hold(): no steps until release(); what it did is there to be looked at."""
 
-    def __init__(self, limits, fails, loads):
+    def __init__(self, limits, fails, loads, speculative):
         self.fake = FakeEngine(limits, new_seed=lambda: 7, fails=fails)
         self.limits = limits
         self.held = threading.Event()
         self.steps = 0
         self.submitted = []
+        self.speculative = speculative
         self._loads = loads
         self._awake = asyncio.Event()
         self._task = None
@@ -50,6 +51,7 @@ class HandEngine:
             eos_ids=tokenizer.eos_ids,
             limits=self.limits,
             settings={"model": "by hand"},
+            speculative=self.speculative,
         )
 
     def submit(self, request):
@@ -138,6 +140,7 @@ def servers():
         keys=(),
         limits=None,
         plans=None,
+        speculative="off",
         **settings,
     ):
         started, state = threading.Event(), {}
@@ -154,7 +157,7 @@ def servers():
                     if plans is not None:
                         await on_planned(plans[model])
 
-                engines[model] = HandEngine(engine_limits, fails, load)
+                engines[model] = HandEngine(engine_limits, fails, load, speculative)
                 engines[model].listen(on_message, on_death)
                 return engines[model]
 

@@ -122,6 +122,7 @@ WRONG = {
     "prompt_token_ids": ([10**6], "messages"),
     "prompt_cache_key": ("x" * 257, "prompt_cache_key"),
     "safety_identifier": ("x" * 257, "safety_identifier"),
+    "prediction": ({"type": "content", "content": "x"}, "prediction"),  # nobody drafts from text here
 }
 
 
