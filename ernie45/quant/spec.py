@@ -1,8 +1,9 @@
 """What is quantised, and how: a table from module names to schemes, without torch.
 
 A scheme is a word: `w4a8` (weights of 4 bits, activations of 8) or `w4a16` (activations stay as they are), with a group such as
-`w4a8-g64`, or without, a scale per channel; `-h` at its end turns the inputs by a Hadamard matrix first (`ops/quantised.py`). Rules are
-tried in order, the first whose pattern fits a module's name decides, and every matrix that can be quantised must be decided by one.
+`w4a8-g64`, or without, a scale per channel; `-h` at its end turns the inputs by a Hadamard matrix first (`ops/quantised.py`).
+`fp8-block`, `fp8-channel` and `fp8-tensor` are E4M3 numbers (`ops/fp8.py`). Rules are tried in order, the first whose pattern fits a
+module's name decides, and every matrix that can be quantised must be decided by one.
 """
 
 import fnmatch
@@ -53,6 +54,41 @@ class Scheme:
     def bits_per_weight(self, in_size: int) -> float:
         """Bits of one weight, its share of the float16 scale included."""
         return self.weight_bits + 16 / (self.group or in_size)
+
+
+@dataclass(frozen=True)
+class Fp8Scheme:
+    """Weights and activations of E4M3 numbers. `weights` says what shares a scale: a "block" of 128 x 128, a "channel" or the "tensor".
+
+    Activations get a scale per 128 inputs of a token where weights have blocks, else per token; with `static` one scale for all that a
+    matrix reads, measured on the calibration text.
+    """
+
+    weights: str
+    static: bool = False
+
+    @classmethod
+    def parse(cls, word: str) -> "Fp8Scheme":
+        """Read `fp8-block`, `fp8-tensor-static` and their like. Raises `ConfigError` for anything else."""
+        found = re.fullmatch(r"fp8-(block|channel|tensor)(-static)?", word)
+        if not found:
+            raise ConfigError(f"'{word}' is not a quantisation scheme; write fp8-block, fp8-channel or fp8-tensor, or with -static")
+        return cls(found[1], bool(found[2]))
+
+    def __str__(self) -> str:
+        return f"fp8-{self.weights}" + ("-static" if self.static else "")
+
+    def bits_per_weight(self, in_size: int) -> float:
+        """Bits of one weight, its share of the float32 scale included."""
+        return 8 + {"block": 32 / 128**2, "channel": 32 / in_size, "tensor": 0.0}[self.weights]
+
+
+AnyScheme = Scheme | Fp8Scheme
+
+
+def parse_scheme(word: str) -> AnyScheme:
+    """The scheme a word stands for. Raises `ConfigError` for a word that is none."""
+    return Fp8Scheme.parse(word) if word.startswith("fp8") else Scheme.parse(word)
 
 
 @dataclass(frozen=True, kw_only=True)

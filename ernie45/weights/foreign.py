@@ -7,7 +7,9 @@ it. Formats, [O, I] being the matrix and G the groups along I:
              scales [G, O]; g_idx int32 [I], the group of each input: w = (q - z) * s
     awq      qweight int32 [I, O / 8], eight outputs a word in the order 0 2 4 6 1 3 5 7; qzeros likewise [G, O / 8]; scales [G, O]
     compressed-tensors  weight_packed int32 [O, I * bits / 32], each number + 2^(bits-1), low bits first; weight_shape; weight_scale [O, G];
-             or weight int8 / float8 with weight_scale [O, 1], [O, G], [1] or []
+             or weight int8 / float8 with weight_scale [O, 1], [O, G], [1], [] or one per block. Asymmetric: weight_zero_point, packed along
+             O, or int8 [O, G] as it stands: w = (q - z) * s. weight_g_idx int32 [I]: the group of each input. The input_scale of static
+             activations is left aside: what reads floats computes in floats
     fp8      weight float8 with weight_scale_inv, one number per block of the matrix
 
 Sources: the formats as the packages gptqmodel, autoawq and compressed-tensors write them.
@@ -28,10 +30,10 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where output j of a word lies
 _PARTS = {
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "awq": ("qweight", "qzeros", "scales"),
-    "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale"),
     "fp8": ("weight", "weight_scale_inv"),
 }
-_INTEGER_PARTS = ("weight", "weight_scale")
+_INTEGER_PARTS = ("weight", "weight_scale", "weight_zero_point", "weight_g_idx", "input_scale")
 
 
 class DecodedFiles:
@@ -52,6 +54,7 @@ class DecodedFiles:
             raise CheckpointError(f"{where}: AWQ with {self._bits!r} bits is not read; 4 are")
         # the first format stores zero points less one
         self._zero_shift = 0 if self._method == "awq" or settings.get("checkpoint_format") == "gptq_v2" else 1
+        self._block = _block_of(settings, where)
         self._infos: dict[str, TensorInfo] = {}
         self._parts: dict[str, tuple[str, ...]] = {}
         self._find()
@@ -85,9 +88,10 @@ class DecodedFiles:
         if self._method == "awq":
             return (first[1] * 8, first[0])
         if parts[0].endswith("_packed"):
-            if len(parts) != 3 or self._files.info(parts[2]).shape != (2,):
+            shape = next((part for part in parts if part.endswith(".weight_shape")), None)
+            if shape is None or self._files.info(shape).shape != (2,):
                 raise CheckpointError(f"{self._where}: {name!r} lacks a weight_shape of two numbers")
-            rows, columns = (int(extent) for extent in self._files.read(parts[2]).tolist())
+            rows, columns = (int(extent) for extent in self._files.read(shape).tolist())
             if rows != first[0] or not 0 < columns <= first[1] * 32:
                 raise CheckpointError(f"{self._where}: {name!r} says it is {rows} x {columns}, its packed form is {list(first)}")
             return (rows, columns)
@@ -105,30 +109,27 @@ class DecodedFiles:
         """The tensor, decoded to the type that `info` says if it is quantised. Raises CheckpointError when its parts do not fit."""
         if name not in self._parts:
             return self._files.read(name)
-        tensors = [self._files.read(part) for part in self._parts[name]]
-        decode: Callable[[list[Tensor], tuple[int, ...]], Tensor] = {
+        tensors = {part.rpartition(".")[2]: self._files.read(part) for part in self._parts[name]}
+        decode: Callable[[Mapping[str, Tensor], tuple[int, ...]], Tensor] = {
             "gptq": self._gptq,
             "awq": self._awq,
-        }.get(self._method, _scaled)
+        }.get(self._method, lambda parts, extents: _scaled(parts, extents, self._block))
         try:
             return decode(tensors, self._infos[name].shape).to(self._infos[name].dtype)
         except (RuntimeError, IndexError, ValueError) as error:
             raise CheckpointError(f"{self._where}: the parts of {name!r} do not fit together: {error}") from error
 
-    def _gptq(self, tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        whole_IO = _lanes(tensors[0], self._bits).transpose(1, 2).flatten(0, 1)
-        zeros_GO = _lanes(tensors[1], self._bits).flatten(1) + self._zero_shift
-        scales_GO = tensors[2].float()
-        groups = len(scales_GO)
-        group_I = tensors[3].long() if len(tensors) == 4 else torch.arange(shape[1]) // -(-shape[1] // groups)
-        if int(group_I.min()) < 0 or int(group_I.max()) >= groups:
-            raise ValueError(f"g_idx names group {int(group_I.max())} of {groups}")
+    def _gptq(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        whole_IO = _lanes(tensors["qweight"], self._bits).transpose(1, 2).flatten(0, 1)
+        zeros_GO = _lanes(tensors["qzeros"], self._bits).flatten(1) + self._zero_shift
+        scales_GO = tensors["scales"].float()
+        group_I = _groups_of_inputs(tensors.get("g_idx"), shape[1], len(scales_GO))
         return ((whole_IO - zeros_GO[group_I]) * scales_GO[group_I]).t()
 
-    def _awq(self, tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        whole_IO, zeros_GO = (_lanes(words, 4)[..., _AWQ_ORDER].flatten(1) for words in tensors[:2])
+    def _awq(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        whole_IO, zeros_GO = (_lanes(tensors[part], 4)[..., _AWQ_ORDER].flatten(1) for part in ("qweight", "qzeros"))
         size = -(-shape[1] // len(zeros_GO))
-        spread = [part.repeat_interleave(size, 0)[: shape[1]] for part in (zeros_GO, tensors[2].float())]
+        spread = [part.repeat_interleave(size, 0)[: shape[1]] for part in (zeros_GO, tensors["scales"].float())]
         return ((whole_IO - spread[0]) * spread[1]).t()
 
     def release(self, name: str) -> None:
@@ -154,17 +155,58 @@ def _lanes(words: Tensor, bits: int) -> Tensor:
     return (words[..., None] >> torch.arange(0, 32, bits, dtype=torch.int32)) & ((1 << bits) - 1)
 
 
-def _scaled(tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Packed, integer or FP8 numbers times their scales, which may be one, one per row, per group of inputs or per block."""
-    whole, scale = tensors[0], tensors[1].float()
-    if len(tensors) == 3:
+def _groups_of_inputs(named_I: Tensor | None, width: int, groups: int) -> Tensor:
+    """The group of each input, int64 [I]: as the file says, or equal runs. Raises ValueError for groups that do not exist."""
+    if named_I is None or bool((named_I == -1).all()):  # -1 throughout: not set, the groups are equal runs
+        return torch.arange(width) // -(-width // groups)
+    if len(named_I) != width or int(named_I.min()) < 0 or int(named_I.max()) >= groups:
+        raise ValueError(f"g_idx has {len(named_I)} inputs of {width} and names group {int(named_I.max())} of {groups}")
+    return named_I.long()
+
+
+def _block_of(settings: Mapping[str, Any], where: str) -> tuple[int, int] | None:
+    """Rows and columns of the blocks that share a scale, where the settings name some. Raises CheckpointError for what is no such pair."""
+    groups = settings.get("config_groups")
+    weights = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
+    named = [settings.get("weight_block_size"), *(one.get("block_structure") for one in weights if isinstance(one, Mapping))]
+    found = [block for block in named if block is not None]
+    if not found:
+        return None
+    block = found[0]
+    if any(other != block for other in found) or not isinstance(block, list) or len(block) != 2:
+        raise CheckpointError(f"{where}: blocks of {found!r} share a scale; one pair of rows and columns is read")
+    if not all(type(extent) is int and extent > 0 for extent in block):
+        raise CheckpointError(f"{where}: blocks of {block!r} share a scale; two whole numbers above 0 are read")
+    return block[0], block[1]
+
+
+def _scaled(tensors: Mapping[str, Tensor], shape: tuple[int, ...], block: tuple[int, int] | None) -> Tensor:
+    """Packed, integer or FP8 numbers less their zero points times their scales: one, or one per row, per group of inputs or per block."""
+    whole = tensors["weight_packed"] if "weight_packed" in tensors else tensors["weight"]
+    scale = (tensors["weight_scale"] if "weight_scale" in tensors else tensors["weight_scale_inv"]).float()
+    zero = tensors.get("weight_zero_point")
+    if scale.dim() == 1:
+        scale = scale[:, None] if len(scale) > 1 else scale.view(1, 1)
+    if "weight_packed" in tensors:
         bits = whole.shape[1] * 32 // shape[1]
         if bits not in (4, 8):
             raise ValueError(f"{bits} bits a number; 4 and 8 are read")
-        whole = _lanes(whole, bits).flatten(1)[:, : shape[1]] - (1 << (bits - 1))
-    if scale.numel() > 1:
-        if scale.dim() == 1:
-            scale = scale[:, None]
-        repeats = [-(-extent // parts) for extent, parts in zip(shape, scale.shape, strict=True)]
-        scale = scale.repeat_interleave(repeats[0], 0)[: shape[0]].repeat_interleave(repeats[1], 1)[:, : shape[1]]
-    return whole.float() * scale
+        offset = 1 << (bits - 1)
+        whole = _lanes(whole, bits).flatten(1)[:, : shape[1]] - offset
+        if zero is not None:
+            zero = _lanes(zero.t(), bits).flatten(1)[:, : shape[0]].t() - offset
+    if zero is not None and zero.numel() > 1 and zero.shape != scale.shape:
+        raise ValueError(f"zero points {list(zero.shape)} and scales {list(scale.shape)}")
+    named_I = tensors.get("weight_g_idx")
+    spread = [part if part.numel() <= 1 else _spread(part, shape, block, named_I) for part in (scale, zero) if part is not None]
+    return (whole.float() - spread[1].float() if zero is not None else whole.float()) * spread[0]
+
+
+def _spread(part: Tensor, shape: tuple[int, ...], block: tuple[int, int] | None, named_I: Tensor | None) -> Tensor:
+    """A number per row, group or block, at every element it belongs to."""
+    if block is not None and tuple(part.shape) == tuple(-(-extent // step) for extent, step in zip(shape, block, strict=True)):
+        return part.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
+    if part.shape[0] > shape[0] or part.shape[1] > shape[1]:
+        raise ValueError(f"scales {list(part.shape)} for a matrix {list(shape)}")
+    rows = part.repeat_interleave(-(-shape[0] // part.shape[0]), 0)[: shape[0]]
+    return rows[:, _groups_of_inputs(named_I, shape[1], part.shape[1])]

@@ -98,6 +98,24 @@ def save_safetensors(
     return write_safetensors(folder, specs, held.__getitem__, metadata=metadata, shard_bytes=shard_bytes)
 
 
+def write_in_parts(folder: Path, parts: Iterable[Mapping[str, Tensor]], count: int) -> int:
+    """Write one numbered shard for each of `count` parts, as they come, and the index last; returns the bytes of all tensors.
+
+    One part is in memory at a time. For a folder that is not in its place yet: what is there when the disk refuses (`OSError`) stays.
+    """
+    listed: dict[str, str] = {}
+    total = 0
+    for number, tensors in enumerate(parts, start=1):
+        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        name = f"model-{number:05d}-of-{count:05d}.safetensors"
+        _write_file(folder / name, _header(specs, {"format": "pt"}), specs, tensors.__getitem__)
+        listed |= dict.fromkeys(tensors, name)
+        total += sum(spec.nbytes for spec in specs)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
 def check_room(folder: Path, needed: int) -> None:
     """Raise CheckpointError, with both numbers, unless the disk of `folder` has `needed` bytes free."""
     free = shutil.disk_usage(folder).free

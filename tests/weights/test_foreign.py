@@ -77,6 +77,30 @@ def block_fp8():
     return {"quant_method": "fp8", "weight_block_size": [8, 16]}, {"weight": q, "weight_scale_inv": s}, wanted
 
 
+def asymmetric(packed_form: bool, order: bool = False):
+    """Zero points: packed along O, or int8 as they stand; `order`: inputs in groups of their own choice."""
+    q, z, s = numbers(-8, 8, OUT, IN), numbers(-8, 8, OUT, IN // GROUP), scales(OUT, IN // GROUP)
+    group = torch.arange(IN) // GROUP
+    group = group[torch.randperm(IN, generator=torch.Generator().manual_seed(2))] if order else group
+    wanted = (q - z[:, group]).float() * s.float()[:, group]
+    tensors = {"weight_scale": s}
+    if packed_form:
+        tensors |= {"weight_packed": packed(q + 8), "weight_shape": torch.tensor([OUT, IN]), "weight_zero_point": packed((z + 8).t()).t()}
+    else:
+        tensors |= {"weight": q.to(torch.int8), "weight_zero_point": z.to(torch.int8)}
+    if order:
+        tensors["weight_g_idx"] = group.int()
+    return {"quant_method": "compressed-tensors"}, tensors, wanted
+
+
+def edge_blocks():
+    """Blocks that are cut off at both edges, with the static scale of activations beside them."""
+    q, s = numbers(-128, 128, OUT, IN).float().to(torch.float8_e4m3fn), scales(2, 3).float()
+    wanted = q.float() * s.repeat_interleave(12, 0)[:OUT].repeat_interleave(24, 1)[:, :IN]
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"block_structure": [12, 24]}}}}
+    return settings, {"weight": q, "weight_scale": s, "input_scale": torch.ones(1)}, wanted
+
+
 def opened(folder, settings, tensors) -> DecodedFiles:
     plain = {"model.norm.weight": torch.ones(4), "model.embed_tokens.weight": torch.ones(3, 4)}
     save_safetensors(folder, {**plain, **{f"{NAME}.{part}": value.contiguous() for part, value in tensors.items()}}.items())
@@ -84,7 +108,21 @@ def opened(folder, settings, tensors) -> DecodedFiles:
 
 
 @pytest.mark.parametrize(
-    "made", [gptq(), gptq(shuffled=True), gptq(version="gptq_v2"), awq(), pack_quantized(), int_quantized(), float_quantized(), block_fp8()]
+    "made",
+    [
+        gptq(),
+        gptq(shuffled=True),
+        gptq(version="gptq_v2"),
+        awq(),
+        pack_quantized(),
+        int_quantized(),
+        float_quantized(),
+        block_fp8(),
+        asymmetric(True),
+        asymmetric(True, order=True),
+        asymmetric(False),
+        edge_blocks(),
+    ],
 )
 def test_every_number_is_what_it_stands_for(tmp_path, made) -> None:
     settings, tensors, wanted = made
@@ -121,10 +159,30 @@ def test_a_packed_shape_that_lies(tmp_path) -> None:
         opened(tmp_path, settings, tensors)
 
 
-def test_zero_points_that_are_not_read_are_not_dropped(tmp_path) -> None:
-    settings, tensors, _ = pack_quantized()
-    tensors["weight_zero_point"] = torch.zeros(2, 2, dtype=torch.int32)
-    with pytest.raises(CheckpointError, match="weight_zero_point"):
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda s, t: t.update(weight_zero_point=t["weight_zero_point"][:, :1]), r"zero points \[16, 1\] and scales \[16, 2\]"),
+        (lambda s, t: t.update(weight_zero_point=t["weight_zero_point"][:1]), "zero points"),
+        (lambda s, t: t.update(weight_zero_point=t["weight_zero_point"].float()), "not int32"),
+        (lambda s, t: t.update(weight_g_idx=t["weight_g_idx"] - 1), "names group 0 of 2"),
+        (lambda s, t: t.update(weight_g_idx=t["weight_g_idx"][:9]), "9 inputs of 64"),
+        (lambda s, t: t.update(weight_scale=torch.ones(OUT, IN * 2)), "scales"),
+        (lambda s, t: s.update(weight_block_size=[0, 4]), "above 0"),
+        (lambda s, t: s.update(weight_block_size="all"), "one pair"),
+    ],
+)
+def test_damaged_zero_points_groups_and_blocks_are_refused(tmp_path, change, text: str) -> None:
+    settings, tensors, _ = asymmetric(True, order=True)
+    change(settings, tensors)
+    with pytest.raises(CheckpointError, match=text):
+        opened(tmp_path, settings, tensors).read(f"{NAME}.weight")
+
+
+def test_parts_of_an_unknown_form_are_refused(tmp_path) -> None:
+    settings, tensors, _ = gptq()
+    settings["quant_method"] = "fp8"
+    with pytest.raises(CheckpointError, match=r"qzeros.*not read"):
         opened(tmp_path, settings, tensors)
 
 
