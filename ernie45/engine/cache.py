@@ -13,11 +13,7 @@ from ernie45 import ops
 from ernie45.engine.batch import FEW_ROWS, Batch, Span, causal_mask
 from ernie45.errors import ConfigError
 from ernie45.models.config import TextConfig
-
-
-def bytes_per_token(config: TextConfig, dtype: torch.dtype) -> int:
-    """Cache bytes of one token: keys and values of all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_size * dtype.itemsize
+from ernie45.models.counts import kv_bytes_per_token
 
 
 class PagedCache:
@@ -31,7 +27,8 @@ class PagedCache:
         self.page_size = page_size
         self.dtype = dtype
         shape = (config.num_layers, 2, num_pages * page_size, config.num_kv_heads, config.head_size)
-        self.store = torch.frombuffer(lazy_memory(num_pages * page_size * bytes_per_token(config, dtype)), dtype=dtype).view(shape)
+        size = num_pages * page_size * kv_bytes_per_token(config, dtype.itemsize)
+        self.store = torch.frombuffer(lazy_memory(size), dtype=dtype).view(shape)
         self.keys = tuple(layer[0] for layer in self.store)
         self.values = tuple(layer[1] for layer in self.store)
 

@@ -16,7 +16,6 @@ from ernie45 import ops
 from ernie45.config import Environment
 from ernie45.engine.answer import Answer, Completion
 from ernie45.engine.core import Engine, EngineConfig
-from ernie45.engine.memory import EnginePlan, check_fits, gib
 from ernie45.engine.output import Output
 from ernie45.engine.request import PlacedPicture, Request, SamplingParams
 from ernie45.engine.scheduler import Load, SchedulerConfig
@@ -26,6 +25,7 @@ from ernie45.machine import available_memory
 from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.models.compute import ComputeType
 from ernie45.models.load import OpenModel, load
+from ernie45.models.memory import Held, MemoryPlan, check_fits, gib, plan_memory
 from ernie45.models.on_the_fly import load_quantised
 from ernie45.models.text import Decoder
 from ernie45.tokens.gguf_vocabulary import tokenizer_from_gguf
@@ -149,7 +149,7 @@ class LLM:
         self.tokenizer, self.template = tokenizer, template
         self.compute, self.name = "as the decoder was given", "decoder"
         self._without_template = "this model was given without a chat template"
-        self.plan: EnginePlan | None = None
+        self.plan: MemoryPlan | None = None
         free: int | None = None
         if isinstance(model, Decoder):
             if quantize is not None:
@@ -160,9 +160,11 @@ class LLM:
         else:
             available = available_memory() if memory is None else memory
 
-            def approve(opened: OpenModel, compute: ComputeType, weights: int) -> None:
-                self.plan = config.plan(opened.config, compute.dtype, weights, adapters=folder is not None)
-                check_fits(self.plan, available, str(model), opened.config, packed=opened.spec is not None)
+            def approve(opened: OpenModel, compute: ComputeType, held: Held) -> None:
+                packed = opened.spec is not None or quantize is not None
+                use = config.use(opened.config, compute.dtype, adapters=folder is not None, packed=packed)
+                self.plan = plan_memory(opened.described, held, use)
+                check_fits(self.plan, available, str(model), opened.described, use, packed=packed)
 
             how: dict[str, Any] = {"dtype": dtype, "text_only": text_only, "environment": environment}
             how |= {"progress": progress, "approve": approve}
@@ -200,8 +202,8 @@ class LLM:
             "compute": self.compute,
             "kernels": ops.describe(),
             "context": f"{limits.max_length:,} tokens",
-            **({} if self.plan is None else {"memory": f"{self.plan.text()}; at least {gib(self.plan.least)}"}),
-            "cache": f"{limits.num_pages:,} pages of {limits.page_size} tokens, at most {size / 2**30:.2f} GiB, taken as it fills",
+            **({} if self.plan is None else {"memory": f"{self.plan.text(size)}, together at most {gib(self.plan.fixed + size)}"}),
+            "cache": f"{limits.num_pages:,} pages of {limits.page_size} tokens, at most {gib(size)}, taken as it fills",
             "step": limits.describe(),
             **({} if self._speculation.by == "off" else {"drafts": self._speculation.text()}),
             "chat format": self.template.source if self.template else "none",

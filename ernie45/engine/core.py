@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ernie45 import ops
 from ernie45.engine.adapters import Adapters
-from ernie45.engine.cache import PagedCache, bytes_per_token
+from ernie45.engine.cache import PagedCache
 from ernie45.engine.drafter import NgramDrafter
 from ernie45.engine.experts_load import ExpertsLoad
 from ernie45.engine.eyes import Eyes
 from ernie45.engine.grammar import Grammars
-from ernie45.engine.memory import CACHE_SHARE, EnginePlan, plan_memory
 from ernie45.engine.output import BankLoad, Output
 from ernie45.engine.packed_cache import KV_BITS, PackedCache, packed_bytes_per_token
 from ernie45.engine.request import FinishReason, Request
@@ -30,6 +30,8 @@ from ernie45.errors import ConfigError, RequestError
 from ernie45.machine import available_memory
 from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.models.config import TextConfig
+from ernie45.models.counts import kv_bytes_per_token
+from ernie45.models.memory import CACHE_SHARE, PICTURE_BYTES, Use
 from ernie45.models.text import Decoder, check_tokens
 from ernie45.tokens.pictures import Picture, PixelRules
 
@@ -69,7 +71,7 @@ class EngineConfig:
     adapter_bytes: int = 1 << 30
     kv: str = "whole"
     vision_budget: int = 10
-    picture_bytes: int = 1 << 29
+    picture_bytes: int = PICTURE_BYTES
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     def __post_init__(self) -> None:
@@ -85,21 +87,21 @@ class EngineConfig:
 
     def bytes_per_token(self, model: TextConfig, dtype: torch.dtype) -> int:
         """Cache bytes of one token."""
-        return bytes_per_token(model, dtype) if self.kv == "whole" else packed_bytes_per_token(model, KV_BITS[self.kv])
+        return kv_bytes_per_token(model, dtype.itemsize) if self.kv == "whole" else packed_bytes_per_token(model, KV_BITS[self.kv])
 
-    def plan(self, model: TextConfig, dtype: torch.dtype, weights: int, *, adapters: bool) -> EnginePlan:
-        """What memory a model with so many bytes of weights takes with these settings."""
-        return plan_memory(
-            model,
-            weights=weights,
+    def use(self, model: TextConfig, dtype: torch.dtype, *, adapters: bool, packed: bool) -> Use:
+        """What these settings mean for the memory of a model, with or without packed matrices and adapters."""
+        return Use(
             value_bytes=dtype.itemsize,
             token_bytes=self.bytes_per_token(model, dtype),
             page_size=self.page_size,
             num_pages=self.num_pages,
             max_length=self.max_length,
-            token_budget=max(self.token_budget, self.idle_budget or _IDLE_SHARE * self.token_budget),
+            step_tokens=max(self.token_budget, self.idle_budget or _IDLE_SHARE * self.token_budget),
             max_running=self.max_running,
+            native=packed and ops.KERNELS is not None and self.kv == "whole" and not adapters,
             adapter_bytes=self.adapter_bytes if adapters else 0,
+            picture_bytes=self.picture_bytes,
         )
 
     def resolve(self, model: TextConfig, dtype: torch.dtype, available: int) -> SchedulerConfig:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from ernie45.engine.memory import EnginePlan
 from ernie45.engine.request import Request
 from ernie45.engine.wire import (
     Cancel,
@@ -32,6 +31,7 @@ from ernie45.engine.wire import (
     pack,
 )
 from ernie45.errors import CheckpointError
+from ernie45.models.memory import MemoryPlan
 
 _READ = 1 << 20
 _STOP_SECONDS = 5.0
@@ -60,7 +60,7 @@ class EngineProcess:
         on_message: Listener,
         on_death: Callable[[str], None],
         on_loading: Callable[[str, int, int], None] = lambda stage, done, total: None,
-        on_planned: Callable[[EnginePlan], Awaitable[int]],
+        on_planned: Callable[[MemoryPlan], Awaitable[int]],
         stuck_seconds: float = 300.0,
     ) -> None:
         """environment: of the process, whole. stuck_seconds: without a message while requests run, it is ended."""

@@ -13,11 +13,11 @@ except ImportError as error:
 
     raise MissingExtra("msgspec", "serve") from error
 
-from ernie45.engine.memory import EnginePlan
 from ernie45.engine.output import BankLoad, Output
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load, SchedulerConfig
 from ernie45.engine.speculate import DRAFT_TOKENS
+from ernie45.models.memory import MemoryPlan
 from ernie45.tokens.pictures import PixelRules
 
 MAX_FRAME = 256 << 20  # bytes; the longest prompt of the longest model is a few megabytes
@@ -104,7 +104,7 @@ class Loading(msgspec.Struct, frozen=True, tag="loading"):
 class Planned(msgspec.Struct, frozen=True, tag="planned"):
     """What a model that is about to be read will take; its reading waits for `Grant`."""
 
-    plan: EnginePlan
+    plan: MemoryPlan
 
 
 class Grant(msgspec.Struct, frozen=True, tag="grant"):

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ernie45.engine.fake import FAKE_NAME, WIDTH, FakeEngine
 from ernie45.engine.grammar import Grammars
-from ernie45.engine.memory import CACHE_SHARE, EnginePlan, check_fits, gib
 from ernie45.engine.output import BankLoad, Output
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load, SchedulerConfig
@@ -42,6 +41,7 @@ from ernie45.engine.wire import (
 )
 from ernie45.errors import ErnieError, RequestError
 from ernie45.machine import usable_cores
+from ernie45.models.memory import CACHE_SHARE, Held, MemoryPlan, check_fits, gib, plan_memory
 from ernie45.tokens.pictures import PixelRules, read_pixel_rules
 
 if TYPE_CHECKING:
@@ -247,15 +247,17 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
     path = find_model(spec.model, environment, lambda stage: progress(stage, 0, 0))
     config = _config(spec)
     folder_of_adapters = AdapterFolder(Path(spec.adapters)) if spec.adapters else None
-    granted: tuple[EnginePlan, int] | None = None
+    granted: tuple[MemoryPlan, int] | None = None
 
-    def approve(opened: "OpenModel", compute: "ComputeType", weights: int) -> None:
+    def approve(opened: "OpenModel", compute: "ComputeType", held: Held) -> None:
         nonlocal granted
-        plan = config.plan(opened.config, compute.dtype, weights, adapters=bool(spec.adapters))
+        packed = opened.spec is not None or spec.quantize is not None
+        use = config.use(opened.config, compute.dtype, adapters=bool(spec.adapters), packed=packed)
+        plan = plan_memory(opened.described, held, use)
         channel.send(Planned(plan))
         (grant,) = channel.receive(None)
         assert isinstance(grant, Grant), "nothing else comes before the engine is ready"
-        check_fits(plan, grant.size, spec.model, opened.config, packed=opened.spec is not None)
+        check_fits(plan, grant.size, spec.model, opened.described, use, packed=packed)
         granted = plan, grant.size
 
     if spec.quantize is None:
@@ -330,7 +332,7 @@ def _config(spec: EngineSpec) -> "EngineConfig":
     )
 
 
-def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: EnginePlan, size: int) -> dict[str, str]:
+def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: MemoryPlan, size: int) -> dict[str, str]:
     """What was resolved, for people to read; `size` bytes were granted."""
     import torch
 
@@ -341,7 +343,7 @@ def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: EnginePlan, si
     return {
         "model": spec.model,
         "compute": compute,
-        "memory": f"{plan.text()}; at most {gib(size)} were granted",
+        "memory": f"{plan.text(cache)}, together at most {gib(plan.fixed + cache)}; {gib(size)} were granted",
         "cache": (
             f"{limits.num_pages:,} pages of {limits.page_size} tokens: {limits.num_pages * limits.page_size:,} tokens, "
             f"or {limits.num_pages * limits.page_size // limits.max_length} sequences of {limits.max_length:,}; "
@@ -355,7 +357,7 @@ def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: EnginePlan, si
     }
 
 
-def _for_cache(plan: EnginePlan, size: int) -> int:
+def _for_cache(plan: MemoryPlan, size: int) -> int:
     """What `EngineConfig.resolve` takes half of: the granted cache, doubled."""
     return int((size - plan.fixed) / CACHE_SHARE)
 

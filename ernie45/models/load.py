@@ -23,7 +23,7 @@ from ernie45.machine import available_memory
 from ernie45.models.compute import ComputeType, choose_compute, cpu_has_bfloat16
 from ernie45.models.config import TextConfig
 from ernie45.models.gguf_config import config_from_gguf
-from ernie45.models.memory import advice
+from ernie45.models.memory import Held, advice, gib
 from ernie45.models.names import FLOAT32_ENDINGS, detect_layout, has_mtp, head_name, name_table, without_head, without_mtp, without_sight
 from ernie45.models.packed import packed_dtype, packed_spec, packed_table, without_rules_for_mtp, without_rules_for_sight
 from ernie45.models.released import CHECKPOINTS, Release
@@ -75,6 +75,11 @@ class OpenModel:
     vision: VisionConfig | None = None
     """The seeing half that will be loaded; None for a text model, and for a vision-language model of which only text was asked for."""
 
+    @property
+    def described(self) -> ModelConfig:
+        """The whole model that will be loaded."""
+        return ModelConfig(self.config, self.vision)
+
     def complaint(self) -> str:
         """Why the files do not make the model, with what to do; empty when they do."""
         if self.plan.complete:
@@ -91,8 +96,8 @@ class LoadedModel:
     opened: OpenModel
 
 
-Approve = Callable[[OpenModel, ComputeType, int], None]
-"""Hears of a model that is about to be read, its compute type, and the bytes its weights will take."""
+Approve = Callable[[OpenModel, ComputeType, Held], None]
+"""Hears of a model that is about to be read, its compute type, and what its weights will take."""
 
 
 def load(
@@ -115,7 +120,7 @@ def load(
     if not opened.plan.complete:
         raise CheckpointError(opened.complaint())
     compute = choose_compute(dtype, opened.stored, fast_bfloat16=cpu_has_bfloat16())
-    decoder = _empty_decoder(ModelConfig(opened.config, opened.vision), opened.spec, compute.dtype)
+    decoder = _empty_decoder(opened.described, opened.spec, compute.dtype)
     kept = _exact_in_bfloat16(opened) if compact and compute.dtype == torch.float32 and ops.KERNELS else frozenset()
     if kept:
         compute = replace(compute, reason=f"{compute.reason}; matrices held as they are stored, which changes no result")
@@ -124,17 +129,15 @@ def load(
         return torch.bfloat16 if name in kept else packed_dtype(name, compute.dtype)
 
     shapes = _shapes(decoder)
-    needed = sum(math.prod(shape) * dtype_of(name).itemsize for name, shape in shapes.items())
+    held = _held(opened, sum(math.prod(shape) * dtype_of(name).itemsize for name, shape in shapes.items()), dtype_of, mapped)
     if approve is not None:
-        approve(opened, compute, needed)
+        approve(opened, compute, held)
     with opened.files as files:
         if opened.plan.ignored.get(head_name(opened.layout)):
             _check_tied_head(opened)
         source = files if not isinstance(files, GgufFile) else _Decoded(files, {p.file: dtype_of(p.ours) for p in opened.plan.pieces})
-        _refuse_what_cannot_fit(opened, dtype_of, compute.dtype.itemsize)
-        if mapped is None:  # memory of its own is read faster, so the weights stay in the file only where they would crowd out the rest
-            mapped = needed > _ROOMY * available_memory() or (opened.spec is not None and needed > _LARGE_PACKED)
-        state = load_pieces(opened.plan, source, shapes, dtype_of, mapped=mapped, check=check, progress=progress)
+        _refuse_what_cannot_fit(opened, held, compute.dtype.itemsize)
+        state = load_pieces(opened.plan, source, shapes, dtype_of, mapped=held.mapped > 0, check=check, progress=progress)
     decoder.load_state_dict(state, assign=True)
     if "embed.weight" in kept:
         decoder.embed.dtype = compute.dtype
@@ -374,24 +377,28 @@ def _empty_decoder(config: ModelConfig, spec: QuantSpec | None, dtype: torch.dty
     return decoder
 
 
-def _refuse_what_cannot_fit(opened: OpenModel, dtype_of: Callable[[str], torch.dtype], float_bytes: int) -> None:
-    """Before a byte is read: raise CheckpointError when what cannot stay in the mapped files is more than the memory that is free."""
-    files, own = opened.files, 0
-    for piece in opened.plan.pieces:
+def _held(opened: OpenModel, needed: int, dtype_of: Callable[[str], torch.dtype], mapped: bool | None) -> Held:
+    """How `needed` bytes of weights are held: in memory of their own, or in the mapped file what needs no change.
+
+    mapped: as asked for; None decides. Memory of its own is read faster, so the weights stay in the file only where they would crowd out
+    the rest, or where copying them would take long.
+    """
+    if mapped is None:
+        mapped = needed > _ROOMY * available_memory() or (opened.spec is not None and needed > _LARGE_PACKED)
+    files, stay = opened.files, 0
+    for piece in opened.plan.pieces if mapped and isinstance(files, TensorFiles) else ():
         dtype = dtype_of(piece.ours)
-        stays = isinstance(files, TensorFiles) and piece.whole and not piece.turned and files.info(piece.file).dtype == dtype
-        own += 0 if stays else math.prod(end - begin for begin, end in piece.box) * dtype.itemsize
-    free = available_memory()
+        if piece.whole and not piece.turned and files.info(piece.file).dtype == dtype:
+            stay += math.prod(end - begin for begin, end in piece.box) * dtype.itemsize
+    return Held(needed, stay)
+
+
+def _refuse_what_cannot_fit(opened: OpenModel, held: Held, float_bytes: int) -> None:
+    """Before a byte is read: raise CheckpointError when what cannot stay in the mapped files is more than the memory that is free."""
+    own, free = held.total - held.mapped, available_memory()
     if own > free:
-        context = min(8192, opened.config.max_positions)
-        said = "; ".join(advice(ModelConfig(opened.config, opened.vision), free, float_bytes=float_bytes, context=context))
-        raise CheckpointError(f"{opened.path}: its weights take {own / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free. {said}")
-
-
-def packed_bytes(config: ModelConfig, spec: QuantSpec, dtype: torch.dtype) -> int:
-    """Bytes of a model packed as `spec` says; what stays whole is of type `dtype`."""
-    shapes = _shapes(_empty_decoder(config, spec, dtype))
-    return sum(math.prod(shape) * packed_dtype(name, dtype).itemsize for name, shape in shapes.items())
+        said = "; ".join(advice(opened.described, free, float_bytes=float_bytes))
+        raise CheckpointError(f"{opened.path}: its weights take {gib(own)}, and {gib(free)} are free. {said}")
 
 
 def _shapes(decoder: Decoder) -> dict[str, Shape]:

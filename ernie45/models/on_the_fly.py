@@ -14,10 +14,11 @@ from ernie45.config import Environment
 from ernie45.errors import CheckpointError
 from ernie45.models.by_layer import LayeredModel
 from ernie45.models.compute import choose_compute, cpu_has_bfloat16
-from ernie45.models.load import Approve, LoadedModel, find_model, open_model, packed_bytes
+from ernie45.models.load import Approve, LoadedModel, find_model, open_model
+from ernie45.models.memory import Held
 from ernie45.models.names import FLOAT32_ENDINGS
+from ernie45.models.sizes import weight_bytes
 from ernie45.models.text import Decoder
-from ernie45.models.vision_config import ModelConfig
 from ernie45.quant.linear import QuantEmbedding
 from ernie45.quant.model import quantise_model
 from ernie45.quant.rtn import round_quickly
@@ -47,7 +48,7 @@ def load_quantised(
     if approve is not None:
         ends = _rules_of_ends(word, tied=opened.config.tie_embeddings, sees=opened.vision is not None)
         spec = QuantSpec(rules=(*ends, Rule(pattern="layers.*", scheme=word)))
-        approve(opened, compute, packed_bytes(ModelConfig(opened.config, opened.vision), spec, compute.dtype))
+        approve(opened, compute, Held(weight_bytes(opened.described, spec, float_bytes=compute.dtype.itemsize)))
     source = LayeredModel(opened)
     try:
         decoder = _packed(source, word, compute.dtype, progress or (lambda stage, done, total: None))

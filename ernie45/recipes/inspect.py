@@ -261,16 +261,15 @@ def _describe(found: Inspection, config: ModelConfig, layout: str) -> None:
 def _fits(config: ModelConfig, spec: Any) -> list[str]:
     """What this machine's free memory is enough for, with numbers; counted from sizes, so no weight is read."""
     from ernie45.machine import available_memory
-    from ernie45.models.memory import advice, plan_memory
+    from ernie45.models.memory import Held, advice, gib, plan_memory, usual_use
+    from ernie45.models.sizes import weight_bytes
 
-    free, context = available_memory(), min(8192, config.text.max_positions)
+    free = available_memory()
     if spec is None:
-        lines = advice(config, free, context=context)
-    else:
-        plan = plan_memory(config, spec, float_bytes=4, context=context)
-        verdict = "fits" if plan.total <= free else "does not fit"
-        lines = [f"as it is packed it {verdict} into {free / 2**30:.2f} GiB: {plan}"]
-    return [*lines, f"counted with {context:,} tokens in the cache"]
+        return advice(config, free)
+    plan = plan_memory(config, Held(weight_bytes(config, spec, float_bytes=4)), usual_use(config, value_bytes=4, packed=True))
+    verdict = "fits" if plan.least <= free else "does not fit"
+    return [f"as it is packed it {verdict} into {gib(free)}: {gib(plan.least)}: {plan.text()}"]
 
 
 def _count(found: Inspection, lines: list[TensorLine]) -> None:

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from ernie45.config import read_table
 from ernie45.engine.fake import fake_template, fake_tokenizer
 from ernie45.engine.grammar import Grammars
-from ernie45.engine.memory import EnginePlan
 from ernie45.engine.output import BankLoad
 from ernie45.engine.process import EngineDied
 from ernie45.engine.request import Request
@@ -25,6 +24,7 @@ from ernie45.engine.scheduler import Load
 from ernie45.engine.wire import Chosen, Embedded, EngineInfo, Refused, Stepped
 from ernie45.errors import CheckpointError, ErnieError, RequestError
 from ernie45.models.adapter_folder import AdapterFolder
+from ernie45.models.memory import MemoryPlan
 from ernie45.server.failures import Failure, engine_lost, failure_of, overloaded
 from ernie45.server.line import Line
 from ernie45.server.seeing import Seeing
@@ -58,7 +58,7 @@ class Opener(Protocol):
         on_message: Callable[[Stepped | Refused | Embedded | Chosen], None],
         on_death: Callable[[str], None],
         on_loading: Callable[[str, int, int], None],
-        on_planned: Callable[[EnginePlan], Awaitable[int]],
+        on_planned: Callable[[MemoryPlan], Awaitable[int]],
     ) -> Engine: ...
 
 
@@ -99,7 +99,7 @@ class Observer(Protocol):
 class Memory(Protocol):
     """Who shares out memory between models; the service."""
 
-    async def __call__(self, model: "ServedModel", plan: EnginePlan) -> int: ...
+    async def __call__(self, model: "ServedModel", plan: MemoryPlan) -> int: ...
 
 
 class ServedModel:
@@ -249,7 +249,7 @@ class ServedModel:
     def _on_loading(self, stage: str, done: int, total: int) -> None:
         self.progress = (stage, done, total)
 
-    async def _on_planned(self, plan: EnginePlan) -> int:
+    async def _on_planned(self, plan: MemoryPlan) -> int:
         self.granted = 0
         self.granted = await self.memory(self, plan)
         return self.granted
@@ -420,8 +420,8 @@ class ServedModel:
         self._end(ticket, Failure(504, f"the request took {seconds:g} s, the longest it may", code="request_timeout"))
 
 
-async def _all_of_it(model: ServedModel, plan: EnginePlan) -> int:
-    return plan.fixed + plan.cache
+async def _all_of_it(model: ServedModel, plan: MemoryPlan) -> int:
+    return plan.total
 
 
 def read_text_side(info: EngineInfo, chat_format: str | None, limits: Limits, media_folder: Path | None = None) -> TextSide:

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ernie45.engine.memory import EnginePlan, gib
 from ernie45.errors import ConfigError, ErnieError
 from ernie45.machine import available_memory
+from ernie45.models.memory import MemoryPlan, gib
 from ernie45.server.access import Caller, Rates
 from ernie45.server.failures import Failure, bad, failure_of, overloaded
 from ernie45.server.fetch import Fetcher
@@ -101,7 +101,7 @@ class Service:
         info, text = await model.ready()
         return model, Context(info=info, text=text, limits=self.settings.limits, caller=caller, adapter=adapter)
 
-    async def grant(self, model: ServedModel, plan: EnginePlan) -> int:
+    async def grant(self, model: ServedModel, plan: MemoryPlan) -> int:
         """Bytes that a model may take; models that nobody uses are unloaded for it, the one unused for longest first.
 
         Raises `Failure` 503 with the numbers: for good when it could never fit, else for as long as the others are busy.

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie45.engine.batch import BatchBuilder
-from ernie45.engine.cache import PagedAttend, PagedCache, bytes_per_token
+from ernie45.engine.cache import PagedAttend, PagedCache
 from ernie45.engine.core import Engine, EngineConfig
 from ernie45.engine.request import FinishReason, Request, SamplingParams
 from ernie45.engine.scheduler import Plan, PlanRow
 from ernie45.errors import ConfigError, RequestError
 from ernie45.machine import available_memory
 from ernie45.models.config import ExpertsConfig, TextConfig
+from ernie45.models.counts import kv_bytes_per_token
 from ernie45.models.text import Decoder
 from ernie45.ops import reference
 
@@ -352,7 +353,7 @@ def test_the_door(decoder, request_, field, words):
 
 
 def test_automatic_settings_are_resolved_in_the_open():
-    per_token = bytes_per_token(DENSE, torch.float32)
+    per_token = kv_bytes_per_token(DENSE, 4)
     assert per_token == 2 * 2 * 2 * 12 * 4
     resolve = EngineConfig(max_running=4).resolve
     assert resolve(DENSE, torch.float32, 1 << 30).num_pages == 4 * 4  # 4 sequences of 128 in pages of 32
@@ -395,7 +396,7 @@ def test_a_second_question_finds_the_first_ones_pages(decoder):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_a_generous_cache_costs_nothing_until_it_is_used():
     before = _resident()
-    cache = PagedCache(DENSE, (2 << 30) // (32 * bytes_per_token(DENSE, torch.float32)), 32, torch.float32)
+    cache = PagedCache(DENSE, (2 << 30) // (32 * kv_bytes_per_token(DENSE, 4)), 32, torch.float32)
     assert _resident() - before < 50 << 20
     assert cache.keys[1][-1].eq(0).all()
     with pytest.raises(ConfigError, match="num_pages or max_length"):

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ernie45.engine.batch import BatchBuilder
-from ernie45.engine.cache import bytes_per_token
 from ernie45.engine.core import Engine, EngineConfig
 from ernie45.engine.packed_cache import KV_BITS, PackedCache, cell_width, packed_bytes_per_token, restored, rounded
 from ernie45.engine.request import Request, SamplingParams
 from ernie45.engine.scheduler import Plan, PlanRow
 from ernie45.errors import ConfigError
 from ernie45.models.config import TextConfig
+from ernie45.models.counts import kv_bytes_per_token
 from ernie45.models.text import Decoder
 from ernie45.ops import reference
 
@@ -86,7 +86,7 @@ def test_sizes_and_settings():
     wide = dataclasses.replace(CONFIG, head_size=128)
     assert packed_bytes_per_token(wide, 8) == 2 * 2 * 2 * (128 + 2)
     assert packed_bytes_per_token(wide, 4) == 2 * 2 * 2 * (64 + 8)
-    assert EngineConfig(kv="int4").bytes_per_token(wide, torch.bfloat16) * 3 < bytes_per_token(wide, torch.bfloat16) * 1
+    assert EngineConfig(kv="int4").bytes_per_token(wide, torch.bfloat16) * 3 < kv_bytes_per_token(wide)
     assert set(KV_BITS) == {"int8", "int4"}
     with pytest.raises(ConfigError, match="int8, int4"):
         EngineConfig(kv="fp8")

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ernie45.models.load import load, load_model
-from ernie45.models.memory import SIGHT_RULES, weight_bytes
 from ernie45.models.on_the_fly import load_quantised
 from ernie45.models.released import tiny
 from ernie45.models.save import save_model
+from ernie45.models.sizes import SIGHT_RULES, weight_bytes
 from ernie45.models.text import Decoder
 from ernie45.models.vision_config import ModelConfig, VisionConfig
 from ernie45.nn.moe import MixtureOfExperts

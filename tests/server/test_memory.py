@@ -7,8 +7,9 @@ import pytest
 
 from ernie45.config import Environment
 from ernie45.engine.core import EngineConfig
-from ernie45.engine.memory import EnginePlan
 from ernie45.errors import ConfigError
+from ernie45.models.memory import Held, MemoryPlan, plan_memory
+from ernie45.models.vision_config import ModelConfig
 from ernie45.server.build import build
 from ernie45.server.settings import EngineSettings, ServerSettings, parse_bytes
 from tests.engine.test_engine import DENSE
@@ -18,7 +19,7 @@ GIB = 1 << 30
 
 
 def plan(weights, cache=4):
-    return EnginePlan(weights=weights * GIB, work=GIB, adapters=0, sequence=GIB, length=2048, cache=cache * GIB)
+    return MemoryPlan(weights=weights * GIB, work=GIB, sequence=GIB, length=2048, cache=cache * GIB)
 
 
 def ask(running, model, **more):
@@ -93,7 +94,8 @@ def test_two_real_folders_take_turns_where_only_one_fits(tmp_path):
         decoder = save_tiny(tmp_path / name, DENSE, seed)
     how = {"max_length": 64, "max_running": 2, "token_budget": 32}
     weights = sum(tensor.nbytes for tensor in decoder.state_dict().values())
-    memory = int(1.5 * EngineConfig(**how).plan(decoder.config, decoder.dtype, weights, adapters=False).least)
+    use = EngineConfig(**how).use(decoder.config, decoder.dtype, adapters=False, packed=False)
+    memory = int(1.5 * plan_memory(ModelConfig(decoder.config), Held(weights), use).least)
     settings = ServerSettings(port=0, memory=str(memory), engine=EngineSettings(threads=1, dtype="float32", **how))
     environment = Environment.read()
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ernie45.engine.cache import bytes_per_token
 from ernie45.models.config import TextConfig
-from ernie45.models.counts import count_parameters
+from ernie45.models.counts import count_parameters, kv_bytes_per_token
 from ernie45.models.packed import PACKED_ENDING
 from ernie45.models.text import Decoder
 from ernie45.recipes.bench.limits import Limits
@@ -45,7 +44,7 @@ class Footprint:
         """Bytes that a decode step of `batch` sequences with `context` tokens each reads; of the experts those that chance would choose."""
         experts = self.model.experts
         touched = 1 - (1 - experts.top_k / experts.num_experts) ** batch if experts else 0.0
-        return self.always + self.routed * touched + batch * context * bytes_per_token(self.model, self.dtype)
+        return self.always + self.routed * touched + batch * context * kv_bytes_per_token(self.model, self.dtype.itemsize)
 
     def decode_limit(self, limits: Limits, batch: int, context: int) -> float:
         """Tokens a second that `batch` sequences together could write at most."""

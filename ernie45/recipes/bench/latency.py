@@ -23,6 +23,9 @@ from ernie45.errors import ConfigError
 from ernie45.recipes.terminal import progress_bar, size_text
 
 if TYPE_CHECKING:
+    from ernie45.engine.core import EngineConfig
+    from ernie45.models.load import LoadedModel
+    from ernie45.models.memory import Held, MemoryPlan
     from ernie45.models.text import Decoder
 
 _NONE = tyro.conf.arg(help_behavior_hint="")
@@ -104,8 +107,9 @@ def measure(config: LatencyConfig, environment: Environment) -> dict[str, Any]:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         path = find_model(config.model, environment, lambda line: progress(line, 0, 0))
+        base, weights = resident_bytes(), []
         began = time.perf_counter()
-        loaded = load(path, dtype=config.dtype, compact=True)
+        loaded = load(path, dtype=config.dtype, mtp=False, compact=True, approve=lambda opened, compute, held: weights.append(held))
         load_s = time.perf_counter() - began
         decoder = loaded.decoder
         needed = config.prompt_tokens + config.output_tokens + 1
@@ -126,6 +130,7 @@ def measure(config: LatencyConfig, environment: Environment) -> dict[str, Any]:
                 runs.append(time_run(decoder, prompts, config.output_tokens, config.token_budget))
             cold = runs[0].first_token_s if cold is None else cold
             results.append(_summary(config, batch, runs[config.warm_up :]))
+            results[-1]["memory"] = _memory(_plan(config, batch, loaded, weights[0]), peak_bytes() - base)
         del decoder, loaded
         limits = None
         if not config.skip_limits:
@@ -157,13 +162,10 @@ def time_run(decoder: "Decoder", prompts: list[list[int]], output_tokens: int, t
 
     Tokens that early sequences wrote while later prompts were still read are taken off the share that the second figure stands for.
     """
-    from ernie45.engine.core import Engine, EngineConfig
+    from ernie45.engine.core import Engine
     from ernie45.engine.request import Request, SamplingParams
 
-    length = len(prompts[0]) + output_tokens + 1
-    config = EngineConfig(max_running=len(prompts), max_length=length, prefix_sharing=False)
-    if token_budget:
-        config = replace(config, token_budget=token_budget, idle_budget=token_budget)
+    config = _engine_config(len(prompts), len(prompts[0]) + output_tokens + 1, token_budget)
     engine = Engine(decoder, config)
     params = SamplingParams(temperature=0.0, max_tokens=output_tokens + 1, ignore_eos=True)
     start = time.perf_counter()
@@ -185,8 +187,49 @@ def time_run(decoder: "Decoder", prompts: list[list[int]], output_tokens: int, t
 
 def peak_bytes() -> int:
     """The most memory that this process ever had resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    peak = _status_bytes("VmHWM")  # what getrusage says begins with the peak of whoever started this process
+    if peak is not None:
+        return peak
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def resident_bytes() -> int:
+    """The memory that this process has resident now; the most it ever had where the system tells no more."""
+    now = _status_bytes("VmRSS")
+    return peak_bytes() if now is None else now
+
+
+def _status_bytes(name: str) -> int | None:
+    """A figure of Linux's account of this process; None elsewhere."""
+    account = Path("/proc/self/status")
+    lines = account.read_text().splitlines() if account.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _engine_config(batch: int, length: int, token_budget: int | None) -> "EngineConfig":
+    """Room for exactly so many sequences of exactly that length."""
+    from ernie45.engine.core import EngineConfig
+
+    made = EngineConfig(max_running=batch, max_length=length, prefix_sharing=False)
+    return replace(made, token_budget=token_budget, idle_budget=token_budget) if token_budget else made
+
+
+def _plan(config: LatencyConfig, batch: int, loaded: "LoadedModel", held: "Held") -> "MemoryPlan":
+    """What `ernie chat` and `ernie serve` would have planned for this batch; nothing is looked at, and there is no tokenizer."""
+    from ernie45.models.memory import plan_memory
+
+    opened, dtype = loaded.opened, loaded.compute.dtype
+    engine = _engine_config(batch, config.prompt_tokens + config.output_tokens + 1, config.token_budget)
+    use = engine.use(opened.config, dtype, adapters=False, packed=opened.spec is not None)
+    use = replace(use, step_tokens=min(use.step_tokens, batch * config.prompt_tokens), tokenizer=False)
+    return plan_memory(replace(opened.described, vision=None), held, use)
+
+
+def _memory(plan: "MemoryPlan", taken: int) -> dict[str, int]:
+    """Bytes planned and measured. Work is what is left of the measured peak without weights and cache; both fill wholly."""
+    left = taken - plan.weights - plan.cache
+    return {"planned": plan.total, "measured": taken, "work_planned": plan.work, "work_measured": left}
 
 
 def _prompts(config: LatencyConfig, batch: int, vocab_size: int) -> list[list[int]]:
@@ -237,7 +280,7 @@ def table(report: dict[str, Any]) -> str:
         f"load {report['load_s']:.2f} s, first token of the cold model after another {report['cold_first_token_s']:.2f} s, "
         f"{size_text(report['peak_bytes_loaded'])} at most while loading",
     ]
-    head = ["batch", "prefill tok/s", "of limit", "decode tok/s", "of limit", "first token s", "per token ms", "peak memory"]
+    head = ["batch", "prefill tok/s", "of limit", "decode tok/s", "of limit", "first token s", "per token ms", "memory", "planned"]
     rows = [head]
     for result in report["results"]:
         shares = [f"{result[f'{name}_share']:.0%}" if f"{name}_share" in result else "" for name in ("prefill", "decode")]
@@ -250,7 +293,8 @@ def table(report: dict[str, Any]) -> str:
                 shares[1],
                 f"{result['first_token_s']:.3f}",
                 f"{1000 * result['per_token_s']:.1f}",
-                size_text(result["peak_bytes"]),
+                size_text(result["memory"]["measured"]),
+                size_text(result["memory"]["planned"]),
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
