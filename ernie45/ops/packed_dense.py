@@ -45,7 +45,11 @@ class _Product(torch.autograd.Function):
         ctx.weight, ctx.in_size = weight, x_TI.shape[1]
         padded_TI = torch.nn.functional.pad(x_TI, (0, weight.padded_in - x_TI.shape[1]))
         turned_TI = turn_by_hadamard(padded_TI, weight.group) if weight.hadamard else padded_TI
-        return torch.cat([turned_TI @ block_BI.to(x_TI.dtype).t() for block_BI in _blocks(weight)], dim=1)
+        out_TO, start = x_TI.new_empty(len(x_TI), weight.out_size), 0
+        for block_BI in _blocks(weight):
+            out_TO[:, start : start + len(block_BI)] = turned_TI @ block_BI.to(x_TI.dtype).t()
+            start += len(block_BI)
+        return out_TO
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

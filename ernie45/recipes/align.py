@@ -1,19 +1,25 @@
-"""`ernie align MODEL --data PAIRS --out FOLDER`: prefer the better of two answers, by DPO or its kin."""
+"""`ernie align MODEL --data PAIRS --out FOLDER`: prefer the better of two answers, by DPO or its kin; KTO; reward models."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ernie45.config import Environment
 from ernie45.nn.lora import without_adapters
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
 from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, open_pupil
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
+from ernie45.train.comparison import ComparisonStep, Judge
 from ernie45.train.optim import Optimiser, OptimiserConfig
-from ernie45.train.preference import PackedPairs, PreferenceStep, Reference, make_pairs
+from ernie45.train.preference import PackedRows, PairExample, PairJudge, Reference, as_pair, make_each, pack_pairs
 from ernie45.train.preference_losses import PreferenceConfig
 from ernie45.train.records import read_weighted
+from ernie45.train.reward import RewardJudge, RewardModel
 from ernie45.train.schedule import ScheduleConfig
+from ernie45.train.unpaired import JudgedExample, UnpairedJudge, as_judged, pack_judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +53,43 @@ def align(config: AlignConfig, environment: Environment, ranks: Ranks = ALONE) -
     batches = sum(len(data.packs(epoch)) for epoch in range(config.epochs))
     steps = config.steps if config.steps is not None else -(-batches // config.accumulate)
     facts = {
-        "pairs": len(data.examples),
-        "tokens": sum(pair.num_tokens for pair in data.examples),
+        "answers" if config.preference.loss == "kto" else "pairs": len(data.examples),
+        "tokens": sum(example.num_tokens for example in data.examples),
         "steps": f"{steps:,} of {config.accumulate} x at most {config.batch_tokens:,} tokens; {len(data.packs(0)):,} batches an epoch",
     }
     announce(config, pupil, bad, facts)
     if config.dry_run:
         return None
-    optimiser = Optimiser(pupil.decoder, config.optimiser, pupil.decoder.config.head_size)
+    judge, scorer = _judge(config, pupil, environment)
+    optimiser = Optimiser(scorer or pupil.decoder, config.optimiser, pupil.decoder.config.head_size)
+    learner = ComparisonStep(judge, optimiser, ranks=ranks)
+    ids = digest_of_ids(_ids(example) for example in data.examples)
+    method = "A reward model trained" if scorer else f"Preference training ({config.preference.loss})"
+    say = f"# {'Reward model' if scorer else 'Aligned'} from {config.model}\n\n{method} with ernie45: "
+    target = teach(config, pupil, learner, data, steps, ids, lambda how: f"{say}{how}.", scorer)
+    if scorer is not None:
+        ranks.once(lambda: scorer.save_head(target))
+    return target
+
+
+def _judge(config: AlignConfig, pupil: Pupil, environment: Environment) -> tuple[Judge[Any], RewardModel | None]:
+    """What compares the answers; and the reward model, where that is what learns."""
+    loss, decoder = config.preference, pupil.decoder
+    if loss.loss == "reward":
+        model = RewardModel(decoder).initialise(torch.Generator().manual_seed(config.seed))
+        return RewardJudge(model, loss, recompute=config.recompute), model
     reference = _reference(config, pupil, environment)
-    learner = PreferenceStep(pupil.decoder, optimiser, config.preference, reference, recompute=config.recompute, ranks=ranks)
-    ids = digest_of_ids((*pair.prefix, -1, *pair.chosen, -1, *pair.rejected) for pair in data.examples)
-    method = f"Preference training ({config.preference.loss}) with ernie45"
-    return teach(config, pupil, learner, data, steps, ids, lambda how: f"# Aligned from {config.model}\n\n{method}: {how}.")
+    if loss.loss == "kto":
+        assert reference is not None, "KTO compares with a reference"
+        return UnpairedJudge(decoder, loss, reference, recompute=config.recompute), None
+    return PairJudge(decoder, loss, reference, recompute=config.recompute), None
+
+
+def _ids(example: PairExample | JudgedExample) -> tuple[int, ...]:
+    """What the fingerprint of a run knows of an example."""
+    if isinstance(example, JudgedExample):
+        return (*example.prefix, -1, *example.answer, int(example.good))
+    return (*example.prefix, -1, *example.chosen, -1, *example.rejected)
 
 
 def _reference(config: AlignConfig, pupil: Pupil, environment: Environment) -> Reference | None:
@@ -72,11 +102,15 @@ def _reference(config: AlignConfig, pupil: Pupil, environment: Environment) -> R
     return Reference(frozen.eval().requires_grad_(False), nullcontext)
 
 
-def _data(config: AlignConfig, pupil: Pupil) -> tuple[PackedPairs, BadRows]:
-    """The pairs, checked against the model's limits."""
+def _data(config: AlignConfig, pupil: Pupil) -> tuple[PackedRows[Any, Any], BadRows]:
+    """The pairs or judged answers, checked against the model's limits."""
     bad = BadRows(pupil.ranks)
     on_bad = bad if config.skip_bad else None
     limit = min(pupil.decoder.config.max_positions, config.batch_tokens)
+    template = pupil.template(config.chat_format)
     records = read_weighted(config.data, config.weights, config.seed, on_bad)
-    pairs = make_pairs(records, pupil.template(config.chat_format), limit, on_bad)
-    return PackedPairs(pairs, config.batch_tokens, config.seed), bad
+    if config.preference.loss == "kto":
+        judged = make_each(records, lambda record: as_judged(record, template), limit, on_bad)
+        return PackedRows(judged, config.batch_tokens, config.seed, pack_judged), bad
+    pairs = make_each(records, lambda record: [as_pair(record, template)], limit, on_bad)
+    return PackedRows(pairs, config.batch_tokens, config.seed, pack_pairs), bad

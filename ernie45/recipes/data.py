@@ -27,7 +27,8 @@ from ernie45.tokens.template import IGNORED, ChatTemplate, load_template
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
 from ernie45.train.examples import as_example
 from ernie45.train.preference import as_pair
-from ernie45.train.records import Document, Preference, Record, read_records
+from ernie45.train.records import Document, Judgement, Preference, Record, read_records
+from ernie45.train.unpaired import as_judged
 
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
@@ -138,6 +139,14 @@ def render(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) 
         )
         learned = sum(label != IGNORED for label in (*pair.chosen_labels, *pair.rejected_labels))
         return Shown(record.where, "pair", sections, pair.num_tokens, learned)
+    if isinstance(record, Judgement):
+        [judged] = as_judged(record, template)
+        sections = (
+            ("prompt", parts(judged.prefix, (IGNORED,) * len(judged.prefix), tokenizer)),
+            ("good" if judged.good else "bad", parts(judged.answer, judged.labels, tokenizer)),
+        )
+        learned = sum(label != IGNORED for label in judged.labels)
+        return Shown(record.where, "judged answer", sections, len(judged.prefix) + len(judged.answer), learned)
     example = as_example(record, template, tokenizer)
     return Shown(record.where, "conversation", (("", parts(example.ids, example.labels, tokenizer)),), len(example.ids), example.learned)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from torch import nn
 
 from ernie45.config import Environment
 from ernie45.nn.lora import LoraConfig
@@ -67,19 +68,29 @@ def announce(config: LessonConfig, pupil: Pupil, bad: BadRows, facts: Mapping[st
 
 
 def teach(
-    config: LessonConfig, pupil: Pupil, learner: Learner[B], data: Batches[B], steps: int, ids: str, say: Callable[[str], str]
+    config: LessonConfig,
+    pupil: Pupil,
+    learner: Learner[B],
+    data: Batches[B],
+    steps: int,
+    ids: str,
+    say: Callable[[str], str],
+    whole: nn.Module | None = None,
 ) -> Path:
     """Run the steps and write the model with its card. ids: digest of the data; say: the card's text, from how the weights were trained.
+
+    whole: what learns, where that is more than the decoder.
 
     Raises RunError as `train` does. Returns the folder of the finished model.
     """
     same = plain_settings(config, *WITHOUT_EFFECT) | {"steps": steps, "ids": ids}
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
     samples = Samples(pupil.decoder, pupil.tokenizer, pupil.template(config.chat_format), config.out, config.samples, config.sample_tokens)
+    learns = pupil.decoder if whole is None else whole
     with Watcher(steps, Events(config.out) if config.tensorboard else None) as watcher:
         progress = train(
             learner,
-            pupil.decoder,
+            learns,
             data,
             config.schedule,
             length,

@@ -4,11 +4,10 @@ Positions of both answers follow the prompt's, attention is `BranchedCausal`; lo
 T tokens, P pairs, D width.
 """
 
-import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,15 +15,14 @@ from torch import Tensor
 from ernie45.errors import DataError, ErnieError
 from ernie45.models.text import Decoder
 from ernie45.nn.attention import BranchedCausal
-from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.tokens.template import IGNORED, ChatTemplate
 from ernie45.train.batch import plan_packs
+from ernie45.train.comparison import Compared
 from ernie45.train.cross_entropy import token_log_probs
-from ernie45.train.examples import permutation
-from ernie45.train.optim import Optimiser
+from ernie45.train.examples import Batch, permutation
 from ernie45.train.preference_losses import Pairs, PreferenceConfig, preference_loss
 from ernie45.train.records import Preference, Record
-from ernie45.train.step import StepReport, trunk
+from ernie45.train.step import trunk
 
 
 @dataclass(frozen=True)
@@ -49,18 +47,27 @@ class PairExample:
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """Packed pairs: int64 [T] three times; `groups` are the lengths of prefix, chosen and rejected; `gap` is float32 [P]."""
+    """Packed pairs: int64 [T] three times; `groups` are the lengths of prefix, chosen and rejected; `gap` is float32 [P].
+
+    Of single judged answers (`train.unpaired`) the second branch is the mismatched answer, and `good` says which are good, bool [P].
+    """
 
     tokens_T: Tensor
     labels_T: Tensor
     positions_T: Tensor
     groups: tuple[tuple[int, int, int], ...]
     gap_P: Tensor
+    good_P: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens that pass through the model."""
         return self.tokens_T.shape[0]
+
+    @property
+    def num_compared(self) -> int:
+        """P."""
+        return len(self.groups)
 
 
 def as_pair(record: Record, template: ChatTemplate) -> PairExample:
@@ -104,48 +111,65 @@ def pack_pairs(examples: Sequence[PairExample]) -> PreferenceBatch:
     )
 
 
-class PackedPairs:
-    """Pairs as batches of at most `limit` tokens, in an order and packing keyed by (seed, epoch)."""
+class Sized(Protocol):
+    """An example that knows what it costs."""
 
-    def __init__(self, examples: Sequence[PairExample], limit: int, seed: int) -> None:
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that pass through the model for it."""
+        ...
+
+
+X = TypeVar("X", bound=Sized)
+B = TypeVar("B", bound=Batch)
+
+
+class PackedRows(Generic[X, B]):
+    """Compared answers as batches of at most `limit` tokens, in an order and packing keyed by (seed, epoch)."""
+
+    def __init__(self, examples: Sequence[X], limit: int, seed: int, pack: Callable[[Sequence[X]], B]) -> None:
         if not examples:
-            raise DataError("there is not one pair to learn from; is the data empty, or was every row left out?")
-        self.examples, self.limit, self.seed = examples, limit, seed
+            raise DataError("there is not one answer to learn from; is the data empty, or was every row left out?")
+        self.examples, self.limit, self.seed, self.pack = examples, limit, seed, pack
         self._epochs: list[list[list[int]]] = []
 
     def packs(self, epoch: int) -> list[list[int]]:
-        """The pairs of each batch of an epoch."""
+        """The examples of each batch of an epoch."""
         while len(self._epochs) <= epoch:
             order = permutation(len(self.examples), self.seed, len(self._epochs)).tolist()
             plans = plan_packs([self.examples[n].num_tokens for n in order], self.limit)
             self._epochs.append([[order[place] for place in plan] for plan in plans])
         return self._epochs[epoch]
 
-    def batch(self, index: int) -> PreferenceBatch:
+    def batch(self, index: int) -> B:
         """Batch `index` of the endless sequence of epochs."""
         epoch = 0
         while index >= len(self.packs(epoch)):
             index -= len(self.packs(epoch))
             epoch += 1
-        return pack_pairs([self.examples[n] for n in self.packs(epoch)[index]])
+        return self.pack([self.examples[n] for n in self.packs(epoch)[index]])
 
 
-def make_pairs(
-    records: Iterable[Record], template: ChatTemplate, limit: int, on_bad: Callable[[DataError], None] | None = None
-) -> list[PairExample]:
-    """Every record as a pair of at most `limit` tokens; a bad one raises DataError, or is handed to `on_bad` and left out."""
-    made = []
+def make_each(
+    records: Iterable[Record],
+    make: Callable[[Record], Sequence[X]],
+    limit: int,
+    on_bad: Callable[[DataError], None] | None = None,
+) -> list[X]:
+    """What `make` makes of every record, each of at most `limit` tokens. A bad one raises DataError, or is told to `on_bad`."""
+    made: list[X] = []
     for record in records:
         try:
-            pair = as_pair(record, template)
-            if pair.num_tokens > limit:
-                raise DataError(f"{record.where}: the pair has {pair.num_tokens:,} tokens, more than the limit of {limit:,}; raise it")
+            examples = make(record)
+            for example in examples:
+                if example.num_tokens > limit:
+                    raise DataError(f"{record.where}: needs {example.num_tokens:,} tokens, more than the limit of {limit:,}; raise it")
         except DataError as error:
             if on_bad is None:
                 raise
             on_bad(error)
         else:
-            made.append(pair)
+            made += examples
     return made
 
 
@@ -154,10 +178,11 @@ def pair_log_probs(decoder: Decoder, batch: PreferenceBatch, *, recompute: bool 
     attend = BranchedCausal([tuple(group) for group in batch.groups])
     h_TD = trunk(decoder, decoder.embed(batch.tokens_T), batch.positions_T, attend, recompute=recompute)
     logps_T = token_log_probs(decoder.norm(h_TD), decoder.head_matrix, batch.labels_T, bias_V=decoder.head_bias)
-    return _by_branch(logps_T, batch)
+    return by_branch(logps_T, batch)
 
 
-def _by_branch(values_T: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+def by_branch(values_T: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+    """Sums over the rows of each chosen and each rejected answer, [P] twice."""
     parts = values_T.split([length for group in batch.groups for length in group])
     return torch.stack([part.sum() for part in parts[1::3]]), torch.stack([part.sum() for part in parts[2::3]])
 
@@ -176,66 +201,24 @@ class Reference:
             return pair_log_probs(self.decoder, batch)
 
 
-class PreferenceStep:
-    """One optimiser step over pairs: the loss is the mean over the pairs of the whole step, however it is cut into batches or shared out.
+class PairJudge:
+    """What a preference loss says of packed pairs. For `kto-pair` the cut into batches matters: it looks at a batch's mean drift."""
 
-    (`kto-pair` compares with the mean drift of a batch, so for it the cut matters.)
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        optimiser: Optimiser,
-        config: PreferenceConfig,
-        reference: Reference | None,
-        *,
-        recompute: bool = False,
-        ranks: Ranks = ALONE,
-    ) -> None:
+    def __init__(self, decoder: Decoder, config: PreferenceConfig, reference: Reference | None, *, recompute: bool = False) -> None:
         assert (reference is not None) or not config.needs_reference, f"the loss {config.loss} needs a reference"
-        self.decoder, self.optimiser, self.config, self.reference = decoder, optimiser, config, reference
-        self.recompute, self.ranks = recompute, ranks
+        self.decoder, self.config, self.reference, self.recompute = decoder, config, reference, recompute
 
-    def __call__(self, batches: Sequence[PreferenceBatch], step: int, rate: float) -> StepReport:
-        """Learn from the batches of one step, or this rank's of them. A step whose gradient is not finite is skipped by all ranks."""
-        start = time.perf_counter()
-        own = (
-            sum(len(batch.groups) for batch in batches),
-            sum(batch.num_tokens for batch in batches),
-            sum(int((batch.labels_T != IGNORED).sum()) for batch in batches),
-        )
-        num_pairs, tokens, learned = map(int, self.ranks.sums(own))
-        loss, margins = 0.0, []
-        for batch in batches:
-            pairs = self.pairs(batch)
-            total = preference_loss(pairs, self.config).sum() / num_pairs
-            if self.config.answer:
-                total = total - self.config.answer * (pairs.c / pairs.c_tokens).sum() / num_pairs
-            total.backward()
-            loss += total.item()
-            margins.append(self.config.beta * pairs.delta.detach())
-        self.ranks.add_gradients(list(self.optimiser.parameters.values()))
-        margin_P = torch.cat(margins)
-        loss, margin, preferred = self.ranks.sums((loss, margin_P.sum().item(), (margin_P > 0).sum().item()))
-        norm = self.ranks.from_first(self.optimiser.gradient_norm())
-        skipped = not math.isfinite(norm)
-        self.optimiser.drop_gradients() if skipped else self.optimiser.step(rate, norm)
-        return StepReport(
-            step=step,
-            loss=loss,
-            rate=rate,
-            norm=norm,
-            tokens=tokens,
-            learned=learned,
-            seconds=time.perf_counter() - start,
-            skipped=skipped,
-            margin=margin / num_pairs,
-            accuracy=preferred / num_pairs,
-        )
+    def __call__(self, batch: PreferenceBatch) -> Compared:
+        """The loss and the margin of each pair; the margin is beta x (how much more than the reference the chosen answer is preferred)."""
+        pairs = self.pairs(batch)
+        losses_P = preference_loss(pairs, self.config)
+        if self.config.answer:
+            losses_P = losses_P - self.config.answer * pairs.c / pairs.c_tokens
+        return Compared(losses_P, self.config.beta * pairs.delta.detach())
 
     def pairs(self, batch: PreferenceBatch) -> Pairs:
         """Log-probabilities of policy and reference; without a reference its are 0."""
         c, r = pair_log_probs(self.decoder, batch, recompute=self.recompute)
         c0, r0 = self.reference.log_probs(batch) if self.reference is not None else (torch.zeros_like(c), torch.zeros_like(r))
-        tokens = _by_branch((batch.labels_T != IGNORED).float(), batch)
+        tokens = by_branch((batch.labels_T != IGNORED).float(), batch)
         return Pairs(c, r, c0, r0, *tokens, batch.gap_P)

@@ -7,7 +7,7 @@ Formulas: the published preference code of the ERNIE 4.5 family; papers are name
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -16,7 +16,11 @@ from torch.nn import functional as F
 
 from ernie45.errors import ConfigError
 
-LossName = Literal["sigmoid", "hinge", "ipo", "simpo", "dpop", "kto-pair", "sppo", "nca", "orpo"]
+LossName = Literal["sigmoid", "hinge", "ipo", "simpo", "dpop", "kto-pair", "sppo", "nca", "orpo", "kto", "reward"]
+
+
+_BELONGS: dict[str, LossName] = {"smoothing": "sigmoid", "offset": "sigmoid", "desirable": "kto", "undesirable": "kto"}
+_BELONGS |= {"margin": "reward", "center": "reward"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,7 @@ class PreferenceConfig:
     """Which preference loss, and how strong."""
 
     loss: LossName = "sigmoid"
-    """sigmoid is DPO; simpo and orpo need no reference."""
+    """sigmoid is DPO; simpo and orpo need no reference; kto takes single judged answers; reward trains a reward model."""
     beta: float = 0.1
     """How tightly the policy is held to the reference; larger is tighter."""
     smoothing: float = 0.0
@@ -37,22 +41,32 @@ class PreferenceConfig:
     """With dpop: price of the chosen answer falling below the reference."""
     answer: float = 0.0
     """Weight of the plain loss of the chosen answer beside the preference; 1 is usual with orpo."""
+    desirable: float = 1.0
+    """With kto: weight of good answers; raise it where they are few."""
+    undesirable: float = 1.0
+    """With kto: weight of bad answers."""
+    margin: float = 0.0
+    """With reward: by how much, per judged gap, the rewards of a pair are to differ."""
+    center: float = 0.0
+    """With reward: weight of the squared sum of a pair's rewards, which keeps them near 0."""
 
     def __post_init__(self) -> None:
-        for name in ("beta", "smoothing", "offset", "gamma", "positive", "answer"):
+        for name in (field.name for field in fields(self) if field.name != "loss"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0) or (name == "beta" and value == 0):
                 raise ConfigError(f"preference.{name} must be a number {'above' if name == 'beta' else 'of at least'} 0, not {value}")
         if self.smoothing >= 0.5:
             raise ConfigError(f"preference.smoothing must be below 0.5, where labels would say nothing, not {self.smoothing}")
-        for name in ("smoothing", "offset"):
-            if getattr(self, name) and self.loss != "sigmoid":
-                raise ConfigError(f"preference.{name} belongs to the loss 'sigmoid' and does nothing with '{self.loss}'; leave it out")
+        for name, loss in _BELONGS.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default and self.loss != loss:
+                raise ConfigError(f"preference.{name} belongs to the loss '{loss}' and does nothing with '{self.loss}'; leave it out")
+        if self.answer and self.loss in ("kto", "reward"):
+            raise ConfigError(f"preference.answer is for losses of pairs of answers, not for '{self.loss}'; leave it out")
 
     @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with a reference policy."""
-        return self.loss not in ("simpo", "orpo")
+        return self.loss not in ("simpo", "orpo", "reward")
 
 
 @dataclass(frozen=True)

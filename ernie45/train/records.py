@@ -8,6 +8,7 @@
 | sharegpt | `conversations` of `from`, `value`, optional `system`, `tools` |
 | ERNIEKit preferences | `src`, `tgt`, `response` (two continuations), `sort` (the larger number marks the better) |
 | pairs | `prompt`, `chosen`, `rejected` (texts or lists of messages) |
+| judged | `prompt`, `completion` (texts or lists of messages), `label` (true: good, false: bad), optional `tools` |
 | plain text | `text`, or `tgt` alone |
 
 Files: `.jsonl`, `.json` (a list of rows), `.csv` (a header and texts), `.parquet`, `.txt` (the whole file is one text), folders and
@@ -21,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ernie45.errors import DataError, MissingExtra, TokenizerError, did_you_mean
 from ernie45.tokens.messages import Message, as_messages
@@ -53,6 +54,17 @@ class Preference:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """A conversation, and an answer to it that was judged good or bad by itself."""
+
+    where: str
+    prompt: tuple[Message, ...]
+    answer: tuple[Message, ...]
+    good: bool
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class Document:
     """A text of which every token is learned."""
 
@@ -60,7 +72,7 @@ class Document:
     text: str
 
 
-Record = Conversation | Preference | Document
+Record = Conversation | Preference | Judgement | Document
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
@@ -336,14 +348,26 @@ def _alpaca(row: Mapping[str, Any], where: str) -> Conversation:
     return Conversation(where, tuple(_system(row, where) + _turns(users, answers, [None] * len(users))))
 
 
-def _pair(row: Mapping[str, Any], where: str) -> Preference:
-    def side(key: str, role: str) -> tuple[Message, ...]:
-        value = row[key]
-        if isinstance(value, str):
-            return (_answer(value) if role == "assistant" else Message(role, value),)
-        return _messages(value, where, key)
+def _side(row: Mapping[str, Any], where: str, key: str, role: Literal["user", "assistant"]) -> tuple[Message, ...]:
+    """One side of a comparison: a text, or messages."""
+    value = row[key]
+    if isinstance(value, str):
+        return (_answer(value) if role == "assistant" else Message(role, value),)
+    return _messages(value, where, key)
 
-    return Preference(where, side("prompt", "user"), side("chosen", "assistant"), side("rejected", "assistant"), _tools(row, where))
+
+def _pair(row: Mapping[str, Any], where: str) -> Preference:
+    prompt, chosen, rejected = (
+        _side(row, where, key, "user" if key == "prompt" else "assistant") for key in ("prompt", "chosen", "rejected")
+    )
+    return Preference(where, prompt, chosen, rejected, _tools(row, where))
+
+
+def _judgement(row: Mapping[str, Any], where: str) -> Judgement:
+    if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
+        raise DataError(f"{where}: 'label' must be true (a good answer) or false, not {row['label']!r:.60}")
+    sides = _side(row, where, "prompt", "user"), _side(row, where, "completion", "assistant")
+    return Judgement(where, *sides, bool(row["label"]), _tools(row, where))
 
 
 def _document(row: Mapping[str, Any], where: str) -> Document:
@@ -360,6 +384,7 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any], str], Record]]
     (("messages",), _conversation),
     (("conversations",), _sharegpt),
     (("prompt", "chosen", "rejected"), _pair),
+    (("prompt", "completion", "label"), _judgement),
     (("instruction", "output"), _alpaca),
     (("text",), _document),
     (("tgt",), _document),

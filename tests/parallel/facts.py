@@ -9,11 +9,12 @@ from ernie45.models.released import tiny
 from ernie45.parallel.ranks import ALONE
 from ernie45.tokens.template import IGNORED
 from ernie45.train.batch import pack
+from ernie45.train.comparison import ComparisonStep
 from ernie45.train.examples import PackedExamples
 from ernie45.train.loop import RunConfig, train
 from ernie45.train.noise import EmbeddingNoise
 from ernie45.train.optim import MovingAverage, Optimiser, OptimiserConfig
-from ernie45.train.preference import PairExample, PreferenceStep, pack_pairs
+from ernie45.train.preference import PairExample, PairJudge, pack_pairs
 from ernie45.train.preference_losses import PreferenceConfig
 from ernie45.train.schedule import ScheduleConfig
 from ernie45.train.step import LossConfig, Step
@@ -64,7 +65,7 @@ def preference(ranks):
     """Report and gradients of one step over pairs."""
     decoder = make_decoder()
     optimiser = Keep(decoder, OptimiserConfig(), 16)
-    step = PreferenceStep(decoder, optimiser, PreferenceConfig(loss="simpo"), None, ranks=ranks)
+    step = ComparisonStep(PairJudge(decoder, PreferenceConfig(loss="simpo"), None), optimiser, ranks=ranks)
     pairs = [PairExample((4, 5), (6, 7, 8 + n), (6, 9, 9, 10 + n), (IGNORED, 7, 8 + n), (IGNORED, 9, 9, 10 + n), 0.0) for n in range(5)]
     batches = [pack_pairs(pairs[:1]), pack_pairs(pairs[1:4]), pack_pairs(pairs[4:])]
     return step([batches[n] for n in ranks.share(len(batches))], 0, 1e-3), optimiser.grads

@@ -9,11 +9,16 @@ from tensorboardX.proto import event_pb2
 from transformers import AutoModelForCausalLM
 
 from ernie45.cli import main
+from ernie45.config import Environment
 from ernie45.engine.client import LLM
 from ernie45.engine.request import SamplingParams
 from ernie45.errors import CheckpointError, ConfigError, DataError, RunError
 from ernie45.models.adapters import load_adapter
 from ernie45.models.load import load_model
+from ernie45.recipes.learning import open_pupil
+from ernie45.train.preference import as_pair, make_each
+from ernie45.train.records import read_records
+from ernie45.train.reward import load_reward_model
 from tests.recipes.lessons import COMMON, ernie, losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,6 +88,33 @@ def test_align_raises_the_margin_of_the_better_answer(model, pairs, tmp_path):
         assert lines[-1]["loss"] < 0.5
         assert lines[-1]["margin"] > 0.3
         load_model(out / "model")
+
+
+def test_single_judged_answers_are_learned_from(model, tmp_path, capsys):
+    rows = [{"prompt": f"Say {word}", "completion": f"{word}!", "label": word != "no"} for word in ("yes", "no", "up", "down")]
+    path = tmp_path / "judged.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert ernie("data", "check", path, "--model", model) == 0
+    ernie("align", model, "--data", path, "--out", tmp_path / "run", "--preference.loss", "kto", *COMMON)
+    assert "answers" in capsys.readouterr().out
+    assert losses(tmp_path / "run")[0] == pytest.approx(0.5, abs=1e-3)
+    assert losses(tmp_path / "run")[-1] < 0.4
+    with pytest.raises(DataError, match="no preference pair"):
+        ernie("align", model, "--data", path, "--out", tmp_path / "pairs")
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_reward_model_prefers_what_it_was_taught(model, pairs, tmp_path, rank):
+    out = tmp_path / "run"
+    ernie("align", model, "--data", pairs, "--out", out, "--preference.loss", "reward", "--lora.rank", rank, *COMMON)
+    seen = losses(out)
+    assert seen[0] > 0.5
+    assert seen[-1] < 0.2
+    judge = load_reward_model(out / "model")
+    pupil = open_pupil(str(model), "auto", Environment.read())
+    [pair] = make_each(list(read_records([pairs]))[:1], lambda record: [as_pair(record, pupil.template(None))], 128)
+    good, bad = judge.score([[*pair.prefix, *pair.chosen], [*pair.prefix, *pair.rejected]]).tolist()
+    assert good > bad + 1
 
 
 def test_pretrain_prepares_a_corpus_and_learns_it(model, tmp_path, capsys):

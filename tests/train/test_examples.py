@@ -6,7 +6,7 @@ from ernie45.errors import DataError
 from ernie45.tokens.template import IGNORED, family_template
 from ernie45.tokens.tokenizer import load_tokenizer
 from ernie45.train.examples import as_example, make_examples
-from ernie45.train.preference import as_pair, make_pairs
+from ernie45.train.preference import as_pair, make_each
 from ernie45.train.records import as_record
 from tests.tokens.conftest import PLACEHOLDERS, TAGS, write_pieces_folder
 
@@ -116,4 +116,4 @@ def test_answers_that_begin_alike_are_both_whole(template, tokenizer):
 )
 def test_a_pair_that_teaches_nothing_is_named(template, row, says):
     with pytest.raises(DataError, match=f"line 7.*{says}"):
-        make_pairs([as_record(row, "f: line 7")], template, 60)
+        make_each([as_record(row, "f: line 7")], lambda record: [as_pair(record, template)], 60)

@@ -10,8 +10,9 @@ from ernie45.errors import ConfigError, DataError
 from ernie45.nn.attention import PackedCausal
 from ernie45.nn.lora import LoraConfig, adapt, without_adapters
 from ernie45.tokens.template import IGNORED
+from ernie45.train.comparison import ComparisonStep
 from ernie45.train.optim import Optimiser, OptimiserConfig
-from ernie45.train.preference import PackedPairs, PairExample, PreferenceStep, Reference, pack_pairs, pair_log_probs
+from ernie45.train.preference import PackedRows, PairExample, PairJudge, Reference, pack_pairs, pair_log_probs
 from ernie45.train.preference_losses import Pairs, PreferenceConfig, preference_loss
 from tests.train.conftest import make_decoder
 
@@ -114,7 +115,7 @@ def test_each_loss_prefers_the_chosen_answer_after_some_steps(name):
     decoder, frozen = make_decoder(), make_decoder().requires_grad_(False)
     config = PreferenceConfig(loss=name, beta=BETA, answer=1.0 if name == "orpo" else 0.0)
     reference = Reference(frozen, nullcontext) if config.needs_reference else None
-    learner = PreferenceStep(decoder, Optimiser(decoder, OptimiserConfig(weight_decay=0.0), 32), config, reference)
+    learner = ComparisonStep(PairJudge(decoder, config, reference), Optimiser(decoder, OptimiserConfig(weight_decay=0.0), 32))
     reports = [learner([pack_pairs(PAIRS)], n, 3e-3) for n in range(8)]
     assert reports[-1].loss < reports[0].loss
     assert reports[-1].margin > reports[0].margin
@@ -125,7 +126,7 @@ def test_at_the_start_policy_and_reference_agree():
     decoder = make_decoder()
     adapt(decoder.requires_grad_(False).layers, LoraConfig(rank=2), torch.Generator().manual_seed(0))
     reference = Reference(decoder, lambda: without_adapters(decoder))
-    learner = PreferenceStep(decoder, Optimiser(decoder, OptimiserConfig(), 32), PreferenceConfig(), reference)
+    learner = ComparisonStep(PairJudge(decoder, PreferenceConfig(), reference), Optimiser(decoder, OptimiserConfig(), 32))
     first = learner([pack_pairs(PAIRS)], 0, 1e-3)
     assert first.loss == pytest.approx(math.log(2), abs=1e-5)
     assert first.margin == pytest.approx(0, abs=1e-5)
@@ -135,7 +136,9 @@ def test_at_the_start_policy_and_reference_agree():
 def test_how_a_step_is_cut_changes_nothing():
     def losses(batches):
         decoder, frozen = make_decoder(), make_decoder().requires_grad_(False)
-        learner = PreferenceStep(decoder, Optimiser(decoder, OptimiserConfig(), 32), PreferenceConfig(), Reference(frozen, nullcontext))
+        learner = ComparisonStep(
+            PairJudge(decoder, PreferenceConfig(), Reference(frozen, nullcontext)), Optimiser(decoder, OptimiserConfig(), 32)
+        )
         return [(report.loss, report.norm) for report in (learner(batches, n, 1e-3) for n in range(3))]
 
     whole, cut = losses([pack_pairs(PAIRS)]), losses([pack_pairs(PAIRS[:1]), pack_pairs(PAIRS[1:])])
@@ -143,15 +146,25 @@ def test_how_a_step_is_cut_changes_nothing():
 
 
 def test_pairs_are_packed_within_the_limit_each_once():
-    data = PackedPairs(PAIRS * 3, limit=45, seed=0)
+    data = PackedRows(PAIRS * 3, 45, 0, pack_pairs)
     assert sorted(n for pack in data.packs(0) for n in pack) == list(range(12))
     assert all(data.batch(n).num_tokens <= 45 for n in range(len(data.packs(0)) + 3))
-    with pytest.raises(DataError, match="not one pair"):
-        PackedPairs([], 45, 0)
+    with pytest.raises(DataError, match="not one answer"):
+        PackedRows([], 45, 0, pack_pairs)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"beta": 0.0}, {"smoothing": 0.5}, {"gamma": -1.0}, {"loss": "ipo", "offset": 1.0}, {"loss": "hinge", "smoothing": 0.1}]
+    "wrong",
+    [
+        {"beta": 0.0},
+        {"smoothing": 0.5},
+        {"gamma": -1.0},
+        {"loss": "ipo", "offset": 1.0},
+        {"loss": "hinge", "smoothing": 0.1},
+        {"margin": 1.0},
+        {"loss": "reward", "undesirable": 2.0},
+        {"loss": "kto", "answer": 1.0},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ConfigError, match=r"preference\."):

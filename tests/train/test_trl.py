@@ -13,8 +13,9 @@ from ernie45.models.adapters import save_adapter
 from ernie45.models.save import save_model
 from ernie45.nn.lora import LoraConfig, adapt
 from ernie45.train.batch import pack
+from ernie45.train.comparison import ComparisonStep
 from ernie45.train.optim import Optimiser, OptimiserConfig
-from ernie45.train.preference import PreferenceStep, Reference, pack_pairs
+from ernie45.train.preference import PairJudge, Reference, pack_pairs
 from ernie45.train.preference_losses import PreferenceConfig
 from ernie45.train.step import LossConfig, Step
 from tests.train.conftest import make_decoder, make_examples
@@ -151,7 +152,7 @@ def test_preference_losses_are_those_of_trl(tmp_path, ours, theirs):
     expected = [line["loss"] for line in trainer.state.log_history if "grad_norm" in line]
     decoder, reference = make_decoder(), Reference(make_decoder().requires_grad_(False), nullcontext)
     optimiser = Optimiser(decoder, OptimiserConfig(weight_decay=0.0), 32)
-    learner = PreferenceStep(decoder, optimiser, PreferenceConfig(loss=ours, beta=0.3), reference)
+    learner = ComparisonStep(PairJudge(decoder, PreferenceConfig(loss=ours, beta=0.3), reference), optimiser)
     losses = [learner([pack_pairs(pairs)], step, RATE).loss for step in range(STEPS)]
     assert losses[0] - losses[-1] > 0.01
     # a loss here is a square of up to 20 or a logarithm: float32 sums of log-probabilities around -40
