@@ -10,7 +10,6 @@ from ernie45.recipes.data import as_page, render
 from ernie45.tokens.template import IGNORED, load_template
 from ernie45.tokens.tokenizer import load_tokenizer
 from ernie45.train.records import as_record
-from tests.recipes.test_training import model  # noqa: F401  (a fixture)
 
 ROWS = [
     {"src": ["What is up?", "Sure?"], "tgt": ["The sky.", "<b>Yes</b>"], "label": [0, 1]},
@@ -20,7 +19,7 @@ ROWS = [
 
 
 @pytest.fixture
-def sides(model):  # noqa: F811
+def sides(model):
     tokenizer = load_tokenizer(model)
     return tokenizer, load_template(model, tokenizer)
 
@@ -70,7 +69,7 @@ def test_the_page_escapes_what_rows_say(sides):
     assert "default-src 'none'" in page
 
 
-def test_preview_and_check(model, rows, tmp_path, capsys):  # noqa: F811
+def test_preview_and_check(model, rows, tmp_path, capsys):
     words = ["--model", str(model)]
     assert dispatch(["data", "preview", str(rows), "--rows", "9", *words]) == 0
     out = capsys.readouterr()
