@@ -55,7 +55,12 @@ def _is_packed(block: nn.Module) -> bool:
     if not isinstance(ffn, MixtureOfExperts):
         return _swiglu(ffn) is not None
     experts = ffn.experts
-    return isinstance(experts, QuantExperts) and experts.expert_size % 16 == 0 and (ffn.shared is None or _swiglu(ffn.shared) is not None)
+    return (
+        isinstance(experts, QuantExperts)
+        and not experts.scheme.code
+        and experts.expert_size % 16 == 0
+        and (ffn.shared is None or _swiglu(ffn.shared) is not None)
+    )
 
 
 def _add(network: Network, number: int, block: nn.Module) -> None:

@@ -5,7 +5,7 @@ and input widths, E experts.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ernie45.models.vision_config import ModelConfig, VisionConfig
 from ernie45.quant.spec import QuantSpec, Rule, Scheme
@@ -32,6 +32,8 @@ class Matrix:
             return (self.copies * self.out_size * self.in_size + self.rest) * float_bytes
         width = scheme.group or -(-self.in_size // _CHANNEL_STEP) * _CHANNEL_STEP
         groups, rows = -(-self.in_size // width), -(-self.out_size // _ROWS) * _ROWS
+        if scheme.code:  # stored in two bits, and decoded to eight when it is used
+            scheme = replace(scheme, weight_bits=8)
         return self.copies * (rows * groups * width * scheme.weight_bits // 8 + rows * groups * 2) + self.rest * float_bytes
 
 

@@ -23,7 +23,7 @@ def can_fuse(block: Block) -> bool:
     parts = (attn.qkv, attn.out, ffn.gate_up, ffn.down)
     if not all(isinstance(part, QuantLinear) and part.bias is None for part in parts):
         return False
-    return attn.head_size % 16 == 0 and _packed(ffn.gate_up).out_size % 32 == 0
+    return attn.head_size % 16 == 0 and isinstance(ffn.gate_up, QuantLinear) and ffn.gate_up.out_size % 32 == 0
 
 
 def _packed(module: object) -> PackedWeight:

@@ -3,16 +3,29 @@
 Letters: T tokens, R rows of interest, D width, V vocabulary, E experts, F width of one expert, I and O in- and output widths.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ernie45 import ops
 from ernie45.ops import PackedWeight, Routing
-from ernie45.quant.pack import packed_shapes
+from ernie45.ops.codes import CodedWeight, coded_shapes, decode
+from ernie45.quant.pack import pack, packed_shapes
 from ernie45.quant.spec import Scheme
 
 
-def _packed(scheme: Scheme, values: Tensor, scales: Tensor, out_size: int) -> PackedWeight:
+def _shapes(scheme: Scheme, out_size: int, in_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if scheme.code:
+        return coded_shapes(scheme.code, out_size, in_size)
+    return packed_shapes(out_size, in_size, scheme.weight_bits, scheme.group)
+
+
+def _packed(scheme: Scheme, values: Tensor, scales: Tensor, out_size: int, in_size: int) -> PackedWeight:
+    """As `ops` takes it. A code's weights are whole numbers with a scale for each group, so they become a packed weight of 8 bits."""
+    if scheme.code:
+        decoded = decode(CodedWeight(values, scales), scheme.code, in_size)
+        return pack(decoded.whole_OI, decoded.scales_OG, 8, scheme.group, hadamard=scheme.hadamard)
     return PackedWeight(values, scales, scheme.weight_bits, out_size, scheme.hadamard, scheme.float_inputs)
 
 
@@ -22,20 +35,29 @@ class PackedMatrix(nn.Module):
     def __init__(self, in_size: int, out_size: int, scheme: Scheme) -> None:
         super().__init__()
         self.in_size, self.out_size, self.scheme = in_size, out_size, scheme
-        values, scales = packed_shapes(out_size, in_size, scheme.weight_bits, scheme.group)
+        values, scales = _shapes(scheme, out_size, in_size)
+        self._decoded: PackedWeight | None = None
         self.register_buffer("weight_packed", torch.empty(values, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float16))
 
     @property
     def weight(self) -> PackedWeight:
-        """The packed matrix, as `ops` takes it."""
-        return _packed(self.scheme, self.weight_packed, self.weight_scale, self.out_size)
+        """The packed matrix, as `ops` takes it; a coded one is decoded at first use."""
+        if not self.scheme.code:
+            return _packed(self.scheme, self.weight_packed, self.weight_scale, self.out_size, self.in_size)
+        if self._decoded is None:
+            self._decoded = _packed(self.scheme, self.weight_packed, self.weight_scale, self.out_size, self.in_size)
+        return self._decoded
 
-    def fill(self, weight: PackedWeight) -> None:
+    def fill(self, weight: PackedWeight | CodedWeight) -> None:
         """Take the tensors of `weight`, without a copy."""
         assert weight.values.shape == self.weight_packed.shape, "the packed weight belongs to another matrix"
         assert weight.scales.shape == self.weight_scale.shape, "the packed weight has other groups"
-        self.weight_packed, self.weight_scale = weight.values, weight.scales
+        self.weight_packed, self.weight_scale, self._decoded = weight.values, weight.scales, None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._decoded = None
 
     def extra_repr(self) -> str:
         """Sizes for printing."""
@@ -82,22 +104,34 @@ class QuantExperts(nn.Module):
     def __init__(self, num_experts: int, size: int, expert_size: int, scheme: Scheme) -> None:
         super().__init__()
         self.size, self.expert_size, self.scheme = size, expert_size, scheme
+        self._decoded: dict[int, tuple[PackedWeight, PackedWeight]] = {}
         for name, out_size, in_size in (("gate_up", 2 * expert_size, size), ("down", size, expert_size)):
-            values, scales = packed_shapes(out_size, in_size, scheme.weight_bits, scheme.group)
+            values, scales = _shapes(scheme, out_size, in_size)
             self.register_buffer(f"{name}_packed", torch.empty((num_experts, *values), dtype=torch.uint8))
             self.register_buffer(f"{name}_scale", torch.empty((num_experts, *scales), dtype=torch.float16))
 
     def expert(self, number: int) -> tuple[PackedWeight, PackedWeight]:
-        """The two packed matrices of one expert."""
-        return (
-            _packed(self.scheme, self.gate_up_packed[number], self.gate_up_scale[number], 2 * self.expert_size),
-            _packed(self.scheme, self.down_packed[number], self.down_scale[number], self.size),
+        """The two packed matrices of one expert; coded ones are decoded at first use."""
+        if number in self._decoded:
+            return self._decoded[number]
+        inner = self.expert_size
+        both = (
+            _packed(self.scheme, self.gate_up_packed[number], self.gate_up_scale[number], 2 * inner, self.size),
+            _packed(self.scheme, self.down_packed[number], self.down_scale[number], self.size, inner),
         )
+        if self.scheme.code:
+            self._decoded[number] = both
+        return both
 
-    def fill(self, number: int, gate_up: PackedWeight, down: PackedWeight) -> None:
+    def fill(self, number: int, gate_up: PackedWeight | CodedWeight, down: PackedWeight | CodedWeight) -> None:
         """Copy the two packed matrices of one expert in."""
+        self._decoded.pop(number, None)
         self.gate_up_packed[number], self.gate_up_scale[number] = gate_up.values, gate_up.scales
         self.down_packed[number], self.down_scale[number] = down.values, down.scales
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._decoded.clear()
 
     def expert_gate_up(self, number: int, x_TD: Tensor) -> Tensor:
         """The first product of one expert, [T, D] -> [T, 2F]."""

@@ -18,8 +18,10 @@ from ernie45.nn.block import Block
 from ernie45.nn.layers import Linear, RMSNorm, SwiGLU
 from ernie45.nn.moe import Experts, MixtureOfExperts
 from ernie45.ops import PackedWeight
+from ernie45.ops.codes import CodedWeight
 from ernie45.quant import awq
 from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Seen, Statistics, original_inputs, reached_by_text
+from ernie45.quant.ccq import encode, feedback
 from ernie45.quant.gptq import GptqSettings, corrected, gptq, output_errors, restored, round_to_nearest
 from ernie45.quant.hadamard import turned, turned_back, turned_gram
 from ernie45.quant.linear import QuantExperts, QuantLinear
@@ -120,7 +122,7 @@ def quantise_block(
         heard = [name for name in todo if reached_by_text(name)]
         originals = original_inputs(block, heard, streams.original_SLD, streams.turns_LP) if heard else None
     reports: list[MatrixReport] = []
-    packed: dict[str, PackedWeight | list[tuple[PackedWeight, PackedWeight]]] = {}
+    packed: dict[str, object] = {}
     for stage in _stages(todo):
         statistics: Statistics = {}
         if streams is not None and all(map(reached_by_text, stage)):
@@ -152,29 +154,39 @@ def _stages(names: Collection[str]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class _Costs:
-    """Energies of outputs: lost, lost by rounding to nearest, and all of it."""
+    """Energies of outputs: lost, lost by rounding to nearest (None: not tried), and all of it."""
 
     lost: float
-    nearest: float
+    nearest: float | None
     energy: float
 
     def __add__(self, other: "_Costs") -> "_Costs":
-        return _Costs(self.lost + other.lost, self.nearest + other.nearest, self.energy + other.energy)
+        nearest = None if self.nearest is None or other.nearest is None else self.nearest + other.nearest
+        return _Costs(self.lost + other.lost, nearest, self.energy + other.energy)
 
     def report(
         self, name: str, scheme: Scheme, method: Method, exponent: float | None, tokens: int,
         routed: tuple[int, ...] = (), starved: tuple[int, ...] = (),
     ) -> MatrixReport:  # fmt: skip
         energy = self.energy or 1.0
-        nearest = self.nearest / energy if method.needs_text else None
+        nearest = self.nearest / energy if method.needs_text and self.nearest is not None else None
         return MatrixReport(name, str(scheme), self.lost / energy, nearest, exponent, tokens, routed, starved)
 
 
-def _round_matrix(parameter_OI: Tensor, scheme: Scheme, method: Method, seen: InputStatistics | None) -> tuple[PackedWeight, _Costs]:
+def _round_matrix(
+    parameter_OI: Tensor, scheme: Scheme, method: Method, seen: InputStatistics | None
+) -> tuple[PackedWeight | CodedWeight, _Costs]:
     """Round one matrix, and leave in `parameter` what the whole numbers stand for, so that later inputs carry the error."""
     weight_OI = turned(parameter_OI.detach().float(), scheme)
     usable = seen is not None and seen.tokens > 0
     gram_II = turned_gram(seen.gram_II, scheme) if usable else torch.eye(weight_OI.shape[1])
+    if scheme.code:
+        spread = feedback(gram_II, method.gptq.damping) if method.spread and usable else None
+        wanted_OI = corrected(weight_OI, gram_II, turned_gram(seen.cross_II, scheme), method.gptq) if spread and seen else weight_OI
+        encoded = encode(wanted_OI, scheme.code, spread)
+        lost = float(output_errors(wanted_OI - encoded.restored_OI, gram_II).sum())
+        parameter_OI.copy_(turned_back(encoded.restored_OI, scheme, parameter_OI.shape[1]))
+        return encoded.weight, _Costs(lost, None, float(output_errors(wanted_OI, gram_II).sum()))
     bits, group = scheme.weight_bits, scheme.group
     nearest = round_to_nearest(weight_OI, gram_II, bits, group)
     rounded = nearest
@@ -189,7 +201,7 @@ def _round_matrix(parameter_OI: Tensor, scheme: Scheme, method: Method, seen: In
 
 def _round_experts(
     experts: Experts, scheme: Scheme, method: Method, seen: ExpertStatistics | None
-) -> tuple[list[tuple[PackedWeight, PackedWeight]], _Costs]:
+) -> tuple[list[tuple[PackedWeight | CodedWeight, PackedWeight | CodedWeight]], _Costs]:
     result, total = [], _Costs(0.0, 0.0, 0.0)
     for e in range(len(experts.down)):
         gate_up, first = _round_matrix(experts.gate_up[e], scheme, method, seen.gate_up[e] if seen else None)
@@ -216,7 +228,7 @@ def _filled(block: Block, schemes: Mapping[str, Scheme | None], packed: Mapping[
                     getattr(module, f"{part}_scale")[e] = weight.scales
         else:
             assert isinstance(module, QuantLinear)
-            assert isinstance(weights, PackedWeight)
+            assert isinstance(weights, PackedWeight | CodedWeight)
             module.fill(weights)
     return holder[0]
 

@@ -12,12 +12,13 @@ from ernie45.nn.block import Block
 from ernie45.nn.layers import Embedding, Linear
 from ernie45.nn.moe import Experts
 from ernie45.ops import PackedWeight
+from ernie45.ops.codes import CodedWeight
 from ernie45.quant.block import QuantBlock, can_fuse
 from ernie45.quant.linear import PackedMatrix, QuantEmbedding, QuantExperts, QuantLinear
 from ernie45.quant.rtn import round_to_nearest
 from ernie45.quant.spec import QuantSpec, Scheme
 
-Algorithm = Callable[[Tensor, Scheme], PackedWeight]
+Algorithm = Callable[[Tensor, Scheme], PackedWeight | CodedWeight]
 
 
 def quantisable(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -2,8 +2,9 @@
 
 A scheme is a word: `w4a8` (weights of 4 bits, activations of 8) or `w4a16` (activations stay as they are), with a group such as
 `w4a8-g64`, or without, a scale per channel; `-h` at its end turns the inputs by a Hadamard matrix first (`ops/quantised.py`).
-`fp8-block`, `fp8-channel` and `fp8-tensor` are E4M3 numbers (`ops/fp8.py`). Rules are tried in order, the first whose pattern fits a
-module's name decides, and every matrix that can be quantised must be decided by one.
+`fp8-block`, `fp8-channel` and `fp8-tensor` are E4M3 numbers (`ops/fp8.py`); `ccq2.06`, `ccq2.5` and `tcq2.06` are codes of about two
+bits (`ops/codes.py`), with `-h` or without. Rules are tried in order, the first whose pattern fits a module's name decides, and every
+matrix that can be quantised must be decided by one.
 """
 
 import fnmatch
@@ -17,6 +18,9 @@ from ernie45.errors import ConfigError
 
 GROUPS = (0, 32, 64, 128)  # 0: one scale per output channel
 _WORD = re.compile(r"w(\d+)a(\d+)(?:-g(\d+))?(-h)?")
+_CODE_WORD = re.compile(r"(ccq2\.06|ccq2\.5|tcq2\.06)(-h)?")
+CODE_BITS = {"ccq2.06": (2 + 4 / 64, 48), "ccq2.5": (2.5, 16), "tcq2.06": (2 + 4 / 64, 16)}
+"""Bits a weight of the codes, local scales included, and of the constants of a row."""
 
 
 @dataclass(frozen=True)
@@ -24,26 +28,33 @@ class Scheme:
     """`weight_bits` 4 or 8, `group` inputs per scale (0: all of a row); activations are quantised to `act_bits` 8 as they come, or with
     16 stay in the type they have.
 
-    `hadamard`: weights and activations are turned by a Hadamard matrix before they are rounded, which spreads single large inputs.
+    `hadamard`: weights and activations are turned by a Hadamard matrix before they are rounded, which spreads single large inputs. `code`:
+    which code of about two bits the weights are stored in, with `weight_bits` 2 and `group` 64; "" for none.
     """
 
     weight_bits: int
     group: int
     hadamard: bool = False
     act_bits: int = 8
+    code: str = ""
 
     @classmethod
     def parse(cls, word: str) -> "Scheme":
         """Read `w4a8-g64` and its like. Raises `ConfigError` for anything else."""
+        coded = _CODE_WORD.fullmatch(word)
+        if coded:
+            return cls(2, 64, bool(coded[2]), code=coded[1])
         found = _WORD.fullmatch(word)
         if not found or found[1] not in ("4", "8") or found[2] not in ("8", "16") or int(found[3] or 0) not in GROUPS or found[3] == "0":
             raise ConfigError(
                 f"'{word}' is not a quantisation scheme; write w4a8, w8a8, w4a16 or w8a16, with -g32, -g64 or -g128 "
-                "for groups, and -h to turn inputs"
+                "for groups, or ccq2.06, ccq2.5 or tcq2.06; and -h to turn inputs"
             )
         return cls(int(found[1]), int(found[3] or 0), bool(found[4]), int(found[2]))
 
     def __str__(self) -> str:
+        if self.code:
+            return self.code + ("-h" if self.hadamard else "")
         return f"w{self.weight_bits}a{self.act_bits}" + (f"-g{self.group}" if self.group else "") + ("-h" if self.hadamard else "")
 
     @property
@@ -53,6 +64,9 @@ class Scheme:
 
     def bits_per_weight(self, in_size: int) -> float:
         """Bits of one weight, its share of the float16 scale included."""
+        if self.code:
+            each, row = CODE_BITS[self.code]
+            return each + row / in_size
         return self.weight_bits + 16 / (self.group or in_size)
 
 

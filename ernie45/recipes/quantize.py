@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,7 +38,7 @@ class QuantizeConfig:
     out: Path
     """The folder to write; it must not exist yet."""
     scheme: str = "w4a8"
-    """Bits of weights and activations: w4a8, w8a8, or w4a16 and w8a16, whose activations stay floats."""
+    """Bits of weights and activations: w4a8, w8a8, w4a16 or w8a16 (activations stay floats), or a code: tcq2.06, ccq2.06, ccq2.5."""
     group: int = 64
     """Inputs that share a scale: 32, 64, 128, or 0 for a whole row."""
     method: Literal["rtn", "gptq", "awq", "awq+gptq"] = "gptq"
@@ -102,12 +103,24 @@ def spec_of(config: QuantizeConfig, tied: bool, sighted: bool = False) -> QuantS
     head = None if config.head == "whole" else _completed(config.head or eight, config)
     rules.append(Rule(pattern="embed" if tied else "head", scheme=head))
     rules.append(Rule(pattern="*", scheme=_completed(config.scheme, config)))
+    _refuse_codes(config, rules)
     return QuantSpec(rules=tuple(rules))
 
 
+def _refuse_codes(config: QuantizeConfig, rules: Sequence[Rule]) -> None:
+    """What codes of two bits do not go together with."""
+    codes = [rule.scheme for rule in rules if rule.scheme is not None and Scheme.parse(rule.scheme).code]
+    if codes and "awq" in config.method:
+        raise ConfigError(
+            f"--method {config.method} widens inputs for a grid of whole numbers, which '{codes[0]}' has not; take gptq or rtn"
+        )
+    if codes and codes[-1] == rules[-1].scheme and (config.target_bits or config.target_size):
+        raise ConfigError(f"--target-bits and --target-size choose between 4 and 8 bits; with --scheme {config.scheme} take --rule")
+
+
 def _completed(word: str, config: QuantizeConfig) -> str:
-    """A scheme's word with the group and the turn of the flags, where it does not name its own."""
-    if "-g" not in word and config.group:
+    """A scheme's word with the group and the turn of the flags, where it does not name its own; a code has its own groups."""
+    if "-g" not in word and config.group and not Scheme.parse(word).code:
         word = word.removesuffix("-h") + f"-g{config.group}" + ("-h" if word.endswith("-h") else "")
     if config.hadamard and not word.endswith("-h"):
         word += "-h"

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ernie45.errors import ConfigError
+from ernie45.ops.codes import CODES, coded_shapes
 from ernie45.quant.spec import GROUPS, QuantSpec, Rule, Scheme
 
 
@@ -14,7 +15,19 @@ def test_schemes_are_written_as_they_are_read(bits, group, hadamard, act_bits):
     assert Scheme.parse(str(scheme)) == scheme
 
 
-@pytest.mark.parametrize("word", ["", "w4", "w5a8", "w4a32", "w4a8-g0", "w4a8-g48", "w4a8-64", "W4A8", "w4a8-g64 "])
+@pytest.mark.parametrize("code", CODES)
+def test_codes_are_written_as_they_are_read(code):
+    for word in (code, f"{code}-h"):
+        scheme = Scheme.parse(word)
+        assert str(scheme) == word
+        assert (scheme.code, scheme.hadamard, scheme.group) == (code, word.endswith("-h"), 64)
+    values, scales = coded_shapes(code, 1, 1024)
+    assert Scheme.parse(code).bits_per_weight(1024) == (8 * values[1] + 16 * scales[1]) / 1024
+
+
+@pytest.mark.parametrize(
+    "word", ["", "ccq2.07", "ccq2.06-g64", "w4", "w5a8", "w4a32", "w4a8-g0", "w4a8-g48", "w4a8-64", "W4A8", "w4a8-g64 "]
+)
 def test_other_words_are_refused(word):
     with pytest.raises(ConfigError, match="scheme"):
         Scheme.parse(word)

@@ -17,7 +17,7 @@ from ernie45.models.config import TextConfig
 from ernie45.models.load import load_model
 from ernie45.models.save import save_model
 from ernie45.models.text import Decoder
-from ernie45.recipes.quantize import PICTURE, REPORT, QuantizeConfig, quantize, run
+from ernie45.recipes.quantize import PICTURE, REPORT, QuantizeConfig, quantize, run, spec_of
 from ernie45.recipes.texts import built_in_text
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -173,3 +173,30 @@ def test_the_built_in_texts_share_nothing() -> None:
     # help topics repeat whole sections of one another; what the held-out ones have is taken out of the others
     paragraphs = {" ".join(part.split()) for part in held_out.split("\n\n")}
     assert not paragraphs & {" ".join(part.split()) for part in calibration.split("\n\n")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"method": "awq+gptq"}, "take gptq or rtn"),
+        ({"target_bits": 3.0}, "choose between 4 and 8 bits"),
+        ({"scheme": "ccq2.07"}, "is not a quantisation scheme"),
+    ],
+)
+def test_what_codes_do_not_go_together_with(tmp_path, flags, complaint) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        spec_of(QuantizeConfig(**{"model": "any", "out": tmp_path / "none", "scheme": "tcq2.06", **flags}), tied=True)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_coded_folder_is_written_and_loads(folder, tmp_path, environment, method) -> None:
+    out = tmp_path / "coded"
+    report = quantize(QuantizeConfig(model=str(folder), out=out, scheme="tcq2.06", method=method, limit=5, **SMALL), environment)
+    assert report["within_limit"]
+    assert report["spec"]["rules"][-1]["scheme"] == "tcq2.06-h"
+    assert report["worst"][0]["nearest_error"] is None
+    loaded = load_model(out)
+    assert loaded.layers[0].attn.qkv.scheme.code == "tcq2.06"
+    tokens = list(range(40, 70))
+    drift = (loaded.prompt_logits(tokens) - load_model(folder).prompt_logits(tokens)).square().mean()
+    assert 0 < float(drift) < float(load_model(folder).prompt_logits(tokens).square().mean())
