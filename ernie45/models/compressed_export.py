@@ -235,5 +235,7 @@ def _rounded(matrix_OI: Tensor, scheme: AnyScheme, name: str) -> dict[str, Tenso
     if isinstance(scheme, Fp8Scheme):
         made = to_fp8(matrix_OI, _FP8_BLOCKS[scheme.weights])
         return {"weight": made.values, "weight_scale": made.scales.view(1) if scheme.weights == "tensor" else made.scales}
-    whole_OI, scales_OG = unpacked(round_to_nearest(matrix_OI, scheme), matrix_OI.shape[1])
+    packed = round_to_nearest(matrix_OI, scheme)
+    assert isinstance(packed, PackedWeight), "codes are refused before"
+    whole_OI, scales_OG = unpacked(packed, matrix_OI.shape[1])
     return integer_parts(_form(scheme), whole_OI, scales_OG)
