@@ -159,7 +159,7 @@ def test_outputs_lose_less_when_errors_are_spread(code: str) -> None:
     inputs = torch.randn(500, 150, generator=random) @ torch.randn(150, 150, generator=random)
     gram = inputs.t() @ inputs
     plain, spread = (float(output_errors(weight - encode(weight, code, f).restored_OI, gram).sum()) for f in (None, feedback(gram, 0.01)))
-    assert spread < 0.6 * plain
+    assert spread < 0.75 * plain
 
 
 def test_zeros_and_numbers_that_are_none() -> None:
