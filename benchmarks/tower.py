@@ -60,7 +60,7 @@ def made_sides(depth: int) -> dict[str, Side]:
     """Every side by name."""
     plain = ours(depth)
     packed = copy.deepcopy(plain)
-    quantise_model(packed, QuantSpec(rules=(Rule(pattern="patches", scheme=None), Rule(pattern="*", scheme="w8a8-g64"))))
+    quantise_model(packed, QuantSpec(rules=(Rule(pattern="patches", scheme=None), Rule(pattern="*", scheme="w8a8"))))
     sides: dict[str, Side] = {}
     for name, dtype in DTYPES.items():
         sides[f"transformers {name}"] = theirs(depth, dtype)

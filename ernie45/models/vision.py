@@ -7,6 +7,7 @@ side by side), T tokens of the decoder, Z its width, F frames. Source: ERNIE 4.5
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,34 +18,41 @@ from ernie45.models.places import Grid, Places, check_grid, is_placeholder, is_v
 from ernie45.models.vision_config import VisionConfig
 from ernie45.nn.layers import LayerNorm, Linear, RMSNorm
 from ernie45.nn.rope import inverse_frequencies, turns_of_patches
+from ernie45.ops.tower import NativeTowerBlock, TowerMatrix, TowerNorm, TowerWeights, takes
 
 FRAMES = 2
 """Frames that the resampler joins into one; a single picture is joined with itself."""
 
 
+class Run(NamedTuple):
+    """Frames of one size that lie one behind the other, and how their patches turn, complex64 [patches, Q]."""
+
+    frames: int
+    turns_PQ: Tensor
+
+
+class BlockCalls(Protocol):
+    """A block in two calls, so that a large frame can be computed in parts: `TowerBlock` itself or its native twin.
+
+    `heads` writes queries, keys and values of patches `first` and on of frames of `patches` into `space`; `rest` gives the block's result
+    for the same patches, [G, R, D], once all of their frames are there. Parts begin at multiples of 32.
+    """
+
+    def space(self, frames: int, patches: int) -> Tensor: ...
+
+    def heads(self, x_GRD: Tensor, turns_RQ: Tensor, space: Tensor, patches: int, first: int = 0) -> None: ...
+
+    def rest(self, x_GRD: Tensor, space: Tensor, patches: int, first: int = 0) -> Tensor: ...
+
+
 class TowerAttention(nn.Module):
-    """Attention inside each frame. `qkv` holds the rows of all query heads, then all key heads, then all value heads."""
+    """The matrices of attention inside each frame. `qkv` holds the rows of all query heads, then all key heads, then all value heads."""
 
     def __init__(self, size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = Linear(size, 3 * size, bias=True)
         self.out = Linear(size, size, bias=True)
-
-    def forward(self, x_SD: Tensor, turns_SP: Tensor, frames: Sequence[tuple[int, int]]) -> Tensor:
-        """[S, D] -> [S, D]; `frames` says how many frames of how many patches follow each other."""
-        heads_SMH = self.qkv(x_SD).view(len(x_SD), 3 * self.num_heads, -1)
-        qk_SMH = ops.rotate_halves(heads_SMH[:, : 2 * self.num_heads], turns_SP)
-        parts, start = [], 0
-        for count, patches in frames:
-            rows = slice(start, start + count * patches)
-            framed = [
-                x_SNH[rows].unflatten(0, (count, patches))
-                for x_SNH in (*qk_SMH.split(self.num_heads, dim=1), heads_SMH[:, 2 * self.num_heads :])
-            ]
-            parts.append(ops.framed_attention(*framed).reshape(count * patches, -1))
-            start = rows.stop
-        return self.out(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 class TowerBlock(nn.Module):
@@ -58,10 +66,45 @@ class TowerBlock(nn.Module):
         self.up = Linear(config.size, config.ffn_size, bias=True)
         self.down = Linear(config.ffn_size, config.size, bias=True)
 
-    def forward(self, x_SD: Tensor, turns_SP: Tensor, frames: Sequence[tuple[int, int]]) -> Tensor:
+    def space(self, frames: int, patches: int) -> Tensor:
+        """Queries, keys and values of `frames` frames, empty, [G, P, 3N, H]."""
+        weight_D, heads = self.attn_norm.weight, self.attn.num_heads
+        return torch.empty(frames, patches, 3 * heads, len(weight_D) // heads, dtype=weight_D.dtype, device=weight_D.device)
+
+    def heads(self, x_GRD: Tensor, turns_RQ: Tensor, space: Tensor, patches: int, first: int = 0) -> None:
+        """See `BlockCalls`."""
+        frames, count, N = *x_GRD.shape[:2], self.attn.num_heads
+        heads_SMH = self.attn.qkv(self.attn_norm(x_GRD.flatten(0, 1))).unflatten(1, (3 * N, -1))
+        turned_SMH = ops.rotate_halves(heads_SMH[:, : 2 * N], turns_RQ.repeat(frames, 1))
+        here = slice(first, first + count)
+        space[:, here, : 2 * N] = turned_SMH.unflatten(0, (frames, count))
+        space[:, here, 2 * N :] = heads_SMH[:, 2 * N :].unflatten(0, (frames, count))
+
+    def rest(self, x_GRD: Tensor, space: Tensor, patches: int, first: int = 0) -> Tensor:
+        """See `BlockCalls`."""
+        q_GLNH, k_GLNH, v_GLNH = space.split(self.attn.num_heads, dim=2)
+        seen_GRD = ops.framed_attention(q_GLNH[:, first : first + x_GRD.shape[1]], k_GLNH, v_GLNH).flatten(2)
+        h_SD = (x_GRD + self.attn.out(seen_GRD.flatten(0, 1)).view_as(x_GRD)).flatten(0, 1)
+        return (h_SD + self.down(ops.quick_gelu(self.up(self.ffn_norm(h_SD))))).view_as(x_GRD)
+
+    def calls(self) -> BlockCalls:
+        """What computes the block: the kernels where they take it and nobody wants a gradient."""
+        if not torch.is_inference_mode_enabled() or ops.KERNELS is None:
+            return self
+        norms = (TowerNorm(norm.weight, norm.bias, norm.eps) for norm in (self.attn_norm, self.ffn_norm))
+        qkv, out, up, down = (TowerMatrix(x.weight, x.bias) for x in (self.attn.qkv, self.attn.out, self.up, self.down))
+        block = TowerWeights(self.attn.num_heads, next(norms), qkv, out, next(norms), up, down)
+        return NativeTowerBlock(ops.KERNELS, block) if takes(ops.KERNELS, block) else self
+
+    def forward(self, x_SD: Tensor, runs: Sequence[Run]) -> Tensor:
         """[S, D] -> [S, D]."""
-        h_SD = x_SD + self.attn(self.attn_norm(x_SD), turns_SP, frames)
-        return h_SD + self.down(ops.quick_gelu(self.up(self.ffn_norm(h_SD))))
+        calls, parts = self.calls(), []
+        for run, part_RD in zip(runs, x_SD.split([run.frames * len(run.turns_PQ) for run in runs]), strict=True):
+            x_GPD, patches = part_RD.unflatten(0, (run.frames, -1)), len(run.turns_PQ)
+            space = calls.space(run.frames, patches)
+            calls.heads(x_GPD, run.turns_PQ, space, patches)
+            parts.append(calls.rest(x_GPD, space, patches).flatten(0, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Tower(nn.Module):
@@ -77,13 +120,11 @@ class Tower(nn.Module):
 
     def forward(self, patches_SC: Tensor, grids: Sequence[Grid]) -> Tensor:
         """[S, C] -> [S, D]. Frames of one size that follow each other are computed together."""
-        turns = {grid[1:]: turns_of_patches(grid[1:], self.merge, self.frequencies_Q) for grid in grids}
-        turns_SP = torch.cat([turns[h, w].repeat(t, 1) for t, h, w in grids])
-        runs = groupby(grids, key=lambda grid: grid[1] * grid[2])
-        frames = [(sum(t for t, _, _ in run), patches) for patches, run in runs]
+        sizes = [(size, sum(t for t, _, _ in same)) for size, same in groupby(grids, key=lambda grid: grid[1:])]
+        runs = [Run(frames, turns_of_patches(size, self.merge, self.frequencies_Q)) for size, frames in sizes]
         x_SD = self.patches(patches_SC)
         for block in self.blocks:
-            x_SD = block(x_SD, turns_SP, frames)
+            x_SD = block(x_SD, runs)
         return self.norm(x_SD)
 
 

@@ -2,8 +2,8 @@
 
 A picture of 1080 lines is ten thousand patches, and one block of a real tower over them takes seconds on a CPU. Here the same modules are
 called for some rows at a time: keys and values of all rows first, then attention and feed-forward for rows of one frame, or of a few.
-Letters: S patches of all frames, P of one frame, R rows of one piece, D width of the tower, C numbers of one patch, B blocks of patches,
-T tokens, Z width of the decoder, N heads, M = 3 N, H head size, Q angles.
+Letters: S patches of all frames, G frames, P patches of one, D width of the tower, C numbers of one patch, B blocks of patches, T tokens,
+Z width of the decoder, Q angles.
 """
 
 from collections.abc import Generator, Iterator
@@ -11,10 +11,10 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor
 
-from ernie45 import ops
 from ernie45.models.places import Grid
 from ernie45.models.vision import Resampler, Sight, TowerBlock
 from ernie45.nn.rope import turns_of_patches
+from ernie45.ops.tower import FRAME_PADDING
 
 ROWS = 1024
 """Patches of one piece."""
@@ -35,34 +35,23 @@ def encode_in_pieces(sight: Sight, patches_SC: Tensor, grid: Grid, rows: int = R
     x_SD = torch.cat(parts)
     for block in tower.blocks:
         assert isinstance(block, TowerBlock)
-        yield from _block(block, x_SD, turns_PQ, frames, rows)
+        yield from _block(block, x_SD.view(frames, size, -1), turns_PQ, rows)
     for part in _slices(len(x_SD), rows):
         x_SD[part] = tower.norm(x_SD[part])
     return (yield from _resample(sight.resampler, x_SD.view(frames, size, -1), rows))
 
 
-def _block(block: TowerBlock, x_SD: Tensor, turns_PQ: Tensor, frames: int, rows: int) -> Generator[int]:
+def _block(block: TowerBlock, x_GPD: Tensor, turns_PQ: Tensor, rows: int) -> Generator[int]:
     """One block, in place."""
-    S, D = x_SD.shape
-    P, N = S // frames, block.attn.num_heads
-    heads_SMH = torch.empty(S, 3 * N, D // N, dtype=x_SD.dtype)
-    for frame, part in _frame_parts(frames, P, rows):
-        here = slice(frame * P + part.start, frame * P + part.stop)
-        heads_RMH = block.attn.qkv(block.attn_norm(x_SD[here])).view(here.stop - here.start, 3 * N, -1)
-        turns_RQ = turns_PQ[part] if part.stop <= P else turns_PQ.repeat(part.stop // P, 1)
-        heads_SMH[here, : 2 * N] = ops.rotate_halves(heads_RMH[:, : 2 * N], turns_RQ)
-        heads_SMH[here, 2 * N :] = heads_RMH[:, 2 * N :]
-        yield 3 * len(heads_RMH) * D * D
-    q_SNH, k_SNH, v_SNH = heads_SMH.split(N, dim=1)
-    for frame, part in _frame_parts(frames, P, rows):
-        count = max(1, part.stop // P)  # whole frames, or a part of one
-        here = slice(frame * P + part.start, frame * P + part.stop)
-        whole = slice(frame * P, (frame + count) * P)
-        framed = (q_SNH[here], k_SNH[whole], v_SNH[whole])
-        seen_RD = ops.framed_attention(*(x.unflatten(0, (count, -1)) for x in framed)).reshape(here.stop - here.start, D)
-        h_RD = x_SD[here] + block.attn.out(seen_RD)
-        x_SD[here] = h_RD + block.down(ops.quick_gelu(block.up(block.ffn_norm(h_RD))))
-        yield len(h_RD) * D * (2 * P + D + 2 * block.up.weight.shape[0])
+    frames, P, D = x_GPD.shape
+    calls = block.calls()
+    space, inner = calls.space(frames, P), len(block.up.bias)
+    for some, part in _frame_parts(frames, P, rows):
+        calls.heads(x_GPD[some, part], turns_PQ[part], space[some], P, part.start)
+        yield 3 * x_GPD[some, part].numel() * D
+    for some, part in _frame_parts(frames, P, rows):
+        x_GPD[some, part] = calls.rest(x_GPD[some, part], space[some], P, part.start)
+        yield x_GPD[some, part].numel() * (2 * P + D + 2 * inner)
 
 
 def _resample(resampler: Resampler, x_FPD: Tensor, rows: int) -> Pieces:
@@ -80,13 +69,14 @@ def _resample(resampler: Resampler, x_FPD: Tensor, rows: int) -> Pieces:
     return torch.cat(found)
 
 
-def _frame_parts(frames: int, size: int, rows: int) -> Iterator[tuple[int, slice]]:
-    """Frame number and rows counted from its beginning: parts of a large frame, or several small frames at once."""
+def _frame_parts(frames: int, size: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Frames, and patches of each: parts of a large frame, which begin at multiples of 32, or several small frames at once."""
     if size > rows:
-        yield from ((frame, part) for frame in range(frames) for part in _slices(size, rows))
+        step = -(-rows // FRAME_PADDING) * FRAME_PADDING
+        yield from ((slice(frame, frame + 1), part) for frame in range(frames) for part in _slices(size, step))
         return
-    for part in _slices(frames, max(1, rows // size)):
-        yield part.start, slice(0, (part.stop - part.start) * size)
+    for some in _slices(frames, max(1, rows // size)):
+        yield some, slice(0, size)
 
 
 def _slices(count: int, rows: int) -> Iterator[slice]:

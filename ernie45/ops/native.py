@@ -18,7 +18,7 @@ from ernie45.ops.reference import Routing
 
 _LOG = logging.getLogger(__name__)
 
-INTERFACE = 1  # the operators' interface that this code speaks; raised together with kInterface in kernels/src/tensors.h
+INTERFACE = 2  # the operators' interface that this code speaks; raised together with kInterface in kernels/src/tensors.h
 NAMES = ("amx", "avx512", "avx_vnni", "avx2", "neon", "plain")  # what ERNIE45_ISA may say, with "python" for no compiled kernels at all
 
 
@@ -212,5 +212,18 @@ def _register_shapes() -> None:
     def paged_attention(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, page_size: int, isa: str) -> Tensor:
         return torch.empty_like(q)
 
-    for shape_of in (linear, qkv, feed_forward, bf16_linear, rms_norm, rotate, swiglu, paged_attention):
+    def tower_heads(
+        x: Tensor, norm: Tensor, norm_bias: Tensor, eps: float, qkv: Tensor, qkv_scale: Tensor | None, qkv_bias: Tensor, turns: Tensor,
+        heads: int, size: int, first: int, space: Tensor, isa: str,
+    ) -> None:  # fmt: skip
+        return None
+
+    def tower_rest(
+        x: Tensor, space: Tensor, heads: int, size: int, first: int, out: Tensor, out_scale: Tensor | None, out_bias: Tensor, norm: Tensor,
+        norm_bias: Tensor, eps: float, up: Tensor, up_scale: Tensor | None, up_bias: Tensor, down: Tensor, down_scale: Tensor | None,
+        down_bias: Tensor, isa: str,
+    ) -> Tensor:  # fmt: skip
+        return torch.empty_like(x)
+
+    for shape_of in (linear, qkv, feed_forward, bf16_linear, rms_norm, rotate, swiglu, paged_attention, tower_heads, tower_rest):
         torch.library.register_fake(f"ernie45::{shape_of.__name__}", shape_of, allow_override=True)

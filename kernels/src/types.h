@@ -129,6 +129,8 @@ struct FloatKernels {
   void (*paged)(const PagedJob& job, int64_t sequence, int64_t kv_head, float* scratch);
 };
 
+struct TowerKernels;  // of a vision tower, see tower.h
+
 // One instruction set's kernels. Block = 16 output rows, panel = up to four blocks.
 struct Kernels {
   const char* name;
@@ -142,6 +144,7 @@ struct Kernels {
   const FloatKernels* floats;
   const RowKernels* rows;
   const TiledAttention* tiled;  // null: there is none
+  const TowerKernels* tower;    // the same
 };
 
 constexpr int64_t kFewRows = 8;     // up to here weights are streamed once and never unpacked
@@ -164,6 +167,7 @@ const RowKernels& avx2_rows();
 const RowKernels& avx512_rows();
 const TiledAttention& amx_attention();
 const FloatKernels& amx_floats();
+const TowerKernels& amx_tower();
 #elif defined(__aarch64__)
 const Kernels& neon_kernels();
 const FloatKernels& neon_floats();

@@ -1,5 +1,6 @@
 // Runs every kernel this machine has over odd shapes, without torch, so that the sanitisers can watch: each must give the plain kernels' bits
 // (integers) or come close (floats). Buffers are exactly as large as promised.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -12,6 +13,7 @@
 #include "../src/cpu.h"
 #include "../src/layers.h"
 #include "../src/step.h"
+#include "../src/tower.h"
 
 namespace {
 
@@ -165,6 +167,60 @@ std::vector<float> row_work(const ernie::Kernels& k, const std::vector<float>& x
   return out;
 }
 
+// A plain product, norm and attention in float64 would be another library: here only bounds, threads and equal bits on every way are watched.
+void check_tower(const ernie::Kernels& k) {
+  if (!k.tower) return;
+  struct Case {
+    int64_t N, H, F, frames, size, step;
+    bool packed;
+  };
+  const auto bf16 = [](size_t n) {
+    std::vector<uint16_t> v(n);
+    for (auto& x : v) x = uint16_t((random_bits() & 0x8000) | (0x3d00 + random_bits() % 512));
+    return v;
+  };
+  for (const Case& c : std::vector<Case>{{2, 32, 64, 1, 4, 4, false}, {1, 128, 192, 2, 45, 45, false}, {4, 48, 320, 1, 420, 64, true}, {4, 16, 1344, 3, 33, 33, false}}) {
+    const int64_t D = c.N * c.H;
+    std::vector<std::vector<uint16_t>> whole;
+    std::vector<Matrix> packed;
+    packed.reserve(4);
+    const auto matrix = [&](int64_t O, int64_t I) {
+      whole.push_back(bf16(size_t(O)));
+      ernie::TowerMatrix m{nullptr, {}, whole.back().data(), O, I};
+      if (c.packed) {
+        packed.emplace_back(O, I, I, 8);
+        m.packed = packed.back().packed;
+      } else {
+        whole.push_back(bf16(size_t(O * I)));
+        m.whole = whole.back().data();
+      }
+      return m;
+    };
+    whole.reserve(16);
+    const auto gain = bf16(size_t(D)), x = bf16(size_t(c.frames * c.size * D));
+    const std::vector<float> turns(size_t(c.size * c.H), 0.7f);
+    const ernie::TowerNorm norm{gain.data(), gain.data(), 1e-6f};
+    ernie::TowerQkv qkv{norm, matrix(3 * D, D), turns.data()};
+    const ernie::TowerRest rest{matrix(D, D), norm, matrix(c.F, D), matrix(D, c.F)};
+    std::vector<uint16_t> first;
+    for (int threads : {1, 2, 3})
+      for (int64_t step : {c.size, c.step}) {
+        ernie::Heads heads{nullptr, c.N, c.H, c.size};
+        std::vector<uint16_t> space(size_t(c.frames * c.N * heads.part()) + 32), out(size_t(c.frames * c.size * D));
+        heads.data = reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(space.data()) + 63) / 64 * 64);
+        for (bool second : {false, true})
+          for (int64_t at = 0; at < c.size; at += step) {
+            const ernie::Patches p{c.frames, c.size, at, std::min(step, c.size - at)};
+            qkv.turns = turns.data() + at * c.H;
+            second ? ernie::tower_rest(*k.tower, {threads, run}, rest, p, x.data() + at * D, heads, out.data() + at * D)
+                   : ernie::tower_heads(*k.tower, {threads, run}, qkv, p, x.data() + at * D, heads);
+          }
+        if (first.empty()) first = out;
+        if (out != first) failures++, std::printf("tower of %ld heads of %ld: threads or parts change the result\n", long(c.N), long(c.H));
+      }
+  }
+}
+
 void check_layers(const ernie::Kernels& k) {
   const ernie::Kernels& plain = *ernie::choose("plain");
   for (int64_t T : {1, 40}) {
@@ -224,6 +280,7 @@ int main(int count, char** words) {
   for (std::string name; std::getline(names, name, ',');) {
     const ernie::Kernels& k = *ernie::choose(name);
     if (!only_steps) check_layers(k);
+    check_tower(k);
     check_steps(k);
     std::printf("%s checked\n", name.c_str());
   }

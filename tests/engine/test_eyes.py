@@ -157,7 +157,7 @@ def test_requests_whose_pictures_have_no_room_wait_for_it(decoder):
 
 def test_answers_go_on_while_a_large_picture_is_encoded(decoder, monkeypatch):
     """Each step brings the running answer its token, however large the picture that another request brings."""
-    monkeypatch.setattr(eyes, "encode_in_pieces", partial(encode_in_pieces, rows=16))
+    monkeypatch.setattr(eyes, "encode_in_pieces", partial(encode_in_pieces, rows=32))
     engine = engine_of(decoder, max_length=512, num_pages=512)
     engine._vision_budget = 1  # a piece a step
     engine.submit(asked("writing", 1, 2, count=100))
@@ -167,9 +167,9 @@ def test_answers_go_on_while_a_large_picture_is_encoded(decoder, monkeypatch):
     steps = []
     while engine.load.waiting:
         steps.append([output.request_id for output in engine.step()])
-    # 256 patches: 16 pieces are read, 2 x 16 in each of two blocks, 16 joined; the last step also reads the prompt
-    assert len(steps) == 16 + 64 + 16 + 1
-    assert steps[:-1] == [["writing"]] * 96
+    # 256 patches: 8 pieces are read, 2 x 8 in each of two blocks, 8 joined; the last step also reads the prompt
+    assert len(steps) == 8 + 32 + 8 + 1
+    assert steps[:-1] == [["writing"]] * 48
     assert steps[-1] == ["writing", "seeing"]
     assert run(engine)[0]["seeing"] == expected(decoder, *placed(3, noise(8, 8), 4), 2)[1:]
 
