@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ernie45.config import Environment
 from ernie45.errors import ConfigError, ErnieError, RunError
@@ -26,10 +27,14 @@ _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?out|bro
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its run: `rank` of `world`. The default is a process that is alone."""
+    """This process among those of its run: `rank` of `world`. The default is a process that is alone.
+
+    `sharded`: each rank is to hold a share of the weights (`parallel.shard`), so that all must run the same number of passes.
+    """
 
     rank: int = 0
     world: int = 1
+    sharded: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -39,6 +44,12 @@ class Ranks:
     def share(self, count: int) -> range:
         """Which of `count` things are this rank's; all ranks together have each once."""
         return range(self.rank, count, self.world)
+
+    def new_group(self) -> dist.ProcessGroup | None:
+        """A channel of its own between the ranks, for what a thread in the background does; None for a process that is alone."""
+        group = dist.new_group() if self.world > 1 else None
+        assert not isinstance(group, int), "every rank is in it"
+        return group
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each number added up over the ranks, in float64: exact for counts, the same for all."""
@@ -69,12 +80,16 @@ class Ranks:
 
     @torch.no_grad()
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Give every rank the sum of all ranks' gradients. A parameter that no rank learned keeps None, as in one process."""
+        """Give every rank the sum of all ranks' gradients. A parameter that no rank learned keeps None, as in one process.
+
+        Gradients of weights in shares are added up in backward already.
+        """
         if self.world == 1:
             return
-        learned = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+        whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        learned = torch.tensor([parameter.grad is not None for parameter in whole], dtype=torch.int32)
         dist.all_reduce(learned)
-        held = [parameter for parameter, count in zip(parameters, learned.tolist(), strict=True) if count]
+        held = [parameter for parameter, count in zip(whole, learned.tolist(), strict=True) if count]
         for parameter in held:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -116,8 +131,8 @@ ALONE = Ranks()
 
 
 @contextmanager
-def open_ranks(environment: Environment, timeout: float) -> Iterator[Ranks]:
-    """Meet the other processes that the launcher started (torchrun sets RANK and WORLD_SIZE); alone without one.
+def open_ranks(environment: Environment, timeout: float, *, sharded: bool = False) -> Iterator[Ranks]:
+    """Meet the other processes that the launcher started (torchrun sets RANK and WORLD_SIZE); alone, and whole, without one.
 
     A rank that is killed is noticed at once by those that wait for it, a silent one after `timeout` seconds: then RunError. What a rank
     raises itself passes unchanged. Raises ConfigError when the launcher's numbers make no sense.
@@ -130,7 +145,7 @@ def open_ranks(environment: Environment, timeout: float) -> Iterator[Ranks]:
         return
     with _naming_lost_ranks(rank, world, timeout):
         dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
-        yield Ranks(rank, world)
+        yield Ranks(rank, world, sharded)
         dist.barrier()
         dist.destroy_process_group()
 

@@ -10,7 +10,7 @@ import torch
 from ernie45.config import Environment
 from ernie45.nn.lora import without_adapters
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
-from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, open_pupil
+from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, open_pupil, spread
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
 from ernie45.train.comparison import ComparisonStep, Judge
 from ernie45.train.optim import Optimiser, OptimiserConfig
@@ -36,7 +36,7 @@ class AlignConfig(LessonConfig):
 
 def run(config: AlignConfig, environment: Environment) -> int:
     """Train, and say where the result is."""
-    with open_ranks(environment, config.rank_timeout) as ranks:
+    with open_ranks(environment, config.rank_timeout, sharded=config.shard == "weights") as ranks:
         target = align(config, environment, ranks)
     if target is not None and ranks.is_first:
         print(f"{target}: ready; try: ernie chat {target}")
@@ -60,9 +60,10 @@ def align(config: AlignConfig, environment: Environment, ranks: Ranks = ALONE) -
     announce(config, pupil, bad, facts)
     if config.dry_run:
         return None
+    way = spread(pupil, config.samples)
     judge, scorer = _judge(config, pupil, environment)
     optimiser = Optimiser(scorer or pupil.decoder, config.optimiser, pupil.decoder.config.head_size)
-    learner = ComparisonStep(judge, optimiser, ranks=ranks)
+    learner = ComparisonStep(judge, optimiser, ranks=ranks, run=way)
     ids = digest_of_ids(_ids(example) for example in data.examples)
     method = "A reward model trained" if scorer else f"Preference training ({config.preference.loss})"
     say = f"# {'Reward model' if scorer else 'Aligned'} from {config.model}\n\n{method} with ernie45: "
@@ -98,8 +99,9 @@ def _reference(config: AlignConfig, pupil: Pupil, environment: Environment) -> R
         return None
     if config.lora.rank:
         return Reference(pupil.decoder, lambda: without_adapters(pupil.decoder))
-    frozen = open_pupil(config.model, config.dtype, environment).decoder
-    return Reference(frozen.eval().requires_grad_(False), nullcontext)
+    frozen = open_pupil(config.model, config.dtype, environment, pupil.ranks)
+    frozen.decoder.eval().requires_grad_(False)
+    return Reference(frozen.decoder, nullcontext, spread(frozen, ()))
 
 
 def _data(config: AlignConfig, pupil: Pupil) -> tuple[PackedRows[Any, Any], BadRows]:

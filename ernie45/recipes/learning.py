@@ -11,12 +11,13 @@ import math
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError, ConfigError, DataError, RunError
@@ -26,6 +27,7 @@ from ernie45.models.save import save_model, save_packed
 from ernie45.models.text import Decoder
 from ernie45.nn.lora import LoraConfig, adapt, merge
 from ernie45.parallel.ranks import ALONE, Ranks
+from ernie45.parallel.shard import Run, plainly, shard_weights, whole
 from ernie45.quant.frozen import freeze, thaw
 from ernie45.recipes.events import Events
 from ernie45.tokens.template import ChatTemplate, load_template
@@ -34,7 +36,18 @@ from ernie45.train.optim import OptimiserConfig
 from ernie45.train.schedule import ScheduleConfig
 from ernie45.train.step import LossConfig, StepReport
 
-WITHOUT_EFFECT = ("out", "save_every", "dry_run", "skip_bad", "recompute", "samples", "sample_tokens", "tensorboard", "rank_timeout")
+WITHOUT_EFFECT = (
+    "out",
+    "save_every",
+    "dry_run",
+    "skip_bad",
+    "recompute",
+    "samples",
+    "sample_tokens",
+    "tensorboard",
+    "rank_timeout",
+    "shard",
+)
 """Settings that do not change what is learned: a run may go on with others."""
 _QUIET_STEPS = 10
 """Steps between two lines where the error stream is no terminal."""
@@ -70,6 +83,8 @@ class LearningConfig:
     """Most tokens of one sample."""
     tensorboard: bool = False
     """Write the numbers as TensorBoard events too, into `tensorboard/` of the run."""
+    shard: Literal["none", "weights"] = "none"
+    """With several ranks: every rank has the whole model, or a share of the weights, gradients and optimiser state."""
     rank_timeout: float = 600.0
     """Seconds that a rank of several waits for a silent one before the run ends."""
     dry_run: bool = False
@@ -123,6 +138,30 @@ def open_pupil(model: str, dtype: str, environment: Environment, ranks: Ranks = 
     for name, parameter in decoder.named_parameters():
         parameter.requires_grad_(not name.endswith("selection_bias"))
     return Pupil(loaded, load_tokenizer(loaded.opened.path), ranks)
+
+
+def spread(pupil: Pupil, samples: Sequence[str]) -> Run:
+    """How passes of the pupil are run; with ranks that share the weights, this one keeps its share from here on.
+
+    Raises ConfigError for packed matrices and for samples, which need the whole model in one place.
+    """
+    if not pupil.ranks.sharded:
+        return plainly
+    if pupil.loaded.opened.spec is not None:
+        raise ConfigError(f"{pupil.folder} is quantised, and packed weights are not shared out; take --shard none")
+    if samples:
+        raise ConfigError("samples are written by a whole model, and no rank has one; leave them out, or take --shard none")
+    return shard_weights(pupil.decoder, pupil.ranks)
+
+
+def put_together(pupil: Pupil, weights: Mapping[str, Tensor]) -> None:
+    """Give the pupil of the first rank these weights, whole, so that it can be written. All ranks must call it, after the last pass."""
+    for name, weight in weights.items():
+        together = whole(weight.detach())
+        if pupil.ranks.is_first:
+            module, _, last = name.rpartition(".")
+            together = together.to(pupil.decoder.get_parameter(name).dtype)
+            setattr(pupil.decoder.get_submodule(module), last, nn.Parameter(together, requires_grad=False))
 
 
 def refuse_packed(pupil: Pupil, advice: str) -> None:

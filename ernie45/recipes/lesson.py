@@ -23,6 +23,7 @@ from ernie45.recipes.learning import (
     plain_settings,
     plan_text,
     prepare,
+    put_together,
     refuse_packed,
     write_result,
 )
@@ -104,5 +105,6 @@ def teach(
     card = say(f"{how}, {progress.step:,} steps, {progress.tokens:,} tokens")
     card += " The settings stand in `settings.json` of the run. The licence of the base model applies.\n"
     target = config.out / "model"
+    put_together(pupil, dict(pupil.decoder.named_parameters()))
     pupil.ranks.once(lambda: write_result(pupil, target, config.lora if config.lora.rank else None, card))
     return target

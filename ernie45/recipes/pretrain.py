@@ -23,7 +23,9 @@ from ernie45.recipes.learning import (
     plain_settings,
     plan_text,
     prepare,
+    put_together,
     refuse_packed,
+    spread,
     write_result,
 )
 from ernie45.recipes.samples import Samples
@@ -65,7 +67,7 @@ def run(config: PretrainConfig, environment: Environment) -> int:
     if config.prepare is not None:
         _prepare(config, environment, config.prepare)
         return 0
-    with open_ranks(environment, config.rank_timeout) as ranks:
+    with open_ranks(environment, config.rank_timeout, sharded=config.shard == "weights") as ranks:
         target = pretrain(config, environment, ranks)
     if target is not None and ranks.is_first:
         print(f"{target}: ready")
@@ -130,9 +132,10 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
         print(plan_text(pupil.decoder, facts))
     if config.dry_run:
         return None
+    way = spread(pupil, config.samples)
     optimiser = Optimiser(pupil.decoder, config.optimiser, pupil.decoder.config.head_size)
     average = MovingAverage(optimiser, config.average_tokens) if config.average_tokens else None
-    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, ranks=ranks)
+    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, ranks=ranks, run=way)
     digests = [source.corpus.facts.sha256_tokens for source in sources]
     same = plain_settings(config, *WITHOUT_EFFECT, "prepare", "epochs") | {"steps": steps, "corpora": digests}
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
@@ -156,11 +159,10 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
     names = ", ".join(source.name for source in sources)
     card = f"# Pre-trained from {start}\n\nernie45, {progress.step:,} steps, {progress.tokens:,} tokens of {names}.\n"
     target = config.out / "model"
+    put_together(pupil, dict(pupil.decoder.named_parameters()))
     ranks.once(lambda: write_result(pupil, target, None, card))
     if average is not None:
-        with torch.no_grad():
-            for name, weights in average.weights.items():
-                pupil.decoder.get_parameter(name).copy_(weights)
+        put_together(pupil, average.weights)
         ranks.once(lambda: write_result(pupil, config.out / "model-averaged", None, card))
     return target
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ernie45.config import Environment
 from ernie45.errors import ConfigError
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
-from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids
+from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, spread
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
 from ernie45.train.examples import PackedExamples, make_examples
 from ernie45.train.noise import EmbeddingNoise
@@ -31,7 +31,7 @@ class SftConfig(LessonConfig):
 
 def run(config: SftConfig, environment: Environment) -> int:
     """Train, and say where the result is."""
-    with open_ranks(environment, config.rank_timeout) as ranks:
+    with open_ranks(environment, config.rank_timeout, sharded=config.shard == "weights") as ranks:
         target = sft(config, environment, ranks)
     if target is not None and ranks.is_first:
         print(f"{target}: ready; try: ernie chat {target}")
@@ -55,9 +55,10 @@ def sft(config: SftConfig, environment: Environment, ranks: Ranks = ALONE) -> Pa
     announce(config, pupil, bad, facts)
     if config.dry_run:
         return None
+    way = spread(pupil, config.samples)
     optimiser = Optimiser(pupil.decoder, config.optimiser, pupil.decoder.config.head_size)
     noise = EmbeddingNoise(config.neftune, config.seed) if config.neftune else None
-    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, noise=noise, ranks=ranks)
+    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, noise=noise, ranks=ranks, run=way)
     ids = digest_of_ids(example.ids for example in data.examples)
     target = teach(
         config,

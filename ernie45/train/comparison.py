@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ernie45.parallel.ranks import ALONE, Ranks
+from ernie45.parallel.shard import Run, plainly
 from ernie45.tokens.template import IGNORED
 from ernie45.train.optim import Optimiser
 from ernie45.train.step import StepReport
@@ -56,8 +57,8 @@ class Judge(Protocol[C]):
 class ComparisonStep(Generic[B]):
     """The loss is the mean over all that the whole step compares, however it is cut into batches or shared out among ranks."""
 
-    def __init__(self, judge: Judge[B], optimiser: Optimiser, *, ranks: Ranks = ALONE) -> None:
-        self.judge, self.optimiser, self.ranks = judge, optimiser, ranks
+    def __init__(self, judge: Judge[B], optimiser: Optimiser, *, ranks: Ranks = ALONE, run: Run = plainly) -> None:
+        self.judge, self.optimiser, self.ranks, self.run = judge, optimiser, ranks, run
 
     def __call__(self, batches: Sequence[B], step: int, rate: float) -> StepReport:
         """Learn from the batches of one step, or this rank's of them. A step whose gradient is not finite is skipped by all ranks."""
@@ -70,7 +71,7 @@ class ComparisonStep(Generic[B]):
         num_compared, tokens, learned = map(int, self.ranks.sums(own))
         loss, margins = 0.0, []
         for batch in batches:
-            compared = self.judge(batch)
+            compared = self.run(self.judge, batch)
             total = compared.losses.sum() / num_compared
             total.backward()
             loss += total.item()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -83,9 +84,15 @@ def train(
             f"{ranks.world} ranks share {config.accumulate} batches a step, so some would have none; set accumulate to {ranks.world} or a "
             "multiple (it counts the batches of all ranks together)"
         )
-    with ExitStack() as held:
+    if ranks.sharded and config.accumulate % ranks.world:
+        raise ConfigError(
+            f"{ranks.world} ranks that share the weights must run equally many batches, and accumulate is {config.accumulate}; set it to a "
+            "multiple, or let every rank have the whole model (--shard none)"
+        )
+    with ExitStack() as held, _naming_full_disks(folder):
         ranks.once(lambda: held.enter_context(_folder(folder, config)))
-        checkpoints = Checkpoints(folder / "checkpoints", fingerprint, config.keep)
+        checkpoints = Checkpoints(folder / "checkpoints", fingerprint, config.keep, ranks)
+        held.callback(checkpoints.close)
         progress = checkpoints.load_last(model, learner.optimiser, average) or Progress()
         write = held.enter_context(_log(folder / LOG, progress.step)) if ranks.is_first else _nowhere
         skipped = 0
@@ -105,14 +112,21 @@ def train(
                     f"lower the learning rate or look at the data; the last good weights are in {checkpoints.folder}"
                 )
             if not skipped and (progress.step % config.save_every == 0 or progress.step == config.steps):
-                now = progress
-
-                def save(now: Progress = now) -> None:
-                    checkpoints.save(now, model, learner.optimiser, average)
-                    on_saved(now)
-
-                ranks.once(save)
+                checkpoints.save(progress, model, learner.optimiser, average, wait=progress.step == config.steps)
+                ranks.once(partial(on_saved, progress))
+        checkpoints.finish()
     return progress
+
+
+@contextmanager
+def _naming_full_disks(folder: Path) -> Iterator[None]:
+    """What the system refuses to write ends the run with a reason, and with what is left of it."""
+    try:
+        yield
+    except OSError as error:
+        there = sorted((folder / "checkpoints").glob("step-*"))
+        rest = f"the last whole checkpoint is {there[-1]}" if there else "there is no checkpoint yet"
+        raise RunError(f"{error.filename or folder}: cannot be written: {error.strerror or error}; {rest}") from error
 
 
 @contextmanager

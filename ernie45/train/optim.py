@@ -6,7 +6,7 @@ State is a flat mapping from names to tensors, so that a checkpoint is one file 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie45.errors import CheckpointError, ConfigError
+from ernie45.parallel.shard import clip, of_matrices, total_norm
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic coefficients whose iteration drives singular values to about 1 (0.7 to 1.2) in five steps."""
@@ -103,14 +104,13 @@ class Optimiser:
 
     def gradient_norm(self) -> float:
         """Norm of all gradients together; not a number or infinite when any of them is."""
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads).item() if grads else 0.0
+        return total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
 
     def step(self, rate: float, norm: float) -> None:
         """Clip by the known `norm`, step at learning rate `rate`, and drop the gradients."""
         assert math.isfinite(norm), "a step with a gradient that is not finite is refused before it comes here"
         if self.config.clip:
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip, torch.tensor(norm))
+            clip(list(self.parameters.values()), self.config.clip, norm)
         for name, master in self.masters.items():
             parameter = self.parameters[name]
             if master is not parameter:
@@ -136,7 +136,7 @@ class Optimiser:
         momentum.lerp_(master.grad, 1 - self.config.momentum)
         ahead = master.grad.lerp(momentum, self.config.momentum)
         rows = matrix_rows(name, tuple(ahead.shape), self.head_size)
-        update = orthogonalised(ahead.unflatten(-2, (-1, rows))).flatten(-3, -2)
+        update = of_matrices(lambda whole: orthogonalised(whole.unflatten(-2, (-1, rows))).flatten(-3, -2), ahead)
         # 0.2 sqrt(max side) gives the update the root mean square that AdamW's has, so one learning rate serves both
         master.mul_(1 - rate * self._decay(name)).add_(update, alpha=-rate * 0.2 * math.sqrt(max(rows, ahead.shape[-1])))
 
@@ -155,6 +155,19 @@ class Optimiser:
             if held:
                 state |= {f"mean/{name}": held["exp_avg"], f"square/{name}": held["exp_avg_sq"], f"steps/{name}": held["step"]}
         return state
+
+    def blank_state(self, keys: Iterable[str], where: str) -> dict[str, Tensor]:
+        """Empty tensors, cut as this rank's are, for the `keys` of another `state`, to be filled and loaded.
+
+        Raises CheckpointError when they are of another model or optimiser.
+        """
+        blank: dict[str, Tensor] = {}
+        for key in keys:
+            kind, _, name = key.partition("/")
+            if name not in self.masters:
+                raise CheckpointError(f"{where}: holds the optimiser state of another model or method: {key}")
+            blank[key] = torch.zeros(()) if kind == "steps" else torch.zeros_like(self.masters[name], requires_grad=False)
+        return blank
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], where: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ernie45.errors import DataError, ErnieError
 from ernie45.models.text import Decoder
 from ernie45.nn.attention import BranchedCausal
+from ernie45.parallel.shard import Run, plainly
 from ernie45.tokens.template import IGNORED, ChatTemplate
 from ernie45.train.batch import plan_packs
 from ernie45.train.comparison import Compared
@@ -173,7 +174,7 @@ def make_each(
     return made
 
 
-def pair_log_probs(decoder: Decoder, batch: PreferenceBatch, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
+def pair_log_probs(decoder: Decoder, batch: PreferenceBatch, recompute: bool = False) -> tuple[Tensor, Tensor]:
     """Summed log-probability of each chosen and each rejected answer, float32 [P] twice, with gradient."""
     attend = BranchedCausal([tuple(group) for group in batch.groups])
     h_TD = trunk(decoder, decoder.embed(batch.tokens_T), batch.positions_T, attend, recompute=recompute)
@@ -189,16 +190,20 @@ def by_branch(values_T: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Reference:
-    """The policy that the trained one is compared with: a decoder, used inside `around()` (which may switch adapters off)."""
+    """The policy that the trained one is compared with: a decoder, used inside `around()` (which may switch adapters off).
+
+    `run` is how a decoder of its own is run that is held in shares.
+    """
 
     decoder: Decoder
     around: Callable[[], AbstractContextManager[None]]
+    run: Run = plainly
 
     @torch.no_grad()
     def log_probs(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """As `pair_log_probs`, without gradient."""
         with self.around():
-            return pair_log_probs(self.decoder, batch)
+            return self.run(pair_log_probs, self.decoder, batch)
 
 
 class PairJudge:
@@ -218,7 +223,7 @@ class PairJudge:
 
     def pairs(self, batch: PreferenceBatch) -> Pairs:
         """Log-probabilities of policy and reference; without a reference its are 0."""
-        c, r = pair_log_probs(self.decoder, batch, recompute=self.recompute)
+        c, r = pair_log_probs(self.decoder, batch, self.recompute)
         c0, r0 = self.reference.log_probs(batch) if self.reference is not None else (torch.zeros_like(c), torch.zeros_like(r))
         tokens = by_branch((batch.labels_T != IGNORED).float(), batch)
         return Pairs(c, r, c0, r0, *tokens, batch.gap_P)

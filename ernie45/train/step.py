@@ -21,6 +21,7 @@ from ernie45.models.text import Decoder
 from ernie45.nn.attention import Attend, PackedCausal
 from ernie45.nn.rope import turns
 from ernie45.parallel.ranks import ALONE, Ranks
+from ernie45.parallel.shard import Run, plainly
 from ernie45.train.batch import TrainBatch
 from ernie45.train.cross_entropy import summed_cross_entropy
 from ernie45.train.noise import EmbeddingNoise
@@ -98,9 +99,10 @@ class Step:
         recompute: bool = False,
         noise: EmbeddingNoise | None = None,
         ranks: Ranks = ALONE,
+        run: Run = plainly,
     ) -> None:
         self.decoder, self.optimiser, self.losses, self.recompute, self.noise = decoder, optimiser, losses, recompute, noise
-        self.ranks = ranks
+        self.ranks, self.run = ranks, run
         self.watch = RouterWatch(decoder, want_logits=losses.balance > 0 or losses.z > 0)
 
     def __call__(self, batches: Sequence[TrainBatch], step: int, rate: float) -> StepReport:
@@ -114,7 +116,7 @@ class Step:
             raise ConfigError("a step has no learned label in any of its documents; check which parts of the data are learned")
         sums = dict.fromkeys(("loss", "mtp", "balance", "z"), 0.0)
         for number, batch in zip(self.ranks.share(counts.batches), batches, strict=True):
-            self._learn(batch, (step, number), counts, sums)
+            self.run(self._losses, batch, (step, number), counts, sums).backward()
         self.ranks.add_gradients(list(self.optimiser.parameters.values()))
         orthogonal = self._learn_orthogonal()
         sums, load = self._together(sums)
@@ -159,8 +161,8 @@ class Step:
     def _has_mtp(self) -> bool:
         return self.decoder.mtp is not None and self.losses.mtp > 0
 
-    def _learn(self, batch: TrainBatch, place: tuple[int, int], counts: "_Counts", sums: dict[str, float]) -> None:
-        """Forward and backward of micro-batch (step, number in it); adds what it contributes to `sums`."""
+    def _losses(self, batch: TrainBatch, place: tuple[int, int], counts: "_Counts", sums: dict[str, float]) -> Tensor:
+        """All losses of micro-batch (step, number in it), to be learned from; adds what it contributes to `sums`."""
         attend = PackedCausal(list(batch.doc_ends))
         x_TD = self.decoder.embed(batch.tokens_T)
         if self.noise is not None:
@@ -176,7 +178,7 @@ class Step:
             mtp = self._summed(m_TD, ahead.labels_T, 1.0 / counts.mtp_learned)
             total = total + self.losses.mtp * mtp
             sums["mtp"] += mtp.item()
-        (total + self._router_losses(passes, counts.batches, sums)).backward()
+        return total + self._router_losses(passes, counts.batches, sums)
 
     def _summed(self, h_TD: Tensor, labels_T: Tensor, each: float) -> Tensor:
         decoder = self.decoder

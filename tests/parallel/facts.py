@@ -1,12 +1,16 @@
 """What is compared between one process and several: the same functions run in both."""
 
+import os
+import signal
 from dataclasses import replace
 
 import torch
 
 from ernie45.errors import RunError
 from ernie45.models.released import tiny
+from ernie45.nn.lora import LoraConfig, adapt, without_adapters
 from ernie45.parallel.ranks import ALONE
+from ernie45.parallel.shard import plainly, shard_weights
 from ernie45.tokens.template import IGNORED
 from ernie45.train.batch import pack
 from ernie45.train.comparison import ComparisonStep
@@ -14,7 +18,7 @@ from ernie45.train.examples import PackedExamples
 from ernie45.train.loop import RunConfig, train
 from ernie45.train.noise import EmbeddingNoise
 from ernie45.train.optim import MovingAverage, Optimiser, OptimiserConfig
-from ernie45.train.preference import PairExample, PairJudge, pack_pairs
+from ernie45.train.preference import PairExample, PairJudge, Reference, pack_pairs
 from ernie45.train.preference_losses import PreferenceConfig
 from ernie45.train.schedule import ScheduleConfig
 from ernie45.train.step import LossConfig, Step
@@ -23,6 +27,8 @@ from tests.train.conftest import make_decoder, make_examples
 LOSSES = LossConfig(balance=0.1, z=0.1, orthogonal=0.1, mtp=0.3, bias_rate=0.125)
 MICRO = [(7, 30), (5,), (12, 3, 9)]
 """Documents of three micro-batches: uneven in tokens, and not to be shared evenly by two."""
+EVEN = [*MICRO, (4, 4)]
+"""One more, for ranks that must run equally many."""
 DATA = PackedExamples(make_examples([5, 9, 14, 7, 22, 3, 11, 8, 6, 17, 4], seed=3), limit=24, seed=1)
 OPTIMISER = OptimiserConfig(eps=1e-3)
 """A large eps: with 1e-8 the first steps of AdamW are signs, and turn rounding of a gradient near 0 into a step of its own."""
@@ -50,24 +56,37 @@ def biases(decoder):
     return {name: p.clone() for name, p in decoder.named_parameters() if name.endswith("selection_bias")}
 
 
-def language(ranks):
+def spread(decoder, ranks):
+    """How the decoder is run: whole, or in shares."""
+    return shard_weights(decoder, ranks) if ranks.sharded else plainly
+
+
+def language(ranks, even=False, recompute=False):
     """Report, gradients and moved biases of one step."""
     decoder = moe()
+    way = spread(decoder, ranks)
     optimiser = Keep(decoder, OptimiserConfig(), 16)
-    step = Step(decoder, optimiser, LOSSES, noise=EmbeddingNoise(1.0, seed=7), ranks=ranks)
-    batches = [pack(make_examples(lengths, seed)) for seed, lengths in enumerate(MICRO)]
+    step = Step(decoder, optimiser, LOSSES, recompute=recompute, noise=EmbeddingNoise(1.0, seed=7), ranks=ranks, run=way)
+    batches = [pack(make_examples(lengths, seed)) for seed, lengths in enumerate(EVEN if even else MICRO)]
     report = step([batches[n] for n in ranks.share(len(batches))], 0, 1e-3)
     step.watch.close()
     return report, optimiser.grads, biases(decoder)
 
 
-def preference(ranks):
-    """Report and gradients of one step over pairs."""
+def preference(ranks, even=False):
+    """Report and gradients of one step over pairs, whose reference is the model without its adapters."""
     decoder = make_decoder()
+    decoder.requires_grad_(False)
+    adapt(decoder.layers, LoraConfig(rank=2), torch.Generator().manual_seed(1))
+    for parameter in decoder.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
+    way = spread(decoder, ranks)
     optimiser = Keep(decoder, OptimiserConfig(), 16)
-    step = ComparisonStep(PairJudge(decoder, PreferenceConfig(loss="simpo"), None), optimiser, ranks=ranks)
+    judge = PairJudge(decoder, PreferenceConfig(), Reference(decoder, lambda: without_adapters(decoder)))
+    step = ComparisonStep(judge, optimiser, ranks=ranks, run=way)
     pairs = [PairExample((4, 5), (6, 7, 8 + n), (6, 9, 9, 10 + n), (IGNORED, 7, 8 + n), (IGNORED, 9, 9, 10 + n), 0.0) for n in range(5)]
-    batches = [pack_pairs(pairs[:1]), pack_pairs(pairs[1:4]), pack_pairs(pairs[4:])]
+    batches = [pack_pairs(pairs[:1]), pack_pairs(pairs[1:4]), pack_pairs(pairs[4:]), pack_pairs(pairs[:2])][: 4 if even else 3]
     return step([batches[n] for n in ranks.share(len(batches))], 0, 1e-3), optimiser.grads
 
 
@@ -82,18 +101,19 @@ def refused(ranks):
     return report.skipped, torch.equal(before, decoder.norm.weight)
 
 
-def run(ranks, folder, steps):
+def run(ranks, folder, steps, kind="adamw", accumulate=3, data=DATA):
     """A run of the loop: where it stands, and weights and averages at its end."""
     decoder = moe()
-    optimiser = Optimiser(decoder, OPTIMISER, 16)
+    way = spread(decoder, ranks)
+    optimiser = Optimiser(decoder, replace(OPTIMISER, kind=kind), 16)
     average = MovingAverage(optimiser, window=200)
     seen = []
     progress = train(
-        Step(decoder, optimiser, LOSSES, ranks=ranks),
+        Step(decoder, optimiser, LOSSES, ranks=ranks, run=way),
         decoder,
-        DATA,
+        data,
         ScheduleConfig(peak=1e-3, shape="constant"),
-        RunConfig(steps=steps, accumulate=3, save_every=2),
+        RunConfig(steps=steps, accumulate=accumulate, save_every=2),
         folder,
         "f",
         average=average,
@@ -126,15 +146,49 @@ def everything(ranks, folder):
         "told": told(ranks),
         "run": run(ranks, folder / "run", 4),
         "sums": ranks.sums([1.0, ranks.rank]),
+        "shares": shares(replace(ranks, sharded=True), folder / "shares"),
         "order": ranks.in_order([bytes([n]) * 32 for n in ranks.share(3)], 3),
     }
 
 
+def shares(ranks, folder):
+    """The facts of weights in shares; also how many numbers this rank holds."""
+    decoder = moe()
+    shard_weights(decoder, ranks)
+    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in decoder.parameters())
+    return {
+        "language": language(ranks, even=True),
+        "recompute": language(ranks, even=True, recompute=True)[:2],
+        "preference": preference(ranks, even=True),
+        "run": run(ranks, folder / "run", 2, kind="muon", accumulate=6),
+        "held": held / sum(p.numel() for p in moe().parameters()),
+    }
+
+
 def go_on(ranks, folder):
-    """Two more steps of the run that stands in the folder."""
-    return run(ranks, folder / "run", 6)
+    """Two more steps of the runs that stand in the folder."""
+    shares = replace(ranks, sharded=ranks.world > 1)
+    return {"run": run(ranks, folder / "run", 6), "shares": run(shares, folder / "shares" / "run", 4, kind="muon", accumulate=6)}
+
+
+class Deadly:
+    """Data that kills the last rank when it asks for a batch of the fourth step."""
+
+    def __init__(self, ranks):
+        self.dies = ranks.rank == ranks.world - 1
+
+    def batch(self, index):
+        if self.dies and index >= 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return DATA.batch(index)
+
+
+def dies(ranks, folder):
+    """A run whose last rank is killed."""
+    return run(ranks, folder / "run", 6, data=Deadly(ranks))
 
 
 def alone():
     """`everything` without others, but for what needs them."""
-    return {"language": language(ALONE), "preference": preference(ALONE)}
+    even = {"language": language(ALONE, even=True), "preference": preference(ALONE, even=True)}
+    return {"language": language(ALONE), "preference": preference(ALONE), "even": even}

@@ -1,16 +1,18 @@
 """Several processes learn what one learns: losses, gradients, biases, averages, and the order of the data."""
 
 import shutil
+import signal
+import time
 
 import pytest
 import torch
 
 from ernie45.config import Environment
 from ernie45.errors import ConfigError
-from ernie45.parallel.ranks import ALONE, open_ranks
+from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
 from ernie45.train.loop import RunConfig, train
 from tests.parallel import facts
-from tests.parallel.several import results
+from tests.parallel.several import results, start, wait
 
 # float32 sums in another order; gradients of size 1e-3 to 1
 CLOSE = {"atol": 2e-6, "rtol": 2e-5}
@@ -35,10 +37,11 @@ def assert_same(a, b, **how):
         torch.testing.assert_close(a[name], b[name], **(how or CLOSE), msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_a_step_of_two_ranks_is_the_step_of_one(two, one):
-    report, grads, biases = one["language"]
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_step_of_two_ranks_is_the_step_of_one(two, one, shares):
+    report, grads, biases = (one["even"] if shares else one)["language"]
     for rank in two[1]:
-        ours, our_grads, our_biases = rank["language"]
+        ours, our_grads, our_biases = (rank["shares"] if shares else rank)["language"]
         for name in ("loss", "mtp_loss", "balance_loss", "z_loss", "orthogonal_loss"):
             assert getattr(ours, name) == pytest.approx(getattr(report, name), abs=1e-6), name
         assert ours.norm == pytest.approx(report.norm, rel=1e-5)
@@ -48,10 +51,22 @@ def test_a_step_of_two_ranks_is_the_step_of_one(two, one):
     assert any(bias.any() for bias in biases.values())
 
 
-def test_pairs_are_shared_out_likewise(two, one):
-    report, grads = one["preference"]
+def test_recompute_in_shares_changes_nothing(two):
     for rank in two[1]:
-        ours, our_grads = rank["preference"]
+        report, grads = rank["shares"]["recompute"]
+        assert report.loss == rank["shares"]["language"][0].loss
+        assert_same(grads, rank["shares"]["language"][1], atol=0, rtol=0)
+
+
+def test_a_rank_holds_its_share(two):
+    assert all(0.5 <= rank["shares"]["held"] < 0.52 for rank in two[1])  # routers are whole
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_pairs_are_shared_out_likewise(two, one, shares):
+    report, grads = (one["even"] if shares else one)["preference"]
+    for rank in two[1]:
+        ours, our_grads = (rank["shares"] if shares else rank)["preference"]
         assert ours.loss == pytest.approx(report.loss, abs=1e-6)
         assert ours.margin == pytest.approx(report.margin, abs=1e-6)
         assert (ours.accuracy, ours.tokens, ours.learned) == (report.accuracy, report.tokens, report.learned)
@@ -84,25 +99,57 @@ def test_a_run_of_two_ranks_is_the_run_of_one(two, one):
         assert torch.equal(value, two[1][1]["run"][1][name]), name
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(two, tmp_path):
+@pytest.fixture(scope="module")
+def three(two, tmp_path_factory):
+    """What two more steps of both runs give, by one process and by each of three ranks."""
+    found = {}
+    for world in (1, 3):
+        folder = tmp_path_factory.mktemp(f"by-{world}")
+        for name in ("run", "shares/run"):
+            shutil.copytree(two[0] / name, folder / name)
+        found[world] = [facts.go_on(ALONE, folder)] if world == 1 else results(facts.go_on, world, folder)
+    return found
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(three, tmp_path):
     """Four steps by two ranks, then two by one or by three: the same data in the same order, the same losses."""
-    for place in ("by-one", "by-three"):
-        shutil.copytree(two[0] / "run", tmp_path / place / "run")
-    whole, _, _, losses = facts.run(ALONE, tmp_path / "whole", 6)
-    by_one, _, _, seen_by_one = facts.go_on(ALONE, tmp_path / "by-one")
-    three = results(facts.go_on, 3, tmp_path / "by-three")
-    for progress, seen in ((by_one, seen_by_one), (three[0][0], three[0][3])):
+    whole, _, _, losses = facts.run(ALONE, tmp_path, 6)
+    for ranks in three.values():
+        assert [rank["run"][0] for rank in ranks] == [whole] * len(ranks)  # with the digest of what was read
+        assert ranks[0]["run"][3] == pytest.approx(losses[4:], abs=1e-6)
+
+
+def test_shares_are_cut_anew_when_a_run_goes_on(two, three, tmp_path):
+    """Two steps of Muon with weights in two shares, then two more in one piece and in three shares."""
+    whole, weights, average, losses = facts.run(ALONE, tmp_path, 4, kind="muon", accumulate=6)
+    assert two[1][0]["shares"]["run"][3] == pytest.approx(losses[:2], abs=1e-6)
+    for ranks in three.values():
+        progress, our_weights, our_average, seen = ranks[0]["shares"]
         assert progress == whole
-        assert seen == pytest.approx(losses[4:], abs=1e-6)
-    assert [progress.digest for progress, *_ in three] == [whole.digest] * 3
+        assert seen == pytest.approx(losses[2:], abs=2e-6)
+        # Muon brings every direction to length 1, those of rounding too
+        assert_same(our_weights, weights, atol=2e-5, rtol=1e-3)
+        assert_same(our_average, average, atol=2e-5, rtol=1e-3)
+
+
+def test_when_a_rank_is_killed_the_other_ends_with_a_reason(two, one, tmp_path):
+    began = time.monotonic()
+    (code, said), (killed, _) = wait(start(facts.dies, 2, tmp_path))
+    assert time.monotonic() - began < 100
+    assert killed == -signal.SIGKILL
+    assert code == 2, said
+    assert "RunError: rank 0 of 2 lost the others" in said
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002"]
+    progress, weights, _, _ = facts.run(ALONE, tmp_path / "run", 4)
+    assert progress == one["run"][0]
+    assert_same(weights, one["run"][1], atol=2e-6, rtol=1e-4)
 
 
 def test_a_rank_without_a_batch_is_refused(tmp_path):
-    from ernie45.parallel.ranks import Ranks
-
-    decoder = facts.moe()
+    with pytest.raises(ConfigError, match="--shard none"):
+        train(None, None, facts.DATA, None, RunConfig(steps=1, accumulate=5), tmp_path, "f", ranks=Ranks(0, 4, sharded=True))
     with pytest.raises(ConfigError, match="set accumulate to 4"):
-        train(None, decoder, facts.DATA, None, RunConfig(steps=1, accumulate=3), tmp_path, "f", ranks=Ranks(0, 4))
+        train(None, None, facts.DATA, None, RunConfig(steps=1, accumulate=3), tmp_path, "f", ranks=Ranks(0, 4))
 
 
 def test_a_launcher_that_miscounts_is_named(tmp_path):

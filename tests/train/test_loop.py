@@ -1,17 +1,21 @@
 """Runs: killed and resumed they go on to the bit; folders are locked; broken checkpoints are told apart."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from ernie45.errors import ConfigError, RunError
+from ernie45.errors import CheckpointError, ConfigError, RunError
+from ernie45.train import checkpoint_files
 from ernie45.train.batch import Example
 from ernie45.train.checkpoint import Checkpoints, fingerprint
 from ernie45.train.examples import NO_HISTORY, PackedExamples, digest_after, digest_of, permutation
@@ -81,14 +85,14 @@ def test_old_checkpoints_go_and_the_newest_stay(tmp_path):
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 from pathlib import Path
-from ernie45.train import checkpoint
-real = checkpoint.save_safetensors
-def save(folder, *args, **how):
+from ernie45.train import checkpoint_files
+real = checkpoint_files.write_safetensors
+def write(folder, *args, **how):
     done = real(folder, *args, **how)
     if "step-00000008" in str(folder):
         os.kill(os.getpid(), signal.SIGKILL)
     return done
-checkpoint.save_safetensors = save
+checkpoint_files.write_safetensors = write
 import torch; torch.set_num_threads(1)
 from tests.train.test_loop import run
 run(Path(sys.argv[1]))
@@ -111,6 +115,76 @@ def test_a_kill_while_a_checkpoint_is_written_keeps_the_last_good_one(tmp_path, 
     assert not list(folder.glob(".partial-*"))
     run(tmp_path / "whole")
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+
+
+def test_learning_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The writer waits until two more steps are done, and still writes the state of its own step."""
+    later, real = threading.Event(), checkpoint_files.write_safetensors
+
+    def slow(folder, *args, **how):
+        if "step-00000004" in str(folder):
+            assert later.wait(60)
+        return real(folder, *args, **how)
+
+    decoder = make_decoder(experts=True)
+    optimiser = Optimiser(decoder, OptimiserConfig(), 32)
+    learner = Step(decoder, optimiser, LossConfig(bias_rate=1e-2))
+    seen = []
+
+    def on_report(report):
+        seen.append((report.step, [path.name for path in Checkpoints(tmp_path / "checkpoints", "f").list()]))
+        if report.step == 5:
+            later.set()
+            raise Killed
+
+    monkeypatch.setattr(checkpoint_files, "write_safetensors", slow)
+    with pytest.raises(Killed):
+        train(learner, decoder, DATA, SCHEDULE, RunConfig(steps=12, save_every=4), tmp_path, "f", on_report=on_report)
+    assert seen[-1] == (5, [])
+    again = make_decoder(experts=True, seed=1)
+    assert Checkpoints(tmp_path / "checkpoints", "f").load_last(again, Optimiser(again, OptimiserConfig(), 32), None).step == 4
+    whole = make_decoder(experts=True)
+    learner = Step(whole, Optimiser(whole, OptimiserConfig(), 32), LossConfig(bias_rate=1e-2))
+    for step in range(4):
+        learner([DATA.batch(step)], step, SCHEDULE.at(step, 12))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("where", ["in the background", "at the end"])
+def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, where):
+    bad, real = {"in the background": 8, "at the end": 12}[where], os.fsync
+
+    def full(handle):
+        if f"step-{bad:08d}" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=rf"disk became full.*the last whole checkpoint is .*step-{bad - 4:08d}"):
+            run(tmp_path / "cut")
+    assert not list((tmp_path / "cut" / "checkpoints").glob(".partial-*"))
+    run(tmp_path / "cut")
+    run(tmp_path / "whole")
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))
+    with pytest.raises(CheckpointError, match=r"the disk has 10 free.*there is no earlier checkpoint"):
+        run(tmp_path)
+
+
+def test_a_log_that_cannot_grow_ends_the_run_with_a_reason(tmp_path):
+    decoder = make_decoder()
+    learner = Step(decoder, Optimiser(decoder, OptimiserConfig(), 32), LossConfig())
+
+    def full(report):
+        if report.step == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", "log.jsonl")
+
+    with pytest.raises(RunError, match=r"log\.jsonl: cannot be written: No space left on device; the last whole .*step-00000002"):
+        train(learner, decoder, DATA, SCHEDULE, RunConfig(steps=9, save_every=2), tmp_path, "f", on_report=full)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
@@ -143,7 +217,7 @@ def test_other_settings_are_refused(tmp_path):
         run(tmp_path, fingerprint="g")
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "state.json"])
+@pytest.mark.parametrize("file", ["rank-0/model.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_named(tmp_path, file):
     run(tmp_path, steps=4)
     path = tmp_path / "checkpoints" / "step-00000004" / file
