@@ -54,15 +54,20 @@ class BranchedCausal:
         """[T, N, H] from [T, N, H] and [T, K, H] twice."""
         assert q_TNH.shape[0] == sum(map(sum, self.groups)), "groups and tokens differ"
         parts, start = [], 0
-        for prefix, *branches in self.groups:
-            shared = slice(start, start + prefix)
-            if prefix:
-                parts.append(ops.causal_attention(q_TNH[shared], k_TKH[shared], v_TKH[shared]))
-            start += prefix
-            for length in branches:
+        for prefix, first, *others in self.groups:
+            shared, joined = slice(start, start + prefix), slice(start, start + prefix + first)
+            parts.append(ops.causal_attention(q_TNH[joined], k_TKH[joined], v_TKH[joined]))  # prefix and first branch are one document
+            start = joined.stop
+            for length in others:
                 own = slice(start, start + length)
-                keys, values = torch.cat((k_TKH[shared], k_TKH[own])), torch.cat((v_TKH[shared], v_TKH[own]))
-                parts.append(ops.causal_attention(q_TNH[own], keys, values))
+                # a branch longer than the prefix asks anew for the prefix: a causal pass without a mask is faster than one with it
+                again = shared if prefix <= length else slice(0)
+                q, k, v = (
+                    torch.cat((q_TNH[again], q_TNH[own])),
+                    torch.cat((k_TKH[shared], k_TKH[own])),
+                    torch.cat((v_TKH[shared], v_TKH[own])),
+                )
+                parts.append(ops.causal_attention(q, k, v)[-length:])
                 start += length
         return torch.cat(parts)
 

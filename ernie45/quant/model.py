@@ -41,7 +41,7 @@ def quantise_model(
     Raises `ConfigError` when a rule fits no module or a module no rule, before anything is changed, and `CheckpointError` for weights
     that are no numbers.
     """
-    for name, scheme in _decided(network, spec):
+    for name, scheme in decided_modules(network, spec):
         each(name)
         replace_module(network, name, _quantised(network.get_submodule(name), scheme, algorithm))
     fuse(network)
@@ -50,7 +50,7 @@ def quantise_model(
 @torch.no_grad()
 def prepare_model(network: nn.Module, spec: QuantSpec) -> None:
     """Replace every module the spec names by an empty packed one, to be filled from a packed checkpoint."""
-    for name, scheme in _decided(network, spec):
+    for name, scheme in decided_modules(network, spec):
         replace_module(network, name, _emptied(network.get_submodule(name), scheme))
     fuse(network)
 
@@ -69,7 +69,8 @@ def unfuse(network: nn.Module) -> None:
             replace_module(network, name, module.plain())
 
 
-def _decided(network: nn.Module, spec: QuantSpec) -> list[tuple[str, Scheme]]:
+def decided_modules(network: nn.Module, spec: QuantSpec) -> list[tuple[str, Scheme]]:
+    """Names of the modules that a spec quantises, with their schemes. Raises `ConfigError` as `quantise_model`."""
     names = [name for name, _ in quantisable(network)]
     spec.check(names)
     return [(name, scheme) for name in names if (scheme := spec.scheme_for(name)) is not None]

@@ -32,12 +32,21 @@ def round_quickly(weight_OI: Tensor, scheme: Scheme) -> PackedWeight | CodedWeig
     return _packed(weight_OI, scheme, _FEW_CLIPS)
 
 
+def nearest(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """What `round_to_nearest` packs: whole numbers int8 of the (turned) matrix, and float32 scales [O, G]; not of codes."""
+    return _nearest(weight_OI, scheme, _CLIPS)
+
+
 def _packed(weight_OI: Tensor, scheme: Scheme, clips: Mapping[int, Sequence[float]]) -> PackedWeight | CodedWeight:
     if scheme.code:
         return encode(turned(weight_OI.detach().float(), scheme), scheme.code).weight
+    return pack_as(scheme, *_nearest(weight_OI, scheme, clips))
+
+
+def _nearest(weight_OI: Tensor, scheme: Scheme, clips: Mapping[int, Sequence[float]]) -> tuple[Tensor, Tensor]:
     parts = [_quantise(turned(rows.float(), scheme), scheme, clips[scheme.weight_bits]) for rows in weight_OI.detach().split(_ROWS_AT_ONCE)]
     whole_OI, scales_OG = (torch.cat(list(p)) for p in zip(*parts, strict=True))
-    return pack_as(scheme, whole_OI, scales_OG)
+    return whole_OI, scales_OG
 
 
 def _quantise(weight_OI: Tensor, scheme: Scheme, clips: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -49,11 +58,11 @@ def _quantise(weight_OI: Tensor, scheme: Scheme, clips: Sequence[float]) -> tupl
     largest = w.abs().amax(-1)
     best_error, best_scale = torch.full_like(largest, float("inf")), torch.zeros_like(largest)
     for scale in _scales(w, largest, scheme.weight_bits, clips):
-        whole = _round(w, scale, scheme.weight_bits)
+        whole = whole_numbers(w, scale, scheme.weight_bits)
         error = (whole * scale[..., None] - w).square().sum(-1)
         better = error < best_error
         best_error, best_scale = torch.where(better, error, best_error), torch.where(better, scale, best_scale)
-    return _round(w, best_scale, scheme.weight_bits).to(torch.int8).flatten(1)[:, :width], best_scale
+    return whole_numbers(w, best_scale, scheme.weight_bits).to(torch.int8).flatten(1)[:, :width], best_scale
 
 
 def _scales(w: Tensor, largest: Tensor, bits: int, clips: Sequence[float]) -> Iterator[Tensor]:
@@ -70,7 +79,13 @@ def _scales(w: Tensor, largest: Tensor, bits: int, clips: Sequence[float]) -> It
             yield (signed * (clip / -(top + 1))).to(torch.float16).float()
 
 
-def _round(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+def whole_numbers(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The nearest whole number of every weight [.., G, I / G] for scales [.., G], within the range of `bits`, as floats."""
     inverse = torch.where(scale != 0, 1 / scale, 0.0)
+    return (w * inverse[..., None]).round_().clamp_(*whole_range(bits))
+
+
+def whole_range(bits: int) -> tuple[int, int]:
+    """The least and the largest whole number of a weight; at 8 bits they are symmetric."""
     top = 2 ** (bits - 1) - 1
-    return (w * inverse[..., None]).round_().clamp_(-top - (bits == 4), top)
+    return -top - (bits == 4), top

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +23,15 @@ from ernie45.config import Environment
 from ernie45.errors import CheckpointError, ConfigError, DataError, RunError
 from ernie45.models.adapters import save_adapter
 from ernie45.models.load import LoadedModel, load
+from ernie45.models.on_the_fly import completed
 from ernie45.models.save import save_model, save_packed
 from ernie45.models.text import Decoder
 from ernie45.nn.lora import LoraConfig, adapt, merge
 from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.parallel.shard import Run, plainly, shard_weights, whole
 from ernie45.quant.frozen import freeze, thaw
+from ernie45.quant.qat import pack_trained, prepare_training
+from ernie45.quant.spec import QuantSpec, Rule
 from ernie45.recipes.events import Events
 from ernie45.tokens.template import ChatTemplate, load_template
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -112,6 +115,8 @@ class Pupil:
     loaded: LoadedModel
     tokenizer: Tokenizer
     ranks: Ranks = ALONE
+    spec: QuantSpec | None = None
+    """How the result is packed; None: floats."""
 
     @property
     def decoder(self) -> Decoder:
@@ -137,7 +142,21 @@ def open_pupil(model: str, dtype: str, environment: Environment, ranks: Ranks = 
     freeze(decoder)
     for name, parameter in decoder.named_parameters():
         parameter.requires_grad_(not name.endswith("selection_bias"))
-    return Pupil(loaded, load_tokenizer(loaded.opened.path), ranks)
+    return Pupil(loaded, load_tokenizer(loaded.opened.path), ranks, loaded.opened.spec)
+
+
+def through_rounding(pupil: Pupil, layers: str, head: str) -> Pupil:
+    """The pupil with every matrix learning through the rounding of a scheme; its result will be packed so. Raises ConfigError as specs do.
+
+    A vision tower and resampler stay whole. Schemes without a group get groups of 64 and turned inputs (`models.on_the_fly.completed`).
+    """
+    decoder = pupil.decoder
+    rules = [Rule(pattern="embed" if decoder.head is None else "head", scheme=completed(head))]
+    if decoder.sight is not None:
+        rules.append(Rule(pattern="sight.*", scheme=None))
+    spec = QuantSpec(rules=(*rules, Rule(pattern="*", scheme=completed(layers))))
+    prepare_training(decoder, spec)
+    return replace(pupil, spec=spec)
 
 
 def spread(pupil: Pupil, samples: Sequence[str]) -> Run:
@@ -147,8 +166,8 @@ def spread(pupil: Pupil, samples: Sequence[str]) -> Run:
     """
     if not pupil.ranks.sharded:
         return plainly
-    if pupil.loaded.opened.spec is not None:
-        raise ConfigError(f"{pupil.folder} is quantised, and packed weights are not shared out; take --shard none")
+    if pupil.spec is not None:
+        raise ConfigError(f"{pupil.folder} is quantised or is to be, and such weights are not shared out; take --shard none")
     if samples:
         raise ConfigError("samples are written by a whole model, and no rank has one; leave them out, or take --shard none")
     return shard_weights(pupil.decoder, pupil.ranks)
@@ -274,6 +293,9 @@ def write_result(pupil: Pupil, target: Path, lora: LoraConfig | None, card: str)
     if opened.spec is not None:
         thaw(pupil.decoder)
         save_packed(pupil.decoder.eval(), target, opened.spec, made_by="adapters merged and rounded to nearest", companions=pupil.folder)
+    elif pupil.spec is not None:
+        pack_trained(pupil.decoder)
+        save_packed(pupil.decoder.eval(), target, pupil.spec, made_by="quantisation-aware training", companions=pupil.folder)
     else:
         dtype = opened.stored if opened.stored.is_floating_point else None
         save_model(pupil.decoder.eval(), target, dtype=dtype, companions=pupil.folder)

@@ -7,7 +7,8 @@ from pathlib import Path
 from ernie45.config import Environment
 from ernie45.errors import ConfigError
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
-from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, spread
+from ernie45.quant.spec import Scheme
+from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, spread, through_rounding
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
 from ernie45.train.examples import PackedExamples, make_examples
 from ernie45.train.noise import EmbeddingNoise
@@ -22,11 +23,21 @@ class SftConfig(LessonConfig):
 
     neftune: float = 0.0
     """Noise on the embeddings while learning (NEFTune), such as 5; 0 is none."""
+    qat: str | None = None
+    """Learn through the rounding of a scheme, such as w4a8 (QAT): the result is quantised. Needs `--lora.rank 0`."""
+    qat_head: str = "w8a8"
+    """With `qat`: scheme of the output head and an embedding tied to it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (math.isfinite(self.neftune) and self.neftune >= 0):
             raise ConfigError(f"neftune must be a number of at least 0, such as 5, not {self.neftune}")
+        if self.qat is not None:
+            for word in (self.qat, self.qat_head):
+                if Scheme.parse(word).code:
+                    raise ConfigError(f"qat learns through rounding to 4 or 8 bits, and {word} is a code; take w4a8, w8a8, w4a16 or w8a16")
+            if self.lora.rank:
+                raise ConfigError("qat trains all weights through their rounding; add --lora.rank 0")
 
 
 def run(config: SftConfig, environment: Environment) -> int:
@@ -44,6 +55,8 @@ def sft(config: SftConfig, environment: Environment, ranks: Ranks = ALONE) -> Pa
     Raises DataError (file, line, field), CheckpointError, ConfigError or RunError.
     """
     pupil = open_lesson(config, environment, ranks)
+    if config.qat is not None:
+        pupil = through_rounding(pupil, config.qat, config.qat_head)
     data, bad = _data(config, pupil)
     steps = config.steps if config.steps is not None else -(-data.count(config.epochs) // config.accumulate)
     facts = {

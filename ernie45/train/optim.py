@@ -54,18 +54,16 @@ class OptimiserConfig:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay pulls on a parameter: on matrices, not on norms, biases and the lengths of rows that DoRA learns."""
-    return parameter.ndim >= 2 and not name.endswith(("norm.weight", "bias", ".magnitude"))
+    """Whether weight decay pulls on a parameter: on matrices, not on norms, biases, the lengths of rows (DoRA) and learned scales."""
+    return parameter.ndim >= 2 and not name.endswith(("norm.weight", "bias", ".magnitude", ".log_scale"))
 
 
-_NO_HIDDEN_MATRIX = ("embed.weight", "head.weight", "router.weight", ".adapter_a", ".adapter_b", ".magnitude")
+_NO_HIDDEN_MATRIX = ("embed.weight", "head.weight", "router.weight", ".adapter_a", ".adapter_b", ".magnitude", ".latent", ".log_scale")
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon takes a parameter: matrices and stacks of matrices, but embedding, head, routers and adapters."""
-    return parameter.ndim >= 2 and not name.endswith(
-        ("embed.weight", "head.weight", "router.weight", ".adapter_a", ".adapter_b", ".magnitude")
-    )
+    return parameter.ndim >= 2 and not name.endswith(_NO_HIDDEN_MATRIX)
 
 
 class Optimiser:

@@ -14,7 +14,7 @@ from ernie45.engine.client import LLM
 from ernie45.engine.request import SamplingParams
 from ernie45.errors import CheckpointError, ConfigError, DataError, RunError
 from ernie45.models.adapters import load_adapter
-from ernie45.models.load import load_model
+from ernie45.models.load import load, load_model
 from ernie45.recipes.learning import open_pupil
 from ernie45.train.preference import as_pair, make_each
 from ernie45.train.records import read_records
@@ -115,6 +115,19 @@ def test_a_reward_model_prefers_what_it_was_taught(model, pairs, tmp_path, rank)
     [pair] = make_each(list(read_records([pairs]))[:1], lambda record: [as_pair(record, pupil.template(None))], 128)
     good, bad = judge.score([[*pair.prefix, *pair.chosen], [*pair.prefix, *pair.rejected]]).tolist()
     assert good > bad + 1
+
+
+def test_a_lesson_through_the_rounding_gives_a_quantised_model(model, rows, tmp_path):
+    out = tmp_path / "run"
+    ernie("sft", model, "--data", rows, "--out", out, "--lora.rank", 0, "--qat", "w4a8", *COMMON)
+    seen = losses(out)
+    assert sum(seen[-2:]) < 0.8 * sum(seen[:2])
+    loaded = load(out / "model")
+    assert [rule.scheme for rule in loaded.opened.spec.rules] == ["w8a8-g64-h", "w4a8-g64-h"]
+    assert LLM(out / "model").chat("What is up?", SamplingParams(max_tokens=4)).text is not None
+    for words, says in (((), "add --lora.rank 0"), (("--lora.rank", 0, "--qat-head", "w3"), "no.* quantisation scheme")):
+        with pytest.raises(ConfigError, match=says):
+            ernie("sft", model, "--data", rows, "--out", tmp_path / "other", "--qat", "w4a8", *words)
 
 
 def test_pretrain_prepares_a_corpus_and_learns_it(model, tmp_path, capsys):
