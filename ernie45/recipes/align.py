@@ -10,7 +10,7 @@ import torch
 from ernie45.config import Environment
 from ernie45.nn.lora import without_adapters
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
-from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, open_pupil, spread
+from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, keeping, open_pupil, spread, state_folder
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
 from ernie45.train.comparison import ComparisonStep, Judge
 from ernie45.train.optim import Optimiser, OptimiserConfig
@@ -62,12 +62,12 @@ def align(config: AlignConfig, environment: Environment, ranks: Ranks = ALONE) -
         return None
     way = spread(pupil, config.samples)
     judge, scorer = _judge(config, pupil, environment)
-    optimiser = Optimiser(scorer or pupil.decoder, config.optimiser, pupil.decoder.config.head_size)
-    learner = ComparisonStep(judge, optimiser, ranks=ranks, run=way)
+    optimiser = Optimiser(scorer or pupil.decoder, config.optimiser, pupil.decoder.config.head_size, state_folder(config))
+    learner = ComparisonStep(judge, optimiser, ranks=ranks, run=way, keep=keeping(config, pupil))
     ids = digest_of_ids(_ids(example) for example in data.examples)
     method = "A reward model trained" if scorer else f"Preference training ({config.preference.loss})"
     say = f"# {'Reward model' if scorer else 'Aligned'} from {config.model}\n\n{method} with ernie45: "
-    target = teach(config, pupil, learner, data, steps, ids, lambda how: f"{say}{how}.", scorer)
+    target = teach(config, pupil, way, learner, data, steps, ids, lambda how: f"{say}{how}.", scorer)
     if scorer is not None:
         ranks.once(lambda: scorer.save_head(target))
     return target

@@ -11,7 +11,8 @@ import math
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from ernie45.models.load import LoadedModel, load
 from ernie45.models.on_the_fly import completed
 from ernie45.models.save import save_model, save_packed
 from ernie45.models.text import Decoder
+from ernie45.nn.attention import PackedCausal
 from ernie45.nn.lora import LoraConfig, adapt, merge
 from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.parallel.shard import Run, plainly, shard_weights, whole
@@ -36,6 +38,7 @@ from ernie45.recipes.events import Events
 from ernie45.tokens.template import ChatTemplate, load_template
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
 from ernie45.train.optim import OptimiserConfig
+from ernie45.train.recompute import Offload, choose, computed_again, measure
 from ernie45.train.schedule import ScheduleConfig
 from ernie45.train.step import LossConfig, StepReport
 
@@ -50,6 +53,8 @@ WITHOUT_EFFECT = (
     "tensorboard",
     "rank_timeout",
     "shard",
+    "keep_gb",
+    "offload",
 )
 """Settings that do not change what is learned: a run may go on with others."""
 _QUIET_STEPS = 10
@@ -76,6 +81,11 @@ class LearningConfig:
     """What is computed in."""
     recompute: bool = False
     """Keep only each layer's input and compute the layer again in backward: less memory, a third more work."""
+    keep_gb: float | None = None
+    """Gigabytes of intermediate values kept for backward, in memory: parts of layers are computed again, those first that free most bytes
+    for a second, until the rest fits. By default all is kept."""
+    offload: Literal["none", "activations", "optimiser", "both"] = "none"
+    """What lies in files in the run's folder instead of in memory: intermediate values, or masters and state of the optimiser."""
     save_every: int = 500
     """Steps between checkpoints."""
     skip_bad: bool = False
@@ -104,6 +114,12 @@ class LearningConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, not {value}")
+        if self.keep_gb is not None and not (math.isfinite(self.keep_gb) and self.keep_gb >= 0):
+            raise ConfigError(f"keep_gb must be a number of gigabytes of at least 0, not {self.keep_gb}")
+        if self.keep_gb is not None and self.recompute:
+            raise ConfigError("recompute keeps nothing but the inputs of layers, and keep_gb says how much to keep; give one of the two")
+        if self.offload != "none" and self.shard != "none":
+            raise ConfigError(f"offload {self.offload} is for ranks that have the whole model; take --shard none, or --offload none")
         if not (math.isfinite(self.rank_timeout) and self.rank_timeout > 0):
             raise ConfigError(f"rank_timeout must be a number of seconds above 0, not {self.rank_timeout}")
 
@@ -171,6 +187,32 @@ def spread(pupil: Pupil, samples: Sequence[str]) -> Run:
     if samples:
         raise ConfigError("samples are written by a whole model, and no rank has one; leave them out, or take --shard none")
     return shard_weights(pupil.decoder, pupil.ranks)
+
+
+def state_folder(config: LearningConfig) -> Path | None:
+    """Where masters and state of the optimiser lie; None: in memory."""
+    return config.out if config.offload in ("optimiser", "both") else None
+
+
+def keeping(config: LearningConfig, pupil: Pupil) -> Callable[[], AbstractContextManager[None]]:
+    """What is put around forward and backward of a batch, so that saved values lie where `config` wants them."""
+    return Offload(pupil.decoder, config.out) if config.offload in ("activations", "both") else nullcontext
+
+
+@contextmanager
+def within_memory(config: LearningConfig, pupil: Pupil, way: Run, tokens_T: Tensor) -> Iterator[None]:
+    """While it lasts, the pupil's layers keep no more for backward than `config.keep_gb`, measured on these tokens as one document."""
+    if config.keep_gb is None:
+        yield
+        return
+    decoder, places_T = pupil.decoder, torch.arange(len(tokens_T))
+    parts = measure(decoder, lambda: way(lambda: decoder(decoder.embed(tokens_T), places_T, PackedCausal([len(tokens_T)]))))
+    again = choose(parts, int(config.keep_gb * 1e9))
+    if pupil.ranks.is_first:
+        size, left = sum(part.bytes for part in parts), sum(part.bytes for part in parts if part not in again)
+        print(f"kept for backward: {left / 1e9:.3f} of {size / 1e9:.3f} GB; {len(again)} of {len(parts)} parts of layers computed again")
+    with computed_again(decoder, again):
+        yield
 
 
 def put_together(pupil: Pupil, weights: Mapping[str, Tensor]) -> None:

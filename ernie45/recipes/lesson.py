@@ -11,6 +11,7 @@ from torch import nn
 from ernie45.config import Environment
 from ernie45.nn.lora import LoraConfig
 from ernie45.parallel.ranks import Ranks
+from ernie45.parallel.shard import Run
 from ernie45.recipes.events import Events
 from ernie45.recipes.learning import (
     WITHOUT_EFFECT,
@@ -25,6 +26,7 @@ from ernie45.recipes.learning import (
     prepare,
     put_together,
     refuse_packed,
+    within_memory,
     write_result,
 )
 from ernie45.recipes.samples import Samples
@@ -71,6 +73,7 @@ def announce(config: LessonConfig, pupil: Pupil, bad: BadRows, facts: Mapping[st
 def teach(
     config: LessonConfig,
     pupil: Pupil,
+    way: Run,
     learner: Learner[B],
     data: Batches[B],
     steps: int,
@@ -78,8 +81,9 @@ def teach(
     say: Callable[[str], str],
     whole: nn.Module | None = None,
 ) -> Path:
-    """Run the steps and write the model with its card. ids: digest of the data; say: the card's text, from how the weights were trained.
+    """Run the steps and write the model with its card.
 
+    way: how passes of the pupil are run; ids: digest of the data; say: the card's text, from how the weights were trained.
     whole: what learns, where that is more than the decoder.
 
     Raises RunError as `train` does. Returns the folder of the finished model.
@@ -88,7 +92,8 @@ def teach(
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
     samples = Samples(pupil.decoder, pupil.tokenizer, pupil.template(config.chat_format), config.out, config.samples, config.sample_tokens)
     learns = pupil.decoder if whole is None else whole
-    with Watcher(steps, Events(config.out) if config.tensorboard else None) as watcher:
+    events = Events(config.out) if config.tensorboard else None
+    with Watcher(steps, events) as watcher, within_memory(config, pupil, way, data.batch(0).tokens_T):
         progress = train(
             learner,
             learns,

@@ -19,6 +19,7 @@ from ernie45.recipes.learning import (
     LearningConfig,
     Pupil,
     Watcher,
+    keeping,
     open_pupil,
     plain_settings,
     plan_text,
@@ -26,6 +27,8 @@ from ernie45.recipes.learning import (
     put_together,
     refuse_packed,
     spread,
+    state_folder,
+    within_memory,
     write_result,
 )
 from ernie45.recipes.samples import Samples
@@ -133,14 +136,15 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
     if config.dry_run:
         return None
     way = spread(pupil, config.samples)
-    optimiser = Optimiser(pupil.decoder, config.optimiser, pupil.decoder.config.head_size)
+    optimiser = Optimiser(pupil.decoder, config.optimiser, pupil.decoder.config.head_size, state_folder(config))
     average = MovingAverage(optimiser, config.average_tokens) if config.average_tokens else None
-    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, ranks=ranks, run=way)
+    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, ranks=ranks, run=way, keep=keeping(config, pupil))
     digests = [source.corpus.facts.sha256_tokens for source in sources]
     same = plain_settings(config, *WITHOUT_EFFECT, "prepare", "epochs") | {"steps": steps, "corpora": digests}
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
     samples = Samples(pupil.decoder, pupil.tokenizer, None, config.out, config.samples, config.sample_tokens)
-    with Watcher(steps, Events(config.out) if config.tensorboard else None) as watcher:
+    events = Events(config.out) if config.tensorboard else None
+    with Watcher(steps, events) as watcher, within_memory(config, pupil, way, stream.batch(0).tokens_T):
         progress = train(
             learner,
             pupil.decoder,

@@ -8,7 +8,7 @@ from ernie45.config import Environment
 from ernie45.errors import ConfigError
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
 from ernie45.quant.spec import Scheme
-from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, spread, through_rounding
+from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, keeping, spread, state_folder, through_rounding
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
 from ernie45.train.examples import PackedExamples, make_examples
 from ernie45.train.noise import EmbeddingNoise
@@ -69,13 +69,16 @@ def sft(config: SftConfig, environment: Environment, ranks: Ranks = ALONE) -> Pa
     if config.dry_run:
         return None
     way = spread(pupil, config.samples)
-    optimiser = Optimiser(pupil.decoder, config.optimiser, pupil.decoder.config.head_size)
+    optimiser = Optimiser(pupil.decoder, config.optimiser, pupil.decoder.config.head_size, state_folder(config))
     noise = EmbeddingNoise(config.neftune, config.seed) if config.neftune else None
-    learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, noise=noise, ranks=ranks, run=way)
+    learner = Step(
+        pupil.decoder, optimiser, config.losses, recompute=config.recompute, noise=noise, ranks=ranks, run=way, keep=keeping(config, pupil)
+    )
     ids = digest_of_ids(example.ids for example in data.examples)
     target = teach(
         config,
         pupil,
+        way,
         learner,
         data,
         steps,

@@ -6,7 +6,8 @@ answers, T tokens.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -57,8 +58,16 @@ class Judge(Protocol[C]):
 class ComparisonStep(Generic[B]):
     """The loss is the mean over all that the whole step compares, however it is cut into batches or shared out among ranks."""
 
-    def __init__(self, judge: Judge[B], optimiser: Optimiser, *, ranks: Ranks = ALONE, run: Run = plainly) -> None:
-        self.judge, self.optimiser, self.ranks, self.run = judge, optimiser, ranks, run
+    def __init__(
+        self,
+        judge: Judge[B],
+        optimiser: Optimiser,
+        *,
+        ranks: Ranks = ALONE,
+        run: Run = plainly,
+        keep: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.judge, self.optimiser, self.ranks, self.run, self.keep = judge, optimiser, ranks, run, keep
 
     def __call__(self, batches: Sequence[B], step: int, rate: float) -> StepReport:
         """Learn from the batches of one step, or this rank's of them. A step whose gradient is not finite is skipped by all ranks."""
@@ -71,9 +80,10 @@ class ComparisonStep(Generic[B]):
         num_compared, tokens, learned = map(int, self.ranks.sums(own))
         loss, margins = 0.0, []
         for batch in batches:
-            compared = self.run(self.judge, batch)
-            total = compared.losses.sum() / num_compared
-            total.backward()
+            with self.keep():
+                compared = self.run(self.judge, batch)
+                total = compared.losses.sum() / num_compared
+                total.backward()
             loss += total.item()
             margins.append(compared.margins)
         self.ranks.add_gradients(list(self.optimiser.parameters.values()))

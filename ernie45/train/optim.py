@@ -6,8 +6,10 @@ State is a flat mapping from names to tensors, so that a checkpoint is one file 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from ernie45.errors import CheckpointError, ConfigError
 from ernie45.parallel.shard import clip, of_matrices, total_norm
+from ernie45.train.recompute import filed
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic coefficients whose iteration drives singular values to about 1 (0.7 to 1.2) in five steps."""
@@ -70,20 +73,22 @@ class Optimiser:
     """One step at a time over the parameters of `model` that want a gradient.
 
     Parameters that are not float32 have float32 masters here: the step is taken in float32 and rounded back.
-    `head_size` is the rows of one attention head, for Muon's split of fused qkv matrices.
+    `head_size` is the rows of one attention head, for Muon's split of fused qkv matrices. `folder` is where masters and state are kept, as
+    files that nobody sees; None keeps them in memory.
     """
 
-    def __init__(self, model: nn.Module, config: OptimiserConfig, head_size: int) -> None:
+    def __init__(self, model: nn.Module, config: OptimiserConfig, head_size: int, folder: Path | None = None) -> None:
         self.config, self.head_size = config, head_size
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ConfigError("nothing is to be trained: every parameter is frozen")
+        self._kept: Callable[[Tensor], Tensor] = partial(filed, folder=folder) if folder is not None else torch.clone
         self.masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float(), requires_grad=False)
+            name: p if p.dtype == torch.float32 else nn.Parameter(self._kept(p.detach().float()), requires_grad=False)
             for name, p in self.parameters.items()
         }
         muon = {name for name, p in self.parameters.items() if config.kind == "muon" and is_hidden_matrix(name, p)}
-        self._muon = {name: torch.zeros_like(self.masters[name], requires_grad=False) for name in self.parameters if name in muon}
+        self._muon = {name: self._zeros(name) for name in self.parameters if name in muon}
         groups = [
             {"params": [self.masters[name]], "lr": 0.0, "weight_decay": self._decay(name), "name": name}
             for name in self.parameters
@@ -91,6 +96,13 @@ class Optimiser:
         ]
         # the fused form reads each tensor once instead of ten times
         self._adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True) if groups else None
+        if self._adamw is not None and folder is not None:  # in memory torch makes its state itself, for those that learn
+            for group in groups:
+                held = {"step": torch.zeros(()), "exp_avg": self._zeros(group["name"]), "exp_avg_sq": self._zeros(group["name"])}
+                self._adamw.state[group["params"][0]] = held
+
+    def _zeros(self, name: str) -> Tensor:
+        return self._kept(torch.zeros_like(self.masters[name], requires_grad=False))
 
     def _decay(self, name: str) -> float:
         return self.config.weight_decay if decays(name, self.parameters[name]) else 0.0
@@ -186,8 +198,8 @@ class Optimiser:
             elif f"mean/{name}" in state and self._adamw is not None:
                 self._adamw.state[master] = {
                     "step": state[f"steps/{name}"].clone(),
-                    "exp_avg": state[f"mean/{name}"].clone(),
-                    "exp_avg_sq": state[f"square/{name}"].clone(),
+                    "exp_avg": self._kept(state[f"mean/{name}"]),
+                    "exp_avg_sq": self._kept(state[f"square/{name}"]),
                 }
 
 

@@ -8,7 +8,8 @@ Letters: T tokens, D width.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -100,9 +101,10 @@ class Step:
         noise: EmbeddingNoise | None = None,
         ranks: Ranks = ALONE,
         run: Run = plainly,
+        keep: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.decoder, self.optimiser, self.losses, self.recompute, self.noise = decoder, optimiser, losses, recompute, noise
-        self.ranks, self.run = ranks, run
+        self.ranks, self.run, self.keep = ranks, run, keep
         self.watch = RouterWatch(decoder, want_logits=losses.balance > 0 or losses.z > 0)
 
     def __call__(self, batches: Sequence[TrainBatch], step: int, rate: float) -> StepReport:
@@ -116,7 +118,8 @@ class Step:
             raise ConfigError("a step has no learned label in any of its documents; check which parts of the data are learned")
         sums = dict.fromkeys(("loss", "mtp", "balance", "z"), 0.0)
         for number, batch in zip(self.ranks.share(counts.batches), batches, strict=True):
-            self.run(self._losses, batch, (step, number), counts, sums).backward()
+            with self.keep():
+                self.run(self._losses, batch, (step, number), counts, sums).backward()
         self.ranks.add_gradients(list(self.optimiser.parameters.values()))
         orthogonal = self._learn_orthogonal()
         sums, load = self._together(sums)
