@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from ernie45 import ops
 from ernie45.config import Environment
 from ernie45.engine.answer import Answer, Completion
@@ -20,6 +22,8 @@ from ernie45.engine.output import Output
 from ernie45.engine.request import PlacedPicture, Request, SamplingParams
 from ernie45.engine.scheduler import Load, SchedulerConfig
 from ernie45.engine.speculate import DRAFT_TOKENS, SpeculationConfig
+from ernie45.engine.thread_settings import ThreadSettings
+from ernie45.engine.threads import Crew
 from ernie45.errors import CheckpointError, ConfigError, RequestError
 from ernie45.machine import available_memory
 from ernie45.models.adapter_folder import AdapterFolder
@@ -91,6 +95,7 @@ class LLM:
     compute    the compute type and why, when the model was loaded here
     limits     the engine's resolved settings
     plan       the memory that was reckoned before it was loaded here
+    seating    the threads that were chosen, None when torch's were left as they are
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class LLM:
         text_only: bool = False,
         rules: PixelRules | None = None,
         memory: int | None = None,
+        threads: ThreadSettings | None = None,
         progress: Progress | None = None,
         environment: Environment | None = None,
     ) -> None:
@@ -128,7 +134,8 @@ class LLM:
         methods below name by their folders' names. text_only leaves what a model sees with in its files; rules: how pictures are made for
         a decoder that sees (a folder brings its own). memory: bytes that weights, work and
         cache may take; None = what is available. What does not fit is refused before its weights are read. speculative and
-        draft_tokens: who guesses tokens ahead, see `SpeculationConfig`. The engine's settings: see `EngineConfig`.
+        draft_tokens: who guesses tokens ahead, see `SpeculationConfig`. threads: how many compute and where, for this whole process; None
+        leaves torch's as they are. The engine's settings: see `EngineConfig`.
         Raises CheckpointError, TokenizerError or ConfigError.
         """
         config = EngineConfig(
@@ -142,8 +149,11 @@ class LLM:
             max_adapters=max_adapters,
             adapter_bytes=adapter_bytes,
             kv=kv,
+            huge_pages=threads is not None and threads.huge_pages == "on",
             speculation=SpeculationConfig(by=speculative, most=draft_tokens),
         )
+        environment = environment or Environment.read()
+        crew = None if threads is None else Crew(threads, cache=environment.cache_dir)
         self._speculation = config.speculation
         folder = None if adapters is None else AdapterFolder(Path(adapters))
         self.tokenizer, self.template = tokenizer, template
@@ -165,6 +175,8 @@ class LLM:
                 use = config.use(opened.config, compute.dtype, adapters=folder is not None, packed=packed)
                 self.plan = plan_memory(opened.described, held, use)
                 check_fits(self.plan, available, str(model), opened.described, use, packed=packed)
+                if crew is not None:
+                    crew.before_loading(self.plan.least)
 
             how: dict[str, Any] = {"dtype": dtype, "text_only": text_only, "environment": environment}
             how |= {"progress": progress, "approve": approve}
@@ -176,6 +188,7 @@ class LLM:
             if decoder.sight is not None:
                 vision = decoder.sight.config
                 rules = read_pixel_rules(loaded.opened.path, PixelRules(patch=vision.patch_size, merge=vision.merge))
+        self.seating = None if crew is None else crew.after_loading(decoder, "" if isinstance(model, Decoder) else str(model))
         self._engine = Engine(decoder, config, adapters=folder, rules=rules, available=free)
         # the files are the caller's own: any path may be read
         self.sight = Sight(rules=self._engine.rules, sources=Sources(paths=True)) if self._engine.rules is not None else None
@@ -205,6 +218,7 @@ class LLM:
             **({} if self.plan is None else {"memory": f"{self.plan.text(size)}, together at most {gib(self.plan.fixed + size)}"}),
             "cache": f"{limits.num_pages:,} pages of {limits.page_size} tokens, at most {gib(size)}, taken as it fills",
             "step": limits.describe(),
+            "threads": str(torch.get_num_threads()) if self.seating is None else self.seating.text(),
             **({} if self._speculation.by == "off" else {"drafts": self._speculation.text()}),
             "chat format": self.template.source if self.template else "none",
         }

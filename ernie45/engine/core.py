@@ -27,7 +27,7 @@ from ernie45.engine.runner import Runner, StepResult, merged
 from ernie45.engine.scheduler import Load, Plan, Scheduler, SchedulerConfig
 from ernie45.engine.speculate import Speculation, SpeculationConfig
 from ernie45.errors import ConfigError, RequestError
-from ernie45.machine import available_memory
+from ernie45.machine import ask_huge_pages, available_memory
 from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.models.config import TextConfig
 from ernie45.models.counts import kv_bytes_per_token
@@ -57,6 +57,7 @@ class EngineConfig:
     vision_budget   billions of multiplications the vision tower may do in a step beside answers that are being written; larger sees
                     sooner, smaller keeps answers smooth
     picture_bytes   of encoded pictures in memory; a single request may have more
+    huge_pages      asks for pages of 2 MiB for the cache, which is then taken in larger pieces
     speculation     who guesses tokens ahead of the model, and how many
     """
 
@@ -72,6 +73,7 @@ class EngineConfig:
     kv: str = "whole"
     vision_budget: int = 10
     picture_bytes: int = PICTURE_BYTES
+    huge_pages: bool = False
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     def __post_init__(self) -> None:
@@ -368,6 +370,13 @@ def _eyes(decoder: Decoder, rules: PixelRules | None, capacity: int) -> Eyes | N
 
 
 def _cache(config: EngineConfig, limits: SchedulerConfig, decoder: Decoder) -> PagedCache | PackedCache:
+    cache: PagedCache | PackedCache
     if config.kv == "whole":
-        return PagedCache(decoder.config, limits.num_pages, limits.page_size, decoder.dtype)
-    return PackedCache(decoder.config, limits.num_pages, limits.page_size, decoder.dtype, KV_BITS[config.kv])
+        cache = PagedCache(decoder.config, limits.num_pages, limits.page_size, decoder.dtype)
+        stores = (cache.store,)
+    else:
+        cache = PackedCache(decoder.config, limits.num_pages, limits.page_size, decoder.dtype, KV_BITS[config.kv])
+        stores = (cache.values, cache.scales)
+    for store in stores if config.huge_pages else ():
+        ask_huge_pages(store.data_ptr(), store.nbytes, filled=False)
+    return cache

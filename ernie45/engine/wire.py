@@ -30,13 +30,17 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     text_folder   an empty folder that may be filled with tokenizer files, for a model (GGUF) that has none of its own
     adapters      the folder of adapters, empty for none
+    cpus          processors that the process may use; empty: those it was started with
     step_seconds  of the fake engine
     """
 
     model: str
     text_folder: str
     dtype: str = "auto"
-    threads: int | None = None
+    threads: int | str = "auto"
+    pin: str = "off"
+    huge_pages: str = "off"
+    cpus: tuple[int, ...] = ()
     page_size: int = 32
     num_pages: int | None = None
     max_length: int | None = None
@@ -58,7 +62,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded. text_folder: where tokenizer and template are, empty for the fake. settings: for people to read.
 
-    rules: how pictures are made for it; None when it sees none. speculative: who drafts for it.
+    rules: how pictures are made for it; None when it sees none. speculative: who drafts for it. threads: how many compute it, on `cpus`
+    where they are pinned (else empty). memory: the plan, bytes by part.
     """
 
     name: str
@@ -71,6 +76,12 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     rules: PixelRules | None = None
     max_adapters: int = 8
     speculative: str = "off"
+    parameters: int = 0
+    active_parameters: int = 0
+    dtype: str = ""
+    threads: int = 0
+    cpus: tuple[int, ...] = ()
+    memory: dict[str, int] = {}
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):

@@ -11,15 +11,18 @@ import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ernie45.config import from_mapping
 from ernie45.engine.fake import FAKE_NAME, WIDTH, FakeEngine
 from ernie45.engine.grammar import Grammars
 from ernie45.engine.output import BankLoad, Output
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load, SchedulerConfig
 from ernie45.engine.speculate import SpeculationConfig
+from ernie45.engine.thread_settings import ThreadSettings
 from ernie45.engine.wire import (
     Cancel,
     Chosen,
@@ -40,14 +43,16 @@ from ernie45.engine.wire import (
     pack,
 )
 from ernie45.errors import ErnieError, RequestError
-from ernie45.machine import usable_cores
+from ernie45.machine import keep_to
 from ernie45.models.memory import CACHE_SHARE, Held, MemoryPlan, check_fits, gib, plan_memory
 from ernie45.tokens.pictures import PixelRules, read_pixel_rules
 
 if TYPE_CHECKING:
+    from ernie45.config import Environment
     from ernie45.engine.core import Engine, EngineConfig
+    from ernie45.engine.threads import Seating
     from ernie45.models.compute import ComputeType
-    from ernie45.models.load import OpenModel
+    from ernie45.models.load import Approve, LoadedModel, OpenModel
 
 _READ = 1 << 20
 _PROGRESS_SECONDS = 0.1
@@ -231,19 +236,15 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
     from ernie45.config import Environment, shorten_thread_waits
 
     shorten_thread_waits()
-    import torch
-
     from ernie45.engine.core import Engine
+    from ernie45.engine.threads import Crew
     from ernie45.models.adapter_folder import AdapterFolder
-    from ernie45.models.load import find_model, load
-    from ernie45.models.on_the_fly import load_quantised
+    from ernie45.models.load import find_model
     from ernie45.tokens.tokenizer import load_tokenizer
 
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
-    else:
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # OMP_NUM_THREADS may say less
     environment = Environment.read()
+    keep_to(spec.cpus)
+    crew = Crew(_threads(spec), cache=environment.cache_dir)
     path = find_model(spec.model, environment, lambda stage: progress(stage, 0, 0))
     config = _config(spec)
     folder_of_adapters = AdapterFolder(Path(spec.adapters)) if spec.adapters else None
@@ -259,30 +260,13 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         assert isinstance(grant, Grant), "nothing else comes before the engine is ready"
         check_fits(plan, grant.size, spec.model, opened.described, use, packed=packed)
         granted = plan, grant.size
+        crew.before_loading(plan.least)
 
-    if spec.quantize is None:
-        loaded = load(
-            path,
-            dtype=spec.dtype,
-            mtp=False,
-            compact=True,
-            text_only=spec.text_only,
-            environment=environment,
-            progress=lambda name, done, total: progress("weights", done, total),
-            approve=approve,
-        )
-    else:
-        loaded = load_quantised(
-            path,
-            spec.quantize,
-            dtype=spec.dtype,
-            text_only=spec.text_only,
-            environment=environment,
-            progress=progress,
-            approve=approve,
-        )
+    loaded = _load(spec, path, environment, progress, approve)
     assert granted is not None
+    progress("threads", 0, 0)
     plan, size = granted
+    seating = crew.after_loading(loaded.decoder, str(path))
     folder = text_folder(loaded.opened, Path(spec.text_folder))
     tokenizer = load_tokenizer(folder)
     rules = None
@@ -305,12 +289,44 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         width=engine.model.hidden_size,
         eos_ids=tokenizer.eos_ids or engine.model.eos_ids,
         limits=engine.limits,
-        settings=_told(spec, engine, str(loaded.compute), plan, size),
+        settings=_told(spec, engine, str(loaded.compute), plan, size) | {"threads": seating.text()},
         rules=engine.rules,
         max_adapters=spec.max_adapters,
         speculative=spec.speculative,
+        **_figures(loaded, plan, engine.limits.num_pages * engine.limits.page_size * engine.bytes_per_token, seating),
     )
     return engine, info
+
+
+def _load(
+    spec: EngineSpec, path: Path, environment: "Environment", progress: Callable[[str, int, int], None], approve: "Approve"
+) -> "LoadedModel":
+    from ernie45.models.load import load
+    from ernie45.models.on_the_fly import load_quantised
+
+    how: dict[str, Any] = {"dtype": spec.dtype, "text_only": spec.text_only, "environment": environment, "approve": approve}
+    if spec.quantize is not None:
+        return load_quantised(path, spec.quantize, progress=progress, **how)
+    return load(path, mtp=False, compact=True, progress=lambda name, done, total: progress("weights", done, total), **how)
+
+
+def _threads(spec: EngineSpec) -> ThreadSettings:
+    return from_mapping(ThreadSettings, {"threads": spec.threads, "pin": spec.pin, "huge_pages": spec.huge_pages}, "engine")
+
+
+def _figures(loaded: "LoadedModel", plan: MemoryPlan, cache: int, seating: "Seating") -> dict[str, Any]:
+    """What is told as numbers: the model's size, who computes it, and the memory plan with the cache as it was granted."""
+    from ernie45.models.counts import count_parameters
+
+    count = count_parameters(loaded.opened.config, loaded.opened.vision)
+    return {
+        "parameters": count.total,
+        "active_parameters": count.active_with_head,
+        "dtype": loaded.compute.name,
+        "threads": seating.threads,
+        "cpus": seating.cpus,
+        "memory": plan.parts() | {"cache": cache},
+    }
 
 
 def _config(spec: EngineSpec) -> "EngineConfig":
@@ -328,14 +344,13 @@ def _config(spec: EngineSpec) -> "EngineConfig":
         max_adapters=spec.max_adapters,
         adapter_bytes=spec.adapter_bytes,
         kv=spec.kv,
+        huge_pages=spec.huge_pages == "on",
         speculation=SpeculationConfig(by=spec.speculative, most=spec.draft_tokens),
     )
 
 
 def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: MemoryPlan, size: int) -> dict[str, str]:
     """What was resolved, for people to read; `size` bytes were granted."""
-    import torch
-
     from ernie45 import ops
 
     limits = engine.limits
@@ -353,7 +368,6 @@ def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: MemoryPlan, si
         "step": limits.describe(),
         "kernels": ops.describe(),
         **({} if spec.speculative == "off" else {"drafts": _config(spec).speculation.text()}),
-        "threads": f"{torch.get_num_threads()} ({'as asked' if spec.threads else f'{usable_cores()} usable cores'})",
     }
 
 

@@ -77,6 +77,11 @@ def headline(speaker: Speaker) -> str:
     return " · ".join([*parts, f"context {speaker.limit:,} tokens"])
 
 
+def resources(settings: Mapping[str, str]) -> list[str]:
+    """Lines that say on which threads a model computes and what memory it takes."""
+    return [f"{name}: {settings[name]}" for name in ("threads", "memory") if name in settings]
+
+
 def summary(outcome: Outcome, limit: int, interrupted: bool) -> str:
     """The line under an answer: tokens, speed, delay, and how much of the context of `limit` tokens is used."""
     parts = [f"{outcome.answer_tokens:,} token{'s' * (outcome.answer_tokens != 1)}"]

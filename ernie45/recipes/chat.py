@@ -16,8 +16,9 @@ import tyro
 
 from ernie45.config import Environment
 from ernie45.engine.speculate import DRAFT_TOKENS
+from ernie45.engine.thread_settings import ThreadSettings
 from ernie45.errors import ConfigError, RequestError
-from ernie45.recipes.answer import AnswerView, Piece, Reply, Speaker, headline, summary
+from ernie45.recipes.answer import AnswerView, Piece, Reply, Speaker, headline, resources, summary
 from ernie45.recipes.conversation import Turn, fit
 from ernie45.recipes.session import Session, terminal_size
 from ernie45.recipes.speaker import open_speaker
@@ -47,7 +48,7 @@ class SamplingFlags(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
+class ChatConfig(ThreadSettings):
     """Talk with a model in the terminal, ask it once with --prompt, or pipe a prompt in: `echo hi | ernie chat`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "starter"
@@ -94,6 +95,7 @@ class ChatConfig:
     """Tokens guessed ahead in one step, at most."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         thinking_of(self.thinking)
         if self.text_only and (self.image or self.video):
             raise ConfigError("--text-only loads a model without its eyes: leave --image and --video out, or --text-only")
@@ -144,6 +146,7 @@ def run(config: ChatConfig, environment: Environment) -> int:
         chat=interactive,
         adapter=config.adapter,
         text_only=config.text_only,
+        threads=config,
     )
     turns = [Turn(role="system", content=config.system)] if config.system else []
     if interactive:
@@ -154,7 +157,8 @@ def run(config: ChatConfig, environment: Environment) -> int:
         return session.run()
     turns.append(Turn(role="user", content=prompt, images=config.image, videos=config.video))
     if not config.json:  # there the settings are part of the object
-        print(Style.of(sys.stderr, environment).dim(clean(f"{speaker.name} · {headline(speaker)}")), file=sys.stderr)
+        for line in (f"{speaker.name} · {headline(speaker)}", *resources(speaker.settings())):
+            print(Style.of(sys.stderr, environment).dim(clean(line)), file=sys.stderr)
     fitted = fit(turns, speaker.count, speaker.limit, config.max_tokens)
     reply = speaker.reply(fitted.turns)
     try:

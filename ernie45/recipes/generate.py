@@ -17,7 +17,9 @@ import tyro
 
 from ernie45.config import Environment
 from ernie45.engine.speculate import DRAFT_TOKENS
+from ernie45.engine.thread_settings import ThreadSettings
 from ernie45.errors import DataError, RequestError, TokenizerError
+from ernie45.recipes.answer import resources
 from ernie45.recipes.chat import sampling_settings, thinking_of
 from ernie45.recipes.speaker import read_generation_config
 from ernie45.recipes.terminal import progress_bar
@@ -34,7 +36,7 @@ _BAR = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(ThreadSettings):
     """Answer a file of prompts: JSON lines with `prompt`, `messages`, or lines of an OpenAI batch. Started again, it goes on."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "starter"
@@ -73,6 +75,7 @@ class GenerateConfig:
     """Tokens guessed ahead of an answer in one step, at most."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         thinking_of(self.thinking)
 
 
@@ -105,10 +108,13 @@ def run(config: GenerateConfig, environment: Environment) -> int:
                 speculative=config.speculative,
                 draft_tokens=config.draft_tokens,
                 chat_format=config.chat_format,
+                threads=config,
                 environment=environment,
                 progress=lambda tensor, done, total: progress("loading weights", done, total),
             )
             keep = stack.pop_all()
+    for line in resources(llm.settings()):
+        print(line, file=sys.stderr)
     with keep:
         for row in bad:
             if row.number not in results.done:

@@ -17,6 +17,7 @@ import tyro
 from ernie45 import __version__
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError, ConfigError, MissingExtra
+from ernie45.machine import allowed_cpus, keep_to
 
 try:
     from ernie45.server.settings import ServerSettings
@@ -67,6 +68,8 @@ async def serve(config: ServeConfig, environment: Environment, started: Callable
         if first.state == "failed":
             raise CheckpointError(first.trouble)
         if first.info is not None:
+            if first.info.cpus:
+                keep_to(set(allowed_cpus()) - set(first.info.cpus))  # the front leaves these to the model, where others are left
             for name, value in first.info.settings.items():
                 print(f"  {name:<10} {value}", file=sys.stderr)
             print(f"ready: {address}/v1 for clients", file=sys.stderr, flush=True)

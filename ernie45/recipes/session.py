@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 from ernie45.config import Environment
 from ernie45.errors import ConfigError, ErnieError, RequestError, did_you_mean
-from ernie45.recipes.answer import AnswerView, Outcome, Speaker, headline, summary
+from ernie45.recipes.answer import AnswerView, Outcome, Speaker, headline, resources, summary
 from ernie45.recipes.conversation import Turn, fit, load, save
 from ernie45.recipes.markdown import MarkdownLines
 from ernie45.recipes.terminal import Interrupt, Style, clean, hidden_cursor, quiet_keyboard
@@ -50,6 +50,8 @@ class Session:
         """Prompt and answer until the person leaves; returns the exit code."""
         prompt = input_line(self.environment, self.style)
         self.say(self.style.bold(clean(self.speaker.name)), self.style.dim(headline(self.speaker)))
+        for line in resources(self.speaker.settings()):
+            self.say(self.style.dim(clean(line)))
         self.say(self.style.dim("Enter sends, Alt-Enter breaks the line, Ctrl-C stops an answer, /help lists the commands."), "")
         warned = False
         while not self.leaving:

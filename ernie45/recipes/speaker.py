@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ernie45.config import Environment, read_table
 from ernie45.engine.speculate import DRAFT_TOKENS
+from ernie45.engine.thread_settings import ThreadSettings
 from ernie45.errors import CheckpointError, ConfigError, RequestError
 from ernie45.models.adapter_folder import CONFIG
 from ernie45.recipes.answer import Outcome, Piece
@@ -43,6 +44,7 @@ def open_speaker(
     speculative: str = "off",
     draft_tokens: int = DRAFT_TOKENS,
     text_only: bool = False,
+    threads: ThreadSettings | None = None,
 ) -> "ModelSpeaker":
     """Find, load and prepare a model, with progress on stderr. With `chat` a model that only continues text is refused.
 
@@ -71,6 +73,7 @@ def open_speaker(
             draft_tokens=draft_tokens,
             max_running=1,
             text_only=text_only,
+            threads=threads,
             adapters=None if adapter is None else adapter.parent,
             environment=environment,
             progress=lambda stage, done, total: progress(stage if quantize else "loading weights", done, total),
@@ -138,11 +141,9 @@ class ModelSpeaker:
 
     def settings(self) -> dict[str, str]:
         """What was resolved, for people to read."""
-        import torch
-
         told = {name: getattr(self._params, name) for name in ("temperature", *_OFF)}
         kept = [f"{name} {value}" for name, value in told.items() if name not in _OFF or value != _OFF[name]]
-        settings = {**self._llm.settings(), "threads": str(torch.get_num_threads())}
+        settings = self._llm.settings()
         settings["sampling"] = "greedy" if self._params.greedy else ", ".join(kept)
         return {name: value for name, value in settings.items() if name != "model"}
 

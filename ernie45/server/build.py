@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 from ernie45.config import Environment
 from ernie45.engine.process import EngineProcess
 from ernie45.engine.wire import EngineSpec
+from ernie45.machine import allowed_cpus
 from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.server.access import read_keys
 from ernie45.server.app import make_app
@@ -59,7 +60,7 @@ def build(
 
 def process_opener(settings: ServerSettings, environment: Environment) -> Opener:
     """Engines in processes of their own, which get of the environment what they need and no keys."""
-    engine = settings.engine
+    engine, cpus = settings.engine, allowed_cpus()  # engines of later models get them too, whatever this process keeps to by then
 
     def open_engine(model: str, text_folder: str, **listeners: Any) -> Engine:
         spec = EngineSpec(
@@ -67,6 +68,9 @@ def process_opener(settings: ServerSettings, environment: Environment) -> Opener
             text_folder=text_folder,
             dtype=engine.dtype,
             threads=engine.threads,
+            pin=engine.pin,
+            huge_pages=engine.huge_pages,
+            cpus=cpus,
             page_size=engine.page_size,
             num_pages=engine.num_pages,
             max_length=engine.max_length,

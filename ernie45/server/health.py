@@ -79,6 +79,11 @@ def _whole(service: Service) -> dict[str, Any]:
             "prefix_hit_rate": sum(load.cached_tokens for load in loads) / prompts if prompts else None,
         },
     }
+    if any(info.memory for info in infos):
+        plans = [info.memory for info in infos]
+        cache = sum(plan.get("cache", 0) for plan in plans)
+        weights = sum(plan.get("weights", 0) + plan.get("mapped weights", 0) for plan in plans)
+        whole["memory"] = {"weights_bytes": weights, "cache_bytes": cache}
     experts = next((model.experts for model in service.models if model.experts), ())
     if experts:
         whole["experts"] = {
@@ -98,6 +103,12 @@ def _status(model: ServedModel) -> dict[str, Any]:
         "loading": {"stage": stage, "done": done, "total": total} if model.state == "loading" else None,
         "memory": model.granted or None,
         "settings": info.settings if info else {},
+        "parameters": info.parameters if info else None,
+        "active_parameters": info.active_parameters if info else None,
+        "dtype": info.dtype if info else None,
+        "threads": info.threads if info else None,
+        "cores": list(info.cpus) if info else [],
+        "plan": info.memory if info else {},
         "context": info.limits.max_length if info else None,
         "running": model.running,
         "waiting": model.waiting,

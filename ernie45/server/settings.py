@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ernie45.engine.speculate import DRAFT_TOKENS
+from ernie45.engine.thread_settings import ThreadSettings
 from ernie45.errors import ConfigError
 from ernie45.server.remote import Origin, read_origins
 
@@ -101,13 +102,11 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings:
+class EngineSettings(ThreadSettings):
     """How the engine runs; None = automatic."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto takes the one this processor is fast at."""
-    threads: int | None = None
-    """Threads of the model; automatic: one per physical core of the affinity mask, within the control group's quota."""
     page_size: int = 32
     """Tokens per page of the cache."""
     num_pages: int | None = None

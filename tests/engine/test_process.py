@@ -84,7 +84,7 @@ class Front:
         self.memory = spec.pop("memory", None)
         stuck = spec.pop("stuck_seconds", 60.0)
         self.engine = EngineProcess(
-            EngineSpec(text_folder="", **({"model": "fake"} | spec)),
+            EngineSpec(text_folder="", **({"model": "fake", "threads": 1} | spec)),
             environment,
             on_message=self._hear,
             on_death=self._die,
@@ -208,6 +208,28 @@ def test_a_model_plans_its_memory_before_it_is_read_and_is_refused_with_the_numb
         assert front.plan.weights == sum(tensor.nbytes for tensor in decoder.state_dict().values())
         assert "weights" in info.settings["memory"]
         await front.engine.stop()
+
+    asyncio.run(run())
+
+
+def test_a_process_computes_on_the_cores_it_may_use_and_says_so(tmp_path):
+    """Whatever its parent keeps to by then: an engine that starts later gets the cores that the server was started with."""
+    decoder = save_tiny(tmp_path, DENSE)
+    last = max(os.sched_getaffinity(0))
+
+    async def run():
+        front = Front(model=str(tmp_path), max_length=64, threads=1, pin="on", cpus=(last,))
+        info = await front.engine.start()
+        assert (info.threads, info.cpus) == (1, (last,))
+        assert os.sched_getaffinity(front.engine.pid) == {last}
+        assert info.settings["threads"] == f"1 (as asked), pinned to core {last}; one memory node"
+        assert info.memory["weights"] == sum(tensor.nbytes for tensor in decoder.state_dict().values())
+        assert info.memory["cache"] == info.limits.num_pages * 32 * 2 * 2 * 2 * 12 * 4
+        assert info.active_parameters <= info.parameters
+        await front.engine.stop()
+        front = Front(model=str(tmp_path), threads="many")
+        with pytest.raises(CheckpointError, match=r"engine\.threads"):
+            await front.engine.start()
 
     asyncio.run(run())
 

@@ -1,5 +1,7 @@
 """What /status.json says of all models together, in the words that the page reads."""
 
+import msgspec
+
 from ernie45.engine.output import BankLoad
 from ernie45.engine.wire import Chosen
 
@@ -67,3 +69,18 @@ def test_whoever_leaves_is_counted_as_cancelled_and_a_broken_answer_as_an_error(
     until(lambda: running.client().get("/status.json").json()["totals"]["cancelled"] == 1)
     totals = running.client().get("/status.json").json()["totals"]
     assert (totals["requests"], totals["errors"]) == (2, 1)
+
+
+def test_what_was_loaded_is_told_as_numbers(serve):
+    """Parameters, threads and the memory plan, as an engine that has loaded a model tells them."""
+    running = serve(models=("one", "two"))
+    first = running.service.models[0]
+    figures = {"parameters": 100, "active_parameters": 30, "dtype": "float32", "threads": 2}
+    memory = {"mapped weights": 5, "weights": 7, "work": 1, "cache": 9}
+    first.info = msgspec.structs.replace(first.info, memory=memory, cpus=(0, 1), **figures)
+    body = running.client().get("/status.json").json()
+    told, cold = body["models"]
+    assert {name: told[name] for name in figures} == figures
+    assert (told["cores"], told["plan"]) == ([0, 1], memory)
+    assert body["memory"] == {"weights_bytes": 12, "cache_bytes": 9}
+    assert (cold["parameters"], cold["threads"], cold["cores"], cold["plan"]) == (None, None, [], {})

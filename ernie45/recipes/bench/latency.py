@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ernie45.config import Environment
+from ernie45.engine.thread_settings import ThreadSettings
 from ernie45.errors import ConfigError
 from ernie45.recipes.terminal import progress_bar, size_text
 
 if TYPE_CHECKING:
     from ernie45.engine.core import EngineConfig
-    from ernie45.models.load import LoadedModel
+    from ernie45.engine.threads import Seating
+    from ernie45.models.compute import ComputeType
+    from ernie45.models.load import LoadedModel, OpenModel
     from ernie45.models.memory import Held, MemoryPlan
     from ernie45.models.text import Decoder
 
@@ -32,7 +35,7 @@ _NONE = tyro.conf.arg(help_behavior_hint="")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatencyConfig:
+class LatencyConfig(ThreadSettings):
     """Measure prompt and answer speed of a model, memory, load time and the machine's limits, without a server around it."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "starter"
@@ -51,8 +54,6 @@ class LatencyConfig:
     """Tokens computed per step (default: 512, and 2048 while no answer is being written, as everywhere)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of whole weights and of the cache."""
-    threads: Annotated[int | None, _NONE] = None
-    """Threads that compute (default: as PyTorch chooses)."""
     skip_limits: bool = False
     """Do not measure what the machine can do at most, and so no shares of it."""
     seed: int = 1
@@ -63,7 +64,8 @@ class LatencyConfig:
     """Write the JSON object here too."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "output_tokens", "repeats", "token_budget", "threads"):
+        super().__post_init__()
+        for name in ("prompt_tokens", "output_tokens", "repeats", "token_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -100,18 +102,25 @@ def measure(config: LatencyConfig, environment: Environment) -> dict[str, Any]:
         progress("loading", 0, 0)
         import torch
 
+        from ernie45.engine.threads import Crew
         from ernie45.models.load import find_model, load
         from ernie45.recipes.bench.ceiling import Footprint
         from ernie45.recipes.bench.limits import measure_limits
 
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         path = find_model(config.model, environment, lambda line: progress(line, 0, 0))
+        crew = Crew(config, cache=environment.cache_dir)
         base, weights = resident_bytes(), []
+
+        def approve(opened: "OpenModel", compute: "ComputeType", held: "Held") -> None:
+            weights.append(held)
+            crew.before_loading(held.total)
+
         began = time.perf_counter()
-        loaded = load(path, dtype=config.dtype, mtp=False, compact=True, approve=lambda opened, compute, held: weights.append(held))
+        loaded = load(path, dtype=config.dtype, mtp=False, compact=True, approve=approve)
         load_s = time.perf_counter() - began
         decoder = loaded.decoder
+        progress("threads", 0, 0)
+        seating = crew.after_loading(decoder, str(path))
         needed = config.prompt_tokens + config.output_tokens + 1
         if needed > decoder.config.max_positions:
             raise ConfigError(
@@ -144,7 +153,7 @@ def measure(config: LatencyConfig, environment: Environment) -> dict[str, Any]:
                     result[f"{kind}_share"] = result[f"{kind}_tokens_per_s"] / result[f"{kind}_limit"]
     return {
         "model": config.model,
-        **_about(footprint, torch.get_num_threads()),
+        **_about(footprint, seating),
         "prompt_tokens": config.prompt_tokens,
         "output_tokens": config.output_tokens,
         "warm_up": config.warm_up,
@@ -252,7 +261,7 @@ def _summary(config: LatencyConfig, batch: int, runs: list[Timing]) -> dict[str,
     }
 
 
-def _about(footprint: Any, threads: int) -> dict[str, Any]:
+def _about(footprint: Any, seating: "Seating") -> dict[str, Any]:
     from ernie45 import __version__, ops
     from ernie45.models.counts import count_parameters
 
@@ -264,7 +273,8 @@ def _about(footprint: Any, threads: int) -> dict[str, Any]:
         "weight_bytes": footprint.always + footprint.routed,
         "parameters": count.total,
         "active_parameters": count.active_with_head,
-        "threads": threads,
+        "threads": seating.threads,
+        "seating": seating.text(),
         "kernels": ops.describe(),
     }
 
@@ -275,6 +285,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['model']}: {size_text(report['parameters'], '')} parameters, {kind}, {size_text(report['weight_bytes'])} of weights",
         report["kernels"],
+        f"threads: {report['seating']}",
         f"prompt {report['prompt_tokens']}, output {report['output_tokens']} tokens; "
         f"medians of {report['repeats']} runs after {report['warm_up']} to warm up",
         f"load {report['load_s']:.2f} s, first token of the cold model after another {report['cold_first_token_s']:.2f} s, "

@@ -26,6 +26,8 @@ function duration(value) {
   return value < 172_800 ? `${Math.round(value / 3600)} h` : `${Math.round(value / 86_400)} days`;
 }
 
+const millions = (value) => `${(value / 1e6).toLocaleString("en", { maximumFractionDigits: value < 1e7 ? 2 : 0 })} M`;
+
 function bytes(value) {
   const step = Math.min(4, Math.max(0, Math.floor(Math.log(Math.max(value, 1)) / Math.log(1024))));
   return `${(value / 1024 ** step).toFixed(step && value / 1024 ** step < 10 ? 1 : 0)} ${["B", "KiB", "MiB", "GiB", "TiB"][step]}`;
@@ -97,9 +99,10 @@ function drawExperts(experts) {
 
 const COLUMNS = [
   ["State", (model) => model.state ?? null],
-  ["Parameters", (model) => (has(model.parameters) ? `${(model.parameters / 1e6).toLocaleString("en", { maximumFractionDigits: model.parameters < 1e7 ? 2 : 0 })} M` : null)],
+  ["Parameters", (model) => (model.parameters > 0 ? millions(model.parameters) : null)],
+  ["Active", (model) => (model.active_parameters > 0 && model.active_parameters < model.parameters ? millions(model.active_parameters) : null)],
   ["Type", (model) => model.dtype ?? null],
-  ["Threads", (model) => (has(model.threads) ? whole(model.threads) : null)],
+  ["Threads", (model) => (model.threads > 0 ? whole(model.threads) + (model.cores?.length ? ` on cores ${model.cores.join(", ")}` : "") : null)],
   ["Memory", (model) => (has(model.memory) ? bytes(model.memory) : null)],
   ["Context", (model) => (has(model.context) ? `${whole(model.context)} tokens` : null)],
 ];
