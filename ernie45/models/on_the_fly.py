@@ -22,7 +22,7 @@ from ernie45.models.text import Decoder
 from ernie45.quant.linear import QuantEmbedding
 from ernie45.quant.model import quantise_model
 from ernie45.quant.rtn import round_quickly
-from ernie45.quant.spec import QuantSpec, Rule, Scheme
+from ernie45.quant.spec import Fp8Scheme, QuantSpec, Rule, parse_scheme
 
 
 def load_quantised(
@@ -59,13 +59,19 @@ def load_quantised(
 
 def completed(scheme: str) -> str:
     """`w4a8` and its like with groups of 64 and turned inputs where the word names neither: what loses least at that size."""
-    parsed = Scheme.parse(scheme)
+    parsed = parse_scheme(scheme)
+    if isinstance(parsed, Fp8Scheme):
+        return scheme
     return scheme if parsed.group or parsed.hadamard else f"{scheme}-g64-h"
 
 
 def _rules_of_ends(scheme: str, *, tied: bool, sees: bool) -> tuple[Rule, ...]:
-    """What is not in the layers: embedding or head and, of a model that sees, tower and resampler. 8 bits, activations as in `scheme`."""
-    eight = completed(f"w8a{Scheme.parse(scheme).act_bits}")
+    """What is not in the layers: embedding or head and, of a model that sees, tower and resampler.
+
+    8 bits, activations as in `scheme`; floats beside FP8.
+    """
+    parsed = parse_scheme(scheme)
+    eight = None if isinstance(parsed, Fp8Scheme) else completed(f"w8a{parsed.act_bits}")
     rules = [Rule(pattern="embed" if tied else "head", scheme=eight)]
     if sees:  # the patch embedding stays whole, as `ernie quantize` leaves it
         rules += [Rule(pattern="sight.tower.patches", scheme=None), Rule(pattern="sight.*", scheme=eight)]

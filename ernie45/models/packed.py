@@ -11,6 +11,7 @@ import torch
 
 from ernie45.errors import CheckpointError
 from ernie45.models.names import FLOAT32_ENDINGS
+from ernie45.ops.fp8 import E4M3
 from ernie45.quant.spec import QuantSpec
 from ernie45.quant.spec import Rule as QuantRule
 from ernie45.weights.rename import Ignored, NameTable, Rule
@@ -19,6 +20,7 @@ KIND = "ernie45"
 VERSION = 1
 PACKED_ENDING = "_packed"
 SCALE_ENDING = "_scale"
+FP8_ENDING, FP8_SCALE_ENDING = "_fp8", "_fp8_scale"
 
 
 def packed_spec(data: Mapping[str, Any], where: str) -> QuantSpec | None:
@@ -50,6 +52,10 @@ def packed_table(names: Iterable[str], *, mtp: bool, text_only: bool = False) ->
 
 def packed_dtype(name: str, compute: torch.dtype) -> torch.dtype:
     """The type a parameter or buffer is held in."""
+    if name.endswith(FP8_SCALE_ENDING):
+        return torch.float32
+    if name.endswith(FP8_ENDING):
+        return E4M3
     if name.endswith(PACKED_ENDING):
         return torch.uint8
     if name.endswith(SCALE_ENDING):

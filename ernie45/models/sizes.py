@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ernie45.models.vision_config import ModelConfig, VisionConfig
-from ernie45.quant.spec import QuantSpec, Rule, Scheme
+from ernie45.quant.spec import AnyScheme, Fp8Scheme, QuantSpec, Rule
 
 _CHANNEL_STEP = 64  # as quant.pack: a row with one scale is filled up to a multiple of this
 _ROWS = 16  # rows of a packed matrix are filled up to a multiple of this
@@ -26,10 +26,13 @@ class Matrix:
     copies: int = 1
     rest: int = 0
 
-    def bytes(self, scheme: Scheme | None, float_bytes: int) -> int:
+    def bytes(self, scheme: AnyScheme | None, float_bytes: int) -> int:
         """Bytes under `scheme`, scales and filling included; None: in floats."""
         if scheme is None:
             return (self.copies * self.out_size * self.in_size + self.rest) * float_bytes
+        if isinstance(scheme, Fp8Scheme):
+            down, across = scheme.scales(self.out_size, self.in_size)
+            return self.copies * (self.out_size * self.in_size + 4 * down * across + 4 * scheme.static) + self.rest * float_bytes
         width = scheme.group or -(-self.in_size // _CHANNEL_STEP) * _CHANNEL_STEP
         groups, rows = -(-self.in_size // width), -(-self.out_size // _ROWS) * _ROWS
         if scheme.code:  # stored in two bits, and decoded to eight when it is used

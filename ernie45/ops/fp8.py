@@ -27,10 +27,6 @@ class Block(NamedTuple):
         """The extents for one matrix."""
         return self.rows or max(1, matrix_RC.shape[0]), self.columns or max(1, matrix_RC.shape[1])
 
-    def grid(self, rows: int, columns: int) -> tuple[int, int]:
-        """How many blocks a matrix of this size has, down and across."""
-        return -(-rows // self.rows) if self.rows else 1, -(-columns // self.columns) if self.columns else 1
-
 
 WEIGHT_BLOCK, INPUT_BLOCK = Block(128, 128), Block(1, 128)
 ROW, WHOLE = Block(1, 0), Block(0, 0)

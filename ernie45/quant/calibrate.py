@@ -26,12 +26,12 @@ SEQUENCES_AT_ONCE = 2  # bounds the memory of a pass: a few hundred megabytes fo
 
 
 class InputStatistics:
-    """Of the inputs x one matrix saw, and x' of the original: sum x x^T, sum x' x^T (float32 [I, I]), sum |x| [I], and how many."""
+    """Of the inputs x one matrix saw, and x' of the original: sum x x^T, sum x' x^T (float32 [I, I]), sum and largest of |x| [I], count."""
 
     def __init__(self, size: int) -> None:
         self.gram_II = torch.zeros(size, size)
         self.cross_II = torch.zeros(size, size)
-        self.magnitude_I = torch.zeros(size)
+        self.magnitude_I, self.largest_I = torch.zeros(size), torch.zeros(size)
         self.tokens = 0
 
     def add(self, x_TI: Tensor, original_TI: Tensor, weights_T: Tensor, where: str) -> None:
@@ -46,6 +46,8 @@ class InputStatistics:
         self.gram_II.addmm_(x_TI.t(), weighted_TI)
         self.cross_II.addmm_(original_TI.t(), weighted_TI)
         self.magnitude_I += x_TI.abs().sum(0)
+        if len(x_TI):
+            self.largest_I = torch.maximum(self.largest_I, x_TI.abs().amax(0))
         self.tokens += len(x_TI)
 
     def mean_magnitude(self) -> Tensor:
@@ -58,6 +60,7 @@ class InputStatistics:
         both_II = torch.outer(factors_I, factors_I)
         result.gram_II, result.cross_II = self.gram_II / both_II, self.cross_II / both_II
         result.magnitude_I, result.tokens = self.magnitude_I / factors_I, self.tokens
+        result.largest_I = self.largest_I / factors_I
         return result
 
 

@@ -25,7 +25,7 @@ from ernie45.quant.calibrate import advance, token_weights
 from ernie45.quant.measure import LayerReport, Quality, QualityCounter
 from ernie45.quant.methods import MatrixReport, Method, Streams, quantise_block
 from ernie45.quant.model import quantisable, quantise_model
-from ernie45.quant.spec import QuantSpec, Rule, Scheme
+from ernie45.quant.spec import AnyScheme, QuantSpec, Rule
 from ernie45.weights.safetensors import INDEX_NAME, SINGLE_NAME, open_safetensors
 from ernie45.weights.safetensors_write import TensorSpec, write_safetensors
 
@@ -126,7 +126,7 @@ def convert(source: Source, plan: Plan, work: Path, told: Told) -> Converted:
     return Converted(work, quality, tuple(walk.reports), nbytes, resumed_at)
 
 
-def decided(source: Source, ends: nn.Module, spec: QuantSpec) -> dict[str, Scheme | None]:
+def decided(source: Source, ends: nn.Module, spec: QuantSpec) -> dict[str, AnyScheme | None]:
     """What every matrix of the model gets, by full name. Raises `ConfigError` for a rule without a matrix or a matrix without a rule."""
     names = [name for name, _ in quantisable(ends)]
     for layer in range(source.num_layers):
@@ -135,7 +135,7 @@ def decided(source: Source, ends: nn.Module, spec: QuantSpec) -> dict[str, Schem
     return {name: spec.scheme_for(name) for name in names}
 
 
-def _explicit(ends: nn.Module, schemes: Mapping[str, Scheme | None]) -> QuantSpec:
+def _explicit(ends: nn.Module, schemes: Mapping[str, AnyScheme | None]) -> QuantSpec:
     """A spec that speaks of the ends alone."""
     named = [(name, schemes[name]) for name, _ in quantisable(ends)]
     return QuantSpec(rules=tuple(Rule(pattern=name, scheme=None if scheme is None else str(scheme)) for name, scheme in named))
@@ -171,7 +171,7 @@ class _Walk:
         return walk
 
     @torch.inference_mode()
-    def pass_layer(self, layer: int, schemes: Mapping[str, Scheme | None]) -> None:
+    def pass_layer(self, layer: int, schemes: Mapping[str, AnyScheme | None]) -> None:
         """Quantise one layer, move all streams past it, and put shard and streams on the disk."""
         block = self.source.block(layer)
         advance(block, self.streams["reference"], self._turns("reference"))

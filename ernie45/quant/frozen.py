@@ -11,6 +11,7 @@ from ernie45 import ops
 from ernie45.nn.layers import Embedding, Linear
 from ernie45.nn.moe import Experts
 from ernie45.ops import PackedWeight, Routing
+from ernie45.quant.fp8 import Fp8Experts, Fp8Linear
 from ernie45.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from ernie45.quant.model import fuse, replace_module, unfuse
 from ernie45.quant.rtn import round_to_nearest
@@ -88,6 +89,8 @@ def unpack_model(network: nn.Module, dtype: torch.dtype) -> None:
     for name, module in list(network.named_modules()):
         if isinstance(module, QuantLinear | QuantEmbedding | QuantExperts):
             replace_module(network, name, _whole(module, dtype))
+        elif isinstance(module, Fp8Linear | Fp8Experts):
+            replace_module(network, name, module.whole(dtype))
 
 
 def _whole(packed: QuantLinear | QuantEmbedding | QuantExperts, dtype: torch.dtype) -> nn.Module:

@@ -19,16 +19,19 @@ from ernie45.nn.layers import Linear, RMSNorm, SwiGLU
 from ernie45.nn.moe import Experts, MixtureOfExperts
 from ernie45.ops import PackedWeight
 from ernie45.ops.codes import CodedWeight
+from ernie45.ops.fp8 import from_fp8
 from ernie45.quant import awq
 from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Seen, Statistics, original_inputs, reached_by_text
 from ernie45.quant.ccq import encode, feedback
+from ernie45.quant.fp8 import Fp8Experts, Fp8Linear, Fp8Weight, round_to_fp8
 from ernie45.quant.gptq import GptqSettings, corrected, gptq, output_errors, restored, round_to_nearest
 from ernie45.quant.hadamard import turned, turned_back, turned_gram
 from ernie45.quant.linear import QuantExperts, QuantLinear
 from ernie45.quant.model import prepare_model, quantisable
 from ernie45.quant.pack import pack_as
-from ernie45.quant.spec import QuantSpec, Rule, Scheme
+from ernie45.quant.spec import AnyScheme, Fp8Scheme, QuantSpec, Rule
 
+AnyWeight = PackedWeight | CodedWeight | Fp8Weight
 _EXPERTS_SEARCHED = 8  # so many experts, evenly spread, decide on the factors that all of them share
 
 
@@ -104,7 +107,7 @@ class MatrixReport:
 
 @torch.inference_mode()
 def quantise_block(
-    block: Block, prefix: str, schemes: Mapping[str, Scheme | None], method: Method, streams: Streams | None
+    block: Block, prefix: str, schemes: Mapping[str, AnyScheme | None], method: Method, streams: Streams | None
 ) -> tuple[nn.Module, list[MatrixReport]]:
     """Quantise the matrices of `block` that `schemes` (by full name, `prefix` included) gives one; returns the packed block and its costs.
 
@@ -165,7 +168,7 @@ class _Costs:
         return _Costs(self.lost + other.lost, nearest, self.energy + other.energy)
 
     def report(
-        self, name: str, scheme: Scheme, method: Method, exponent: float | None, tokens: int,
+        self, name: str, scheme: AnyScheme, method: Method, exponent: float | None, tokens: int,
         routed: tuple[int, ...] = (), starved: tuple[int, ...] = (),
     ) -> MatrixReport:  # fmt: skip
         energy = self.energy or 1.0
@@ -173,10 +176,10 @@ class _Costs:
         return MatrixReport(name, str(scheme), self.lost / energy, nearest, exponent, tokens, routed, starved)
 
 
-def _round_matrix(
-    parameter_OI: Tensor, scheme: Scheme, method: Method, seen: InputStatistics | None
-) -> tuple[PackedWeight | CodedWeight, _Costs]:
+def _round_matrix(parameter_OI: Tensor, scheme: AnyScheme, method: Method, seen: InputStatistics | None) -> tuple[AnyWeight, _Costs]:
     """Round one matrix, and leave in `parameter` what the whole numbers stand for, so that later inputs carry the error."""
+    if isinstance(scheme, Fp8Scheme):
+        return _round_matrix_to_fp8(parameter_OI, scheme, seen)
     weight_OI = turned(parameter_OI.detach().float(), scheme)
     usable = seen is not None and seen.tokens > 0
     gram_II = turned_gram(seen.gram_II, scheme) if usable else torch.eye(weight_OI.shape[1])
@@ -199,9 +202,21 @@ def _round_matrix(
     return pack_as(scheme, rounded.whole_OI, rounded.scales_OG), costs
 
 
+def _round_matrix_to_fp8(parameter_OI: Tensor, scheme: Fp8Scheme, seen: InputStatistics | None) -> tuple[AnyWeight, _Costs]:
+    """FP8 numbers are rounded to nearest, whatever the method: what was seen gives the scale of static activations."""
+    usable = seen is not None and seen.tokens > 0
+    gram_II = seen.gram_II if usable else torch.eye(parameter_OI.shape[1])
+    made = round_to_fp8(parameter_OI.float(), scheme, float(seen.largest_I.max()) if usable else None)
+    restored_OI = from_fp8(made.matrix)
+    lost = float(output_errors(parameter_OI.float() - restored_OI, gram_II).sum())
+    costs = _Costs(lost, lost, float(output_errors(parameter_OI.float(), gram_II).sum()))
+    parameter_OI.copy_(restored_OI)
+    return made, costs
+
+
 def _round_experts(
-    experts: Experts, scheme: Scheme, method: Method, seen: ExpertStatistics | None
-) -> tuple[list[tuple[PackedWeight | CodedWeight, PackedWeight | CodedWeight]], _Costs]:
+    experts: Experts, scheme: AnyScheme, method: Method, seen: ExpertStatistics | None
+) -> tuple[list[tuple[AnyWeight, AnyWeight]], _Costs]:
     result, total = [], _Costs(0.0, 0.0, 0.0)
     for e in range(len(experts.down)):
         gate_up, first = _round_matrix(experts.gate_up[e], scheme, method, seen.gate_up[e] if seen else None)
@@ -211,7 +226,7 @@ def _round_experts(
     return result, total
 
 
-def _filled(block: Block, schemes: Mapping[str, Scheme | None], packed: Mapping[str, object]) -> nn.Module:
+def _filled(block: Block, schemes: Mapping[str, AnyScheme | None], packed: Mapping[str, object]) -> nn.Module:
     """The block with packed modules where `schemes` has one."""
     if not packed:
         return block
@@ -220,12 +235,13 @@ def _filled(block: Block, schemes: Mapping[str, Scheme | None], packed: Mapping[
     prepare_model(holder, QuantSpec(rules=rules))
     for name, weights in packed.items():
         module = holder[0].get_submodule(name)
-        if isinstance(module, QuantExperts):
+        if isinstance(module, QuantExperts | Fp8Experts):
             assert isinstance(weights, list)
             for e, pair in enumerate(weights):
-                for part, weight in zip(("gate_up", "down"), pair, strict=True):
-                    getattr(module, f"{part}_packed")[e] = weight.values
-                    getattr(module, f"{part}_scale")[e] = weight.scales
+                module.fill(e, *pair)
+        elif isinstance(module, Fp8Linear):
+            assert isinstance(weights, Fp8Weight)
+            module.fill(weights)
         else:
             assert isinstance(module, QuantLinear)
             assert isinstance(weights, PackedWeight | CodedWeight)
@@ -233,7 +249,7 @@ def _filled(block: Block, schemes: Mapping[str, Scheme | None], packed: Mapping[
     return holder[0]
 
 
-def _widen(block: Block, schemes: Mapping[str, Scheme | None], statistics: Statistics) -> dict[str, float]:
+def _widen(block: Block, schemes: Mapping[str, AnyScheme | None], statistics: Statistics) -> dict[str, float]:
     """Widen all inputs of the block whose source allows it, in place, statistics with them; returns AWQ's exponent by module."""
     exponents: dict[str, float] = {}
     attn, ffn = block.attn, block.ffn
@@ -271,7 +287,7 @@ def _readers_of_ffn_norm(ffn: nn.Module) -> list[str]:
 
 
 def _search(
-    block: Block, names: Sequence[str], schemes: Mapping[str, Scheme | None], statistics: Statistics, heads: Attention | None = None
+    block: Block, names: Sequence[str], schemes: Mapping[str, AnyScheme | None], statistics: Statistics, heads: Attention | None = None
 ) -> awq.Widening | None:
     """AWQ's factors for the modules that share an input, applied to their weights and statistics; None when no factors help.
 
@@ -280,8 +296,8 @@ def _search(
     readers: list[awq.Reader] = []
     for name in names:
         scheme, seen, module = schemes[name], statistics[name], block.get_submodule(name)
-        if scheme is None:
-            continue
+        if scheme is None or isinstance(scheme, Fp8Scheme):
+            continue  # floats of a scale of their own: widening moves their exponents only
         if isinstance(seen, ExpertStatistics):
             assert isinstance(module, Experts)
             step = max(1, len(module.gate_up) // _EXPERTS_SEARCHED)
@@ -314,10 +330,10 @@ def _search(
     return found
 
 
-def _widen_inside_experts(experts: Experts, scheme: Scheme, seen: object) -> None:
+def _widen_inside_experts(experts: Experts, scheme: AnyScheme, seen: object) -> None:
     """Each expert's inner values have factors of their own, folded into its up rows."""
     assert isinstance(seen, ExpertStatistics)
-    if scheme.weight_bits == 8:
+    if isinstance(scheme, Fp8Scheme) or scheme.weight_bits == 8:
         return
     for e in range(len(experts.down)):
         down = seen.down[e]

@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ernie45.errors import ConfigError
 from ernie45.nn.block import Block
 from ernie45.nn.layers import Embedding, Linear
 from ernie45.nn.moe import Experts
 from ernie45.ops import PackedWeight
 from ernie45.ops.codes import CodedWeight
 from ernie45.quant.block import QuantBlock, can_fuse
+from ernie45.quant.fp8 import Fp8Experts, Fp8Linear, round_to_fp8
 from ernie45.quant.linear import PackedMatrix, QuantEmbedding, QuantExperts, QuantLinear
 from ernie45.quant.rtn import round_to_nearest
-from ernie45.quant.spec import QuantSpec, Scheme
+from ernie45.quant.spec import AnyScheme, Fp8Scheme, QuantSpec, Scheme
 
 Algorithm = Callable[[Tensor, Scheme], PackedWeight | CodedWeight]
 
@@ -69,7 +71,7 @@ def unfuse(network: nn.Module) -> None:
             replace_module(network, name, module.plain())
 
 
-def decided_modules(network: nn.Module, spec: QuantSpec) -> list[tuple[str, Scheme]]:
+def decided_modules(network: nn.Module, spec: QuantSpec) -> list[tuple[str, AnyScheme]]:
     """Names of the modules that a spec quantises, with their schemes. Raises `ConfigError` as `quantise_model`."""
     names = [name for name, _ in quantisable(network)]
     spec.check(names)
@@ -86,19 +88,27 @@ def replace_module(network: nn.Module, name: str, by: nn.Module) -> None:
         setattr(owner, child, by)
 
 
-def _emptied(module: nn.Module, scheme: Scheme) -> nn.Module:
+def _emptied(module: nn.Module, scheme: AnyScheme) -> nn.Module:
     if isinstance(module, Experts):
         num_experts, size, expert_size = module.down.shape
+        if isinstance(scheme, Fp8Scheme):
+            return Fp8Experts(num_experts, size, expert_size, scheme)
         return QuantExperts(num_experts, size, expert_size, scheme)
     assert isinstance(module, Linear | Embedding)
     out_size, in_size = module.weight.shape
+    if isinstance(scheme, Fp8Scheme):
+        if isinstance(module, Embedding):
+            raise ConfigError(f"an embedding is not stored as {scheme}; keep it whole, or take w8a8 for it")
+        return Fp8Linear(in_size, out_size, scheme, bias=module.bias)
     if isinstance(module, Embedding):
         return QuantEmbedding(out_size, in_size, scheme, module.weight.dtype)
     return QuantLinear(in_size, out_size, scheme, bias=module.bias)
 
 
-def _quantised(module: nn.Module, scheme: Scheme, algorithm: Algorithm) -> nn.Module:
+def _quantised(module: nn.Module, scheme: AnyScheme, algorithm: Algorithm) -> nn.Module:
     made = _emptied(module, scheme)
+    if isinstance(scheme, Fp8Scheme):
+        return _as_fp8(module, made, scheme)
     if isinstance(made, PackedMatrix):
         assert isinstance(module, Linear | Embedding)
         made.fill(algorithm(module.weight, scheme))
@@ -107,5 +117,18 @@ def _quantised(module: nn.Module, scheme: Scheme, algorithm: Algorithm) -> nn.Mo
     assert isinstance(made, QuantExperts)
     for expert in range(module.down.shape[0]):
         gate_up, down = (algorithm(weight, scheme) for weight in module.expert(expert))
+        made.fill(expert, gate_up, down)
+    return made
+
+
+def _as_fp8(module: nn.Module, made: nn.Module, scheme: Fp8Scheme) -> nn.Module:
+    if isinstance(made, Fp8Linear):
+        assert isinstance(module, Linear)
+        made.fill(round_to_fp8(module.weight, scheme, None))
+        return made
+    assert isinstance(module, Experts)
+    assert isinstance(made, Fp8Experts)
+    for expert in range(module.down.shape[0]):
+        gate_up, down = (round_to_fp8(weight, scheme, None) for weight in module.expert(expert))
         made.fill(expert, gate_up, down)
     return made

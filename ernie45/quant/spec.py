@@ -89,6 +89,10 @@ class Fp8Scheme:
             raise ConfigError(f"'{word}' is not a quantisation scheme; write fp8-block, fp8-channel or fp8-tensor, or with -static")
         return cls(found[1], bool(found[2]))
 
+    def scales(self, out_size: int, in_size: int) -> tuple[int, int]:
+        """How many scales a matrix [O, I] has, down and across."""
+        return {"block": (-(-out_size // 128), -(-in_size // 128)), "channel": (out_size, 1), "tensor": (1, 1)}[self.weights]
+
     def __str__(self) -> str:
         return f"fp8-{self.weights}" + ("-static" if self.static else "")
 
@@ -119,14 +123,14 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """Rules in order. `rules[i].scheme` is a word for `Scheme.parse`; written to and read from `config.json` as it stands."""
+    """Rules in order. `rules[i].scheme` is a word for `parse_scheme`; written to and read from `config.json` as it stands."""
 
     rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
         for rule in self.rules:
             if rule.scheme is not None:
-                Scheme.parse(rule.scheme)
+                parse_scheme(rule.scheme)
 
     @classmethod
     def uniform(cls, scheme: str, *, head: str | None = None) -> "QuantSpec":
@@ -143,11 +147,11 @@ class QuantSpec:
         """Plain data that `from_dict` reads back."""
         return {"rules": [{"pattern": r.pattern, "scheme": r.scheme} for r in self.rules]}
 
-    def scheme_for(self, name: str) -> Scheme | None:
+    def scheme_for(self, name: str) -> AnyScheme | None:
         """What module `name` gets. Raises `ConfigError` when no rule speaks of it."""
         for rule in self.rules:
             if rule.fits(name):
-                return None if rule.scheme is None else Scheme.parse(rule.scheme)
+                return None if rule.scheme is None else parse_scheme(rule.scheme)
         raise ConfigError(f"no quantisation rule speaks of '{name}'; add one, or a last rule for '*'")
 
     def check(self, names: Iterable[str]) -> None:

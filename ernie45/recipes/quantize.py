@@ -22,7 +22,7 @@ import tyro
 
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError, ConfigError
-from ernie45.quant.spec import QuantSpec, Rule, Scheme
+from ernie45.quant.spec import Fp8Scheme, QuantSpec, Rule, Scheme, parse_scheme
 from ernie45.recipes.terminal import progress_bar
 
 _NONE = tyro.conf.arg(help_behavior_hint="")
@@ -38,7 +38,8 @@ class QuantizeConfig:
     out: Path
     """The folder to write; it must not exist yet."""
     scheme: str = "w4a8"
-    """Bits of weights and activations: w4a8, w8a8, w4a16 or w8a16 (activations stay floats), or a code: tcq2.06, ccq2.06, ccq2.5."""
+    """Bits of weights and activations: w4a8, w8a8, w4a16 or w8a16 (activations stay floats); FP8 numbers: fp8-block, fp8-channel or
+    fp8-tensor, also -static; or a code: tcq2.06, ccq2.06, ccq2.5."""
     group: int = 64
     """Inputs that share a scale: 32, 64, 128, or 0 for a whole row."""
     method: Literal["rtn", "gptq", "awq", "awq+gptq"] = "gptq"
@@ -96,11 +97,12 @@ def spec_of(config: QuantizeConfig, tied: bool, sighted: bool = False) -> QuantS
     Of a model that sees, the patch embedding stays whole: it is few of the weights, and everything passes it.
     """
     rules = [_rule(text) for text in config.rule]
-    eight = f"w8a{Scheme.parse(config.scheme).act_bits}"
+    scheme = parse_scheme(config.scheme)
+    eight = "whole" if isinstance(scheme, Fp8Scheme) else f"w8a{scheme.act_bits}"
     if sighted:
         rules.append(Rule(pattern="sight.tower.patches", scheme=None))
-        rules.append(Rule(pattern="sight.*", scheme=None if config.vision == "whole" else _completed(config.vision or eight, config)))
-    head = None if config.head == "whole" else _completed(config.head or eight, config)
+        rules.append(Rule(pattern="sight.*", scheme=_completed(config.vision or eight, config)))
+    head = _completed(config.head or eight, config)
     rules.append(Rule(pattern="embed" if tied else "head", scheme=head))
     rules.append(Rule(pattern="*", scheme=_completed(config.scheme, config)))
     _refuse_codes(config, rules)
@@ -109,7 +111,7 @@ def spec_of(config: QuantizeConfig, tied: bool, sighted: bool = False) -> QuantS
 
 def _refuse_codes(config: QuantizeConfig, rules: Sequence[Rule]) -> None:
     """What codes of two bits do not go together with."""
-    codes = [rule.scheme for rule in rules if rule.scheme is not None and Scheme.parse(rule.scheme).code]
+    codes = [rule.scheme for rule in rules if rule.scheme is not None and _is_code(rule.scheme)]
     if codes and "awq" in config.method:
         raise ConfigError(
             f"--method {config.method} widens inputs for a grid of whole numbers, which '{codes[0]}' has not; take gptq or rtn"
@@ -118,8 +120,18 @@ def _refuse_codes(config: QuantizeConfig, rules: Sequence[Rule]) -> None:
         raise ConfigError(f"--target-bits and --target-size choose between 4 and 8 bits; with --scheme {config.scheme} take --rule")
 
 
-def _completed(word: str, config: QuantizeConfig) -> str:
-    """A scheme's word with the group and the turn of the flags, where it does not name its own; a code has its own groups."""
+def _is_code(word: str) -> bool:
+    scheme = parse_scheme(word)
+    return isinstance(scheme, Scheme) and bool(scheme.code)
+
+
+def _completed(word: str, config: QuantizeConfig) -> str | None:
+    """A scheme's word with the group and the turn of the flags, where it does not name its own; a code has its own groups, FP8 neither.
+
+    None for `whole`.
+    """
+    if word == "whole" or word.startswith("fp8"):
+        return None if word == "whole" else str(parse_scheme(word))
     if "-g" not in word and config.group and not Scheme.parse(word).code:
         word = word.removesuffix("-h") + f"-g{config.group}" + ("-h" if word.endswith("-h") else "")
     if config.hadamard and not word.endswith("-h"):
@@ -145,7 +157,9 @@ def _allocated(config: QuantizeConfig, spec: QuantSpec, source: Any, plan: Any, 
     ends = source.skeleton_ends()
     schemes = decided(source, ends, spec)
     fixed = spec.rules[:-1]
-    scheme = Scheme.parse(str(spec.rules[-1].scheme))
+    scheme = parse_scheme(str(spec.rules[-1].scheme))
+    if isinstance(scheme, Fp8Scheme):
+        raise ConfigError("--target-bits and --target-size choose between 4 and 8 bits; FP8 numbers have 8 throughout")
     words = tuple(str(replace(scheme, weight_bits=bits)) for bits in (4, 8))
     needs = survey(source, plan.calibration_SL, words, plan.least_expert_tokens, told)
     free = [need for need in needs if not any(fnmatch.fnmatchcase(need.name, rule.pattern) for rule in fixed)]
@@ -166,7 +180,7 @@ def _rule(text: str) -> Rule:
     pattern, equals, word = text.rpartition("=")
     if not equals or not pattern:
         raise ConfigError(f"--rule '{text}' is no PATTERN=SCHEME; write 'layers.0.*=w8a8' or '*.down=whole'")
-    return Rule(pattern=pattern, scheme=None if word == "whole" else str(Scheme.parse(word)))
+    return Rule(pattern=pattern, scheme=None if word == "whole" else str(parse_scheme(word)))
 
 
 def run(config: QuantizeConfig, environment: Environment) -> int:

@@ -61,12 +61,14 @@ def load_pieces(
         tensor = source.read(piece.file)
         if piece.row is not None:
             tensor = tensor[piece.row]
-        if dtype.is_floating_point:
+        if dtype.is_floating_point and dtype.itemsize > 1:
             tensor = _as_float(piece.file, tensor)
             if check:
                 check_finite(piece.file, tensor)
         elif tensor.dtype != dtype:  # packed bytes mean nothing in another type
             raise CheckpointError(f"tensor {piece.file!r} is {_kind(tensor)}; packed weights are {str(dtype).removeprefix('torch.')}")
+        elif check and dtype == torch.float8_e4m3fn and bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any()):
+            raise CheckpointError(f"tensor {piece.file!r} holds NaN: the file is damaged; download or quantise it again")
         if (mapped or source.owned) and piece.whole and not piece.turned and tensor.dtype == dtype:
             result[piece.ours] = tensor.view(wanted[piece.ours])
         else:
