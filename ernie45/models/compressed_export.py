@@ -22,8 +22,9 @@ from ernie45.models.save import COMPANIONS, new_folder
 from ernie45.models.text import Decoder
 from ernie45.nn.layers import Linear
 from ernie45.nn.moe import Router
-from ernie45.ops.fp8 import ROW, WEIGHT_BLOCK, WHOLE, to_fp8
+from ernie45.ops.fp8 import Fp8Matrix, from_fp8, to_fp8
 from ernie45.ops.quantised import PackedWeight, dequantise
+from ernie45.quant.fp8 import Fp8Weight, weight_block
 from ernie45.quant.model import quantisable
 from ernie45.quant.pack import unpacked
 from ernie45.quant.rtn import round_to_nearest
@@ -33,7 +34,6 @@ from ernie45.weights.rename import LoadPlan, Piece
 from ernie45.weights.safetensors_write import write_in_parts
 from ernie45.weights.stream import check_finite, load_pieces, save_piece
 
-_FP8_BLOCKS = {"block": WEIGHT_BLOCK, "channel": ROW, "tensor": WHOLE}
 Told = Callable[[str, int, int], None]
 """Hears what is written, and how many parts are done of how many."""
 
@@ -94,6 +94,10 @@ class _Source:
         for name in self._matrices:
             if (scheme := self.scheme_of(name)) is not None:
                 _refuse_inexpressible(name, scheme)
+                if isinstance(scheme, Fp8Scheme) and scheme.static and opened.spec is None:
+                    raise ConfigError(
+                        f"{scheme} needs text to be measured on; take fp8-{scheme.weights}, or export what `ernie quantize` made"
+                    )
 
     def scheme_of(self, module: str) -> AnyScheme | None:
         """What the matrix `module` is written as; None: floats."""
@@ -101,15 +105,37 @@ class _Source:
             return None
         return self.opened.spec.scheme_for(module) if self.opened.spec is not None else self._chosen
 
-    def packed(self, ours: str) -> list[PackedWeight] | None:
-        """The packed matrix behind a parameter, or those of all experts; None where it is stored as floats."""
-        spec = self.opened.spec
-        module = _module_of(ours)
-        scheme = spec.scheme_for(module) if spec is not None and module in self._matrices and not ours.endswith(".bias") else None
-        if scheme is None:
+    def _stored_as(self, ours: str) -> AnyScheme | None:
+        """How the files hold a parameter; None: as floats."""
+        module, spec = _module_of(ours), self.opened.spec
+        return spec.scheme_for(module) if spec is not None and module in self._matrices and not ours.endswith(".bias") else None
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor of a packed folder. Raises `CheckpointError` for a scale that is no number."""
+        tensor = self.opened.files.read(name)
+        if name.endswith("_scale"):
+            check_finite(name, tensor.float())
+        return tensor
+
+    def fp8(self, ours: str) -> list[Fp8Weight] | None:
+        """As `packed`, for FP8 numbers."""
+        scheme = self._stored_as(ours)
+        if not isinstance(scheme, Fp8Scheme):
             return None
-        assert isinstance(scheme, Scheme)
-        values, scales = (self.opened.files.read(f"{ours}{ending}") for ending in ("_packed", "_scale"))
+        stem = ours.removesuffix("weight")  # of a stack of experts the whole name
+        values, scales = self._read(f"{ours}_fp8"), self._read(f"{ours}_fp8_scale")
+        inputs = self._read(f"{stem}{'' if stem != ours else '_'}input_fp8_scale") if scheme.static else None
+        if values.dim() == 2:
+            return [Fp8Weight(Fp8Matrix(values, scales, weight_block(scheme)), inputs)]
+        matrices = [Fp8Matrix(v, s, weight_block(scheme)) for v, s in zip(values, scales, strict=True)]
+        return [Fp8Weight(matrix, None if inputs is None else inputs[e].view(1)) for e, matrix in enumerate(matrices)]
+
+    def packed(self, ours: str) -> list[PackedWeight] | None:
+        """The packed matrix behind a parameter, or those of all experts; None where it is not stored as whole numbers."""
+        scheme = self._stored_as(ours)
+        if not isinstance(scheme, Scheme):
+            return None
+        values, scales = (self._read(f"{ours}{ending}") for ending in ("_packed", "_scale"))
         out_size = self.shapes[ours][-2]
         stacks = zip(values, scales, strict=True) if values.dim() == 4 else [(values, scales)]
         return [PackedWeight(v, s, scheme.weight_bits, out_size, scheme.hadamard, scheme.float_inputs) for v, s in stacks]
@@ -120,6 +146,9 @@ class _Source:
         if packed is not None:
             width = self.shapes[ours][-1]
             return torch.stack([dequantise(one)[:, :width] for one in packed]).view(self.shapes[ours])
+        fp8 = self.fp8(ours)
+        if fp8 is not None:
+            return torch.stack([from_fp8(one.matrix) for one in fp8]).view(self.shapes[ours])
         plan = LoadPlan(tuple(piece for piece in self.opened.plan.pieces if piece.ours == ours))
         return load_pieces(plan, self.opened.files, {ours: self.shapes[ours]}, lambda _: torch.float32)[ours]
 
@@ -135,8 +164,6 @@ def _refuse_inexpressible(name: str, scheme: AnyScheme) -> None:
         raise ConfigError(
             f"'{name}' is {scheme}: turned inputs have no word in compressed-tensors; quantise with --no-hadamard, or leave -h out"
         )
-    if isinstance(scheme, Fp8Scheme) and scheme.static:
-        raise ConfigError(f"'{name}' is {scheme}: static scales need text to be measured on; take fp8-{scheme.weights}")
 
 
 def _pieces(source: _Source) -> dict[str, list[Piece]]:
@@ -163,7 +190,7 @@ def _form(scheme: AnyScheme) -> Form:
     """How a matrix of `scheme` is stored."""
     if isinstance(scheme, Fp8Scheme):
         block = {"block": (128, 128), "channel": None, "tensor": (0, 0)}[scheme.weights]
-        return Form(FLOAT, block=block, inputs="group" if scheme.weights == "block" else "token")
+        return Form(FLOAT, block=block, inputs="static" if scheme.static else "group" if scheme.weights == "block" else "token")
     if scheme == Scheme(8, 0):
         return Form(INTEGER, inputs="token")
     return Form(PACKED, scheme.weight_bits, scheme.group)
@@ -213,14 +240,16 @@ def _tensors(source: _Source, ours: str, pieces: list[Piece]) -> dict[str, Tenso
         floats = source.floats(ours)
         kind = torch.float32 if ours.endswith(FLOAT32_ENDINGS) or floats.dim() == 1 else torch.bfloat16
         return {piece.file: save_piece(piece, floats, kind) for piece in pieces}
-    packed = source.packed(ours)
-    floats = source.floats(ours) if packed is None else None
+    packed, fp8 = source.packed(ours), source.fp8(ours)
+    floats = source.floats(ours) if packed is None and fp8 is None else None
     result: dict[str, Tensor] = {}
     for piece in pieces:
         expert, rows = (piece.box[0][0] if len(piece.box) == 3 else 0), slice(*piece.box[-2])
         if packed is not None:
             whole_OI, scales_OG = unpacked(packed[expert], piece.shape[1])
             parts = integer_parts(_form(scheme), whole_OI[rows].contiguous(), scales_OG[rows].contiguous())
+        elif fp8 is not None:
+            parts = _cut(fp8[expert], rows, piece.file)
         else:
             assert floats is not None
             parts = _rounded(save_piece(piece, floats, torch.float32), scheme, piece.file)
@@ -229,11 +258,22 @@ def _tensors(source: _Source, ours: str, pieces: list[Piece]) -> dict[str, Tenso
     return result
 
 
+def _cut(weight: Fp8Weight, rows: slice, name: str) -> dict[str, Tensor]:
+    """Rows of an FP8 matrix as file tensors. Raises `CheckpointError` where they do not begin and end with blocks."""
+    matrix, first, end = weight.matrix, rows.start, rows.stop
+    step = matrix.block.rows
+    if step and (first % step or (end % step and end != len(matrix.values))):
+        raise CheckpointError(f"{name} is rows {first} to {end} of a joined matrix, whose blocks have {step}; quantise with fp8-channel")
+    scales = matrix.scales[first // step : -(-end // step)] if step else matrix.scales.view(1)
+    parts = {"weight": matrix.values[rows].contiguous(), "weight_scale": scales.contiguous()}
+    return parts if weight.input_scale is None else {**parts, "input_scale": weight.input_scale.clone()}
+
+
 def _rounded(matrix_OI: Tensor, scheme: AnyScheme, name: str) -> dict[str, Tensor]:
     """A float matrix rounded to nearest, as file tensors."""
     check_finite(name, matrix_OI)
     if isinstance(scheme, Fp8Scheme):
-        made = to_fp8(matrix_OI, _FP8_BLOCKS[scheme.weights])
+        made = to_fp8(matrix_OI, weight_block(scheme))
         return {"weight": made.values, "weight_scale": made.scales.view(1) if scheme.weights == "tensor" else made.scales}
     packed = round_to_nearest(matrix_OI, scheme)
     assert isinstance(packed, PackedWeight), "codes are refused before"

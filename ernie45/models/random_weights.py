@@ -22,7 +22,7 @@ from ernie45.models.text import Decoder, fill_initial
 from ernie45.nn.layers import Embedding, Linear
 from ernie45.nn.moe import Experts
 from ernie45.quant.model import prepare_model, quantisable, quantise_model
-from ernie45.quant.spec import QuantSpec, Scheme
+from ernie45.quant.spec import AnyScheme, QuantSpec
 from ernie45.tokens.filler import filler_tokenizer
 from ernie45.weights.safetensors_write import TensorSpec, check_room, write_safetensors
 
@@ -94,7 +94,7 @@ class _Packed:
         self._shapes = {name: tuple(value.shape) for name, value in packed.state_dict().items()}
         self._dtype, self._seed = dtype, seed
         self._schemes = {name: (module, scheme) for name, module in quantisable(plain) if (scheme := spec.scheme_for(name)) is not None}
-        self._patterns: dict[tuple[str, tuple[int, ...], Scheme], dict[str, Tensor]] = {}
+        self._patterns: dict[tuple[str, tuple[int, ...], AnyScheme], dict[str, Tensor]] = {}
 
     def __call__(self, name: str) -> Tensor:
         owner, _, own = name.rpartition(".")
@@ -107,7 +107,7 @@ class _Packed:
         blocks = math.prod(shape[: len(shape) - pattern.dim() + 1])  # of all experts, where there are some
         return pattern.index_select(0, torch.randint(pattern.shape[0], (blocks,), generator=order)).view(shape)
 
-    def _pattern(self, module: nn.Module, scheme: Scheme) -> dict[str, Tensor]:
+    def _pattern(self, module: nn.Module, scheme: AnyScheme) -> dict[str, Tensor]:
         """The packed tensors of a random matrix like `module`'s, of an expert stack those of one expert; blocks of rows come first."""
         key = (type(module).__name__, tuple(size for value in module.state_dict().values() for size in value.shape), scheme)
         if key not in self._patterns:

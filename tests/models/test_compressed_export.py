@@ -22,6 +22,7 @@ from ernie45.models.packed import packed_entry
 from ernie45.models.save import save_model
 from ernie45.models.text import Decoder
 from ernie45.quant.convert import Plan, convert, leave_only_model
+from ernie45.quant.frozen import unpack_model
 from ernie45.quant.methods import METHODS
 from ernie45.quant.spec import QuantSpec, Rule
 from ernie45.recipes.export import ExportConfig, run
@@ -143,6 +144,28 @@ def test_a_packed_folder_keeps_its_numbers(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
 
 
+@pytest.mark.parametrize("config", [DENSE, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("word", ["fp8-channel", "fp8-tensor-static", "fp8-channel-static"])
+def test_fp8_folders_of_our_own_keep_numbers_and_static_scales(tmp_path, config, word):
+    end = Rule(pattern="embed" if config.tie_embeddings else "head", scheme=None)
+    source = packed_folder(config, tmp_path, QuantSpec(rules=(end, Rule(pattern="*", scheme=word))))
+    export(source, None, tmp_path / "out")
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    QuantizationConfig.model_validate(entry)
+    ours = load_model(source, dtype="float32")
+    with open_safetensors(tmp_path / "out") as files:
+        up = "model.layers.0.mlp.up_proj"
+        whole = ours.layers[0].ffn.gate_up.weight
+        assert torch.equal(files.read(f"{up}.weight").view(torch.uint8), whole.matrix.values[-256:].view(torch.uint8))
+        assert (f"{up}.input_scale" in set(files)) == word.endswith("static")
+        if word.endswith("static"):
+            assert torch.equal(files.read(f"{up}.input_scale"), whole.input_scale)
+    unpack_model(ours, torch.float32)
+    back = load_model(tmp_path / "out", dtype="float32").state_dict()
+    for name, tensor in ours.state_dict().items():
+        assert not name.startswith("layers.") or torch.equal(tensor, back[name]), name
+
+
 def test_experts_are_cut_apart_and_routers_left_whole(tmp_path):
     source = packed_folder(EXPERTS, tmp_path, QuantSpec(rules=(Rule(pattern="head", scheme="w8a8"), Rule(pattern="*", scheme="w4a8-g64"))))
     result = export(source, None, tmp_path / "out")
@@ -164,7 +187,7 @@ def test_experts_are_cut_apart_and_routers_left_whole(tmp_path):
     [
         (DENSE, None, ConfigError, "say how its matrices"),
         (DENSE, "w4a16-g64-h", ConfigError, "no-hadamard"),
-        (DENSE, "fp8-tensor-static", ConfigError, "take fp8-tensor"),
+        (DENSE, "fp8-tensor-static", ConfigError, "take fp8-tensor, or export"),
         (DENSE, "fp9", ConfigError, "not a quantisation scheme"),
         (replace(DENSE, ffn_size=96), "w4a16-g64", CheckpointError, r"down_proj.*96 wide, not a multiple of the group 64"),
         (replace(DENSE, ffn_size=192), "fp8-block", CheckpointError, "take fp8-channel"),
