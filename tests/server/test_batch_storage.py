@@ -275,6 +275,27 @@ def test_a_newer_database_is_refused(tmp_path):
         Storage(tmp_path)
 
 
+def test_a_database_of_the_first_version_is_brought_up(tmp_path):
+    storage = Storage(tmp_path)
+    batch = ready_batch(storage)
+    storage.close()
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as link:
+        link.executescript("ALTER TABLE batches DROP COLUMN model; ALTER TABLE batches DROP COLUMN usage; PRAGMA user_version = 1;")
+    link.close()
+    for _ in range(2):
+        storage = Storage(tmp_path)
+        assert storage.batches.find(batch.id, "me").body()["usage"] is None
+        storage.close()
+    storage = Storage(tmp_path)
+    answer = {"model": "m", "usage": {"input_tokens": 5, "output_tokens": 2, "output_tokens_details": {"reasoning_tokens": 1}}}
+    for _ in range(2):  # what has a result keeps it, and is counted once
+        storage.batches.settle(batch.id, 2, True, "{}", answer)
+    body = storage.batches.get(batch.id).body()
+    assert (body["model"], body["usage"]["total_tokens"]) == ("m", 7)
+    assert body["usage"]["output_tokens_details"] == {"reasoning_tokens": 1}
+    storage.close()
+
+
 def test_only_its_owner_can_read_the_folder(tmp_path):
     storage = Storage(tmp_path / "deep" / "folder")
     batch = ready_batch(storage)

@@ -68,6 +68,13 @@ def test_a_batch_lives_as_openai_says(running, batch):
     assert [row["response"]["body"]["choices"][0]["message"]["content"] for row in output] == [f"answer {n}" for n in range(20)]
     assert {row["response"]["status_code"] for row in output} == {200}
     assert all(row["error"] is None for row in output)
+    used = [row["response"]["body"]["usage"] for row in output]
+    assert done.model == "fake"
+    assert done.usage.input_tokens == sum(each["prompt_tokens"] for each in used) > 0
+    assert done.usage.output_tokens == sum(each["completion_tokens"] for each in used) > 0
+    assert done.usage.input_tokens_details.cached_tokens == sum(each["prompt_tokens_details"]["cached_tokens"] for each in used)
+    assert done.usage.output_tokens_details.reasoning_tokens == 0
+    assert done.usage.total_tokens == sum(each["total_tokens"] for each in used)
     kept = api.files.retrieve(done.output_file_id)
     assert (kept.purpose, kept.filename) == ("batch_output", f"{done.id}_output.jsonl")
     assert kept.bytes == len(api.files.content(kept.id).content)
@@ -86,6 +93,7 @@ def test_every_endpoint(running, batch, endpoint):
     api, done = batch(running, [line(0, endpoint, **body)], endpoint)
     [row] = rows_of(api, done.output_file_id)
     assert good(row["response"]["body"])
+    assert done.usage.total_tokens == row["response"]["body"]["usage"]["total_tokens"] > 0
     if endpoint == "/v1/responses":
         with pytest.raises(openai.NotFoundError):
             api.responses.retrieve(row["response"]["body"]["id"])

@@ -9,13 +9,13 @@ import errno
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ernie45.server.failures import Failure
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE files (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, name TEXT NOT NULL, purpose TEXT NOT NULL,
@@ -27,7 +27,7 @@ CREATE TABLE batches (
     window TEXT NOT NULL, metadata TEXT NOT NULL, output_seconds INTEGER, status TEXT NOT NULL, errors TEXT NOT NULL DEFAULT '[]',
     created INTEGER NOT NULL, expires INTEGER NOT NULL, began INTEGER, finalizing INTEGER, cancelling INTEGER, ended INTEGER,
     output_file TEXT, error_file TEXT, total INTEGER NOT NULL DEFAULT 0, completed INTEGER NOT NULL DEFAULT 0,
-    failed INTEGER NOT NULL DEFAULT 0
+    failed INTEGER NOT NULL DEFAULT 0, model TEXT, usage TEXT
 ) STRICT;
 CREATE INDEX batches_of ON batches (owner, seq);
 CREATE TABLE lines (
@@ -35,6 +35,7 @@ CREATE TABLE lines (
     tries INTEGER NOT NULL DEFAULT 0, ok INTEGER, result TEXT, UNIQUE (batch, number), UNIQUE (batch, custom_id)
 ) STRICT;
 """
+_FROM_1 = "ALTER TABLE batches ADD COLUMN model TEXT; ALTER TABLE batches ADD COLUMN usage TEXT;"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -70,6 +71,16 @@ class Database:
         """The rows of a SELECT."""
         with guarded():
             return self._link.execute(question, values).fetchall()
+
+    def page(
+        self, table: str, conditions: Sequence[str], *values: Any, after: int | None, limit: int, newest: bool
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Rows in the order they came, or the other way round, from behind the number `after`; whether there are more."""
+        if after is not None:
+            conditions, values = [*conditions, "seq < ?" if newest else "seq > ?"], (*values, after)
+        question = f"SELECT * FROM {table} WHERE {' AND '.join(conditions)} ORDER BY seq {'DESC' if newest else 'ASC'} LIMIT ?"
+        found = self.rows(question, *values, limit + 1)
+        return found[:limit], len(found) > limit
 
     def each(self, question: str, *values: Any) -> Iterator[dict[str, Any]]:
         """The rows of a SELECT, one at a time."""
@@ -107,6 +118,8 @@ def _connected(path: Path) -> sqlite3.Connection:
             raise unavailable("the database of files and batches was made by a newer version of this program")
         if version == 0:
             link.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+        elif version == 1:
+            link.executescript(f"BEGIN IMMEDIATE; {_FROM_1} PRAGMA user_version = {_VERSION}; COMMIT;")
     except BaseException:
         link.close()
         raise

@@ -118,18 +118,17 @@ class Files:
         with guarded():
             return open(self._database.files / file.id, "rb")
 
-    def page(self, owner: str, *, purpose: str | None, after: str | None, limit: int, newest: bool) -> tuple[list[StoredFile], bool]:
+    def page(
+        self, owner: str, *, after: str | None, limit: int, newest: bool = True, purpose: str | None = None
+    ) -> tuple[list[StoredFile], bool]:
         """Files of an owner in the order they came, or the other way round; whether there are more. Raises `Failure` 404 for `after`."""
-        where, values = ["owner = ?", "(expires IS NULL OR expires > ?)"], [owner, self._clock()]
+        conditions, values = ["owner = ?", "(expires IS NULL OR expires > ?)"], [owner, self._clock()]
         if purpose is not None:
-            where.append("purpose = ?")
+            conditions.append("purpose = ?")
             values.append(purpose)
-        if after is not None:
-            where.append("seq < ?" if newest else "seq > ?")
-            values.append(self.find(after, owner).seq)
-        question = f"SELECT * FROM files WHERE {' AND '.join(where)} ORDER BY seq {'DESC' if newest else 'ASC'} LIMIT ?"
-        found = [StoredFile(**row) for row in self._database.rows(question, *values, limit + 1)]
-        return found[:limit], len(found) > limit
+        behind = None if after is None else self.find(after, owner).seq
+        rows, more = self._database.page("files", conditions, *values, after=behind, limit=limit, newest=newest)
+        return [StoredFile(**row) for row in rows], more
 
     def delete(self, id: str, owner: str) -> None:
         """Raises `Failure`: 404, or 409 while a batch reads the file."""

@@ -8,7 +8,7 @@ validating -> in_progress -> finalizing -> completed          a line has a resul
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ernie45.server.batches.database import Database
@@ -26,8 +26,43 @@ _LEFT: Mapping[Ending, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Used:
+    """Tokens of answers, whichever endpoint counted them."""
+
+    read: int = 0
+    cached: int = 0
+    written: int = 0
+    reasoning: int = 0
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> "Used":
+        """What an answer's body says under `usage`, in the words of chats, completions and embeddings or in those of responses."""
+        usage = answer.get("usage") or {}
+        into, out = ("input", "output") if "input_tokens" in usage else ("prompt", "completion")
+        return cls(
+            read=usage.get(f"{into}_tokens", 0),
+            cached=usage.get(f"{into}_tokens_details", {}).get("cached_tokens", 0),
+            written=usage.get(f"{out}_tokens", 0),
+            reasoning=usage.get(f"{out}_tokens_details", {}).get("reasoning_tokens", 0),
+        )
+
+    def __add__(self, other: "Used") -> "Used":
+        return Used(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+    def body(self) -> dict[str, Any]:
+        """As OpenAI writes it."""
+        return {
+            "input_tokens": self.read,
+            "input_tokens_details": {"cached_tokens": self.cached},
+            "output_tokens": self.written,
+            "output_tokens_details": {"reasoning_tokens": self.reasoning},
+            "total_tokens": self.read + self.written,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A batch's row. Times are seconds of the epoch; None = not yet, or never."""
+    """A batch's row. Times are seconds of the epoch; None = not yet, or never. model: of the first answer; usage: of all, as JSON."""
 
     seq: int
     id: str
@@ -50,6 +85,8 @@ class Batch:
     total: int
     completed: int
     failed: int
+    model: str | None
+    usage: str | None
 
     def body(self) -> dict[str, Any]:
         """As OpenAI writes it."""
@@ -72,6 +109,8 @@ class Batch:
             **{f"{word}_at": self.ended if self.status == word else None for word in ("completed", "failed", "expired", "cancelled")},
             "request_counts": {"total": self.total, "completed": self.completed, "failed": self.failed},
             "metadata": json.loads(self.metadata),
+            "model": self.model,
+            "usage": None if self.usage is None else Used(**json.loads(self.usage)).body(),
         }
 
 
@@ -112,9 +151,9 @@ class Batches:
 
     def page(self, owner: str, *, after: str | None, limit: int) -> tuple[list[Batch], bool]:
         """Batches of an owner, the newest first; whether there are more. Raises `Failure` 404 for `after`."""
-        before = self.find(after, owner).seq if after is not None else 1 << 62
-        found = self._database.rows("SELECT * FROM batches WHERE owner = ? AND seq < ? ORDER BY seq DESC LIMIT ?", owner, before, limit + 1)
-        return [Batch(**row) for row in found[:limit]], len(found) > limit
+        behind = None if after is None else self.find(after, owner).seq
+        rows, more = self._database.page("batches", ["owner = ?"], owner, after=behind, limit=limit, newest=True)
+        return [Batch(**row) for row in rows], more
 
     def cancel(self, id: str, owner: str) -> Batch:
         """Asks for its end. Raises `Failure`: 404, or 409 when it is over."""
@@ -179,8 +218,8 @@ class Batches:
         [row] = self._database.rows("SELECT tries FROM lines WHERE batch = ? AND number = ?", id, number)
         return row["tries"]
 
-    def settle(self, id: str, number: int, ok: bool, result: str) -> None:
-        """A line's result, a line of the output or the error file. What has one already keeps it."""
+    def settle(self, id: str, number: int, ok: bool, result: str, answer: Mapping[str, Any] | None = None) -> None:
+        """A line's result, a line of the output or the error file. What has one already keeps it. answer: the body in it, if one came."""
         with self._database.change() as link:
             done = link.execute(
                 "UPDATE lines SET ok = ?, result = ? WHERE batch = ? AND number = ? AND ok IS NULL", (int(ok), result, id, number)
@@ -188,6 +227,13 @@ class Batches:
             if done.rowcount:
                 column = "completed" if ok else "failed"
                 link.execute(f"UPDATE batches SET {column} = {column} + 1 WHERE id = ?", (id,))
+            if done.rowcount and ok and answer is not None:
+                [row] = link.execute("SELECT usage FROM batches WHERE id = ?", (id,)).fetchall()
+                used = Used(**json.loads(row["usage"] or "{}")) + Used.of(answer)
+                link.execute(
+                    "UPDATE batches SET usage = ?, model = COALESCE(model, ?) WHERE id = ?",
+                    (json.dumps(asdict(used)), answer.get("model"), id),
+                )
 
     def finish(self, id: str, ending: Ending) -> None:
         """Writes the output and the error file, in the order of the input, and ends the batch; the lines go. It may be done again."""

@@ -1,7 +1,7 @@
 """OpenAI's routes of files and batches. Whoever has a key sees what was made with that key, and nothing else."""
 
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import IO, Any, Literal
 
 from fastapi import FastAPI, Request
@@ -80,15 +80,7 @@ def add_batches(app: FastAPI, service: Service, storage: Storage | Failure, runn
     @app.get("/v1/batches", tags=["OpenAI"], openapi_extra=_query(after=str, limit=int))
     async def batches(request: Request) -> JSONResponse:
         """Batches, the newest first."""
-        store = ready()
-        asked = _asked(request, ("after", "limit"))
-        limit = _limit(asked, 20, 100)
-
-        def read() -> dict[str, Any]:
-            found, more = store.batches.page(request.state.caller.owner, after=asked.get("after"), limit=limit)
-            return _listed([batch.body() for batch in found], more)
-
-        return JSONResponse(await store.run(read))
+        return await _listed(request, ready(), lambda store: store.batches.page, _page_of(request, 20, 100))
 
     @app.get("/v1/batches/{id}", tags=["OpenAI"])
     async def batch(request: Request, id: str) -> JSONResponse:
@@ -138,19 +130,11 @@ def _add_files(app: FastAPI, service: Service, ready: Any) -> None:
     @app.get("/v1/files", tags=["OpenAI"], openapi_extra=_query(after=str, limit=int, order=str, purpose=str))
     async def files(request: Request) -> JSONResponse:
         """Files, the newest first unless `order` is asc."""
-        store = ready()
-        asked = _asked(request, ("after", "limit", "order", "purpose"))
-        limit, order = _limit(asked, 10_000, 10_000), asked.get("order", "desc")
+        page = _page_of(request, 10_000, 10_000, ("order", "purpose"))
+        order = page.pop("order", "desc")
         if order not in ("asc", "desc"):
             raise bad("order must be asc or desc", "order")
-
-        def read() -> dict[str, Any]:
-            found, more = store.files.page(
-                request.state.caller.owner, purpose=asked.get("purpose"), after=asked.get("after"), limit=limit, newest=order == "desc"
-            )
-            return _listed([file.body() for file in found], more)
-
-        return JSONResponse(await store.run(read))
+        return await _listed(request, ready(), lambda store: store.files.page, page | {"newest": order == "desc"})
 
     @app.get("/v1/files/{id}", tags=["OpenAI"])
     async def file(request: Request, id: str) -> JSONResponse:
@@ -215,24 +199,30 @@ def _metadata(given: Mapping[str, str]) -> Mapping[str, str]:
     return given
 
 
-def _asked(request: Request, known: tuple[str, ...]) -> dict[str, str]:
-    """A list's query. Raises `Failure` 400 naming what is unknown."""
-    for name in request.query_params:
-        if name not in known:
+def _page_of(request: Request, usual: int, most: int, more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A list's query: `after`, `limit`, and what `more` names. Raises `Failure` 400 naming what is unknown or wrong."""
+    asked: dict[str, Any] = dict(request.query_params)
+    for name in asked:
+        if name not in ("after", "limit", *more):
             raise Failure(400, f"{name[:80]} is not a parameter of this list", field=name[:80], code="unknown_parameter")
-    return dict(request.query_params)
-
-
-def _limit(asked: Mapping[str, str], default: int, most: int) -> int:
-    given = asked.get("limit", str(default))
+    given = asked.get("limit", str(usual))
     if not (given.isascii() and given.isdecimal() and len(given) < 8 and 1 <= int(given) <= most):
         raise bad(f"limit must be from 1 to {most:,}", "limit")
-    return int(given)
+    return {"after": None} | asked | {"limit": int(given)}
 
 
-def _listed(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
-    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": data, **ends, "has_more": more}
+async def _listed(
+    request: Request, store: Storage, pages: Callable[[Storage], Callable[..., Any]], page: Mapping[str, Any]
+) -> JSONResponse:
+    """A page of the caller's own, as OpenAI writes lists. pages: what reads one."""
+
+    def read() -> dict[str, Any]:
+        found, more = pages(store)(request.state.caller.owner, **page)
+        data = [item.body() for item in found]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        return {"object": "list", "data": data, **ends, "has_more": more}
+
+    return JSONResponse(await store.run(read))
 
 
 def _query(**names: type) -> dict[str, Any]:

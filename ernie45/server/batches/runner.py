@@ -144,12 +144,12 @@ class Runner:
     async def _one(self, batch: Batch, line: Line, file: IO[bytes], caller: Caller) -> None:
         """One line to its result."""
         data = await self._storage.run(os.pread, file.fileno(), line.size, line.place)
-        request_id = new_id("req_")
+        request_id, settle = new_id("req_"), self._storage.batches.settle
         try:
             body = body_bytes(data, self._service.settings.limits)
         except (Failure, KeyError):  # it was well when the batch began: the file on the disk is another now
             error = {"code": "invalid_json_line", "message": "The line changed on the disk after the batch began."}
-            await self._patiently(lambda: self._settle(batch, line, False, result_line(line.custom_id, None, error)))
+            await self._patiently(lambda: settle(batch.id, line.number, False, result_line(line.custom_id, None, error)))
             return
         while True:
             answer = await self._answer(batch.endpoint, body, caller, request_id)
@@ -159,10 +159,7 @@ class Runner:
             await asyncio.sleep(pause)
         response = {"status_code": answer.status, "request_id": request_id, "body": answer.body}
         result = result_line(line.custom_id, response, None)
-        await self._patiently(lambda: self._settle(batch, line, answer.status == 200, result))
-
-    def _settle(self, batch: Batch, line: Line, ok: bool, result: str) -> None:
-        self._storage.batches.settle(batch.id, line.number, ok, result)
+        await self._patiently(lambda: settle(batch.id, line.number, answer.status == 200, result, answer.body))
 
     async def _answer(self, path: str, body: bytes, caller: Caller, request_id: str) -> Inside:
         try:
