@@ -67,8 +67,10 @@ class Metrics:
         """The engine made a step."""
         message = step.message
         self.recent.stepped(step.written, step.read, step.gaps, step.now)
-        for gap in step.gaps:
-            self._gaps.labels(model).observe(gap)
+        if step.gaps:
+            observe = self._gaps.labels(model).observe
+            for gap in step.gaps:
+                observe(gap)
         if message.seconds:
             self._steps.labels(model).inc()
             self._step_time.labels(model).inc(message.seconds)

@@ -51,19 +51,23 @@ class EventStream(Response):
         }
         self._keep_alive = keep_alive
         self._write_seconds = write_seconds
+        self._turn = asyncio.Lock()  # events and comments are sent one at a time
+        self._sending: float | None = None  # since when the client has not taken what is being sent
+        self._sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends until the events end, the client is gone, or it takes nothing for too long."""
-        writing = asyncio.ensure_future(self._write(send))
-        watching = asyncio.ensure_future(_gone(receive))
+        self._sent = asyncio.get_running_loop().time()
+        writing, *others = tasks = [asyncio.ensure_future(work) for work in (self._write(send), _gone(receive), self._watch(send))]
         try:
-            await asyncio.wait([writing, watching], return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
         finally:
-            for task in (writing, watching):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(writing, watching, return_exceptions=True)
+            await asyncio.gather(writing, *others, return_exceptions=True)
             self._on_end()
             close = getattr(self._events, "aclose", None)
             if close is not None:
@@ -71,36 +75,43 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._sent_headers.items()]
-        await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
-        with contextlib.suppress(TimeoutError, OSError):  # a client that takes nothing is left
-            async for data in self._quietly():
-                await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
+        with contextlib.suppress(OSError):  # the client is gone
+            await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+            try:
+                async for data in self._events:
+                    await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
+            except Failure as failure:
+                await self._send(send, {"type": "http.response.body", "body": self._on_failure(failure), "more_body": True})
             await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _quietly(self) -> AsyncIterator[bytes]:
-        """The events, with comments between those that are far apart."""
-        events = self._events.__aiter__()
+    async def _watch(self, send: Send) -> None:
+        """Sends comments while it is quiet; ends when the client has taken nothing for too long. One timer for all events of a stream."""
+        loop = asyncio.get_running_loop()
+        comment = {"type": "http.response.body", "body": _COMMENT, "more_body": True}
         while True:
-            coming = asyncio.ensure_future(anext(events))
-            try:
-                while not coming.done():
-                    await asyncio.wait([coming], timeout=self._keep_alive)
-                    if not coming.done():
-                        yield _COMMENT
-                yield coming.result()
-            except StopAsyncIteration:
-                return
-            except Failure as failure:
-                yield self._on_failure(failure)
-                return
-            finally:
-                if not coming.done():
-                    coming.cancel()
-                    await asyncio.gather(coming, return_exceptions=True)
+            if self._sending is not None:
+                left = self._sending + self._write_seconds - loop.time()
+                if left <= 0:
+                    return
+            else:
+                left = self._sent + self._keep_alive - loop.time()
+                if left <= 0:
+                    try:
+                        async with asyncio.timeout(self._write_seconds):
+                            await self._send(send, comment)
+                    except OSError:  # the client is gone, or it takes nothing: a TimeoutError is one too
+                        return
+                    continue
+            await asyncio.sleep(min(left, self._write_seconds))
 
     async def _send(self, send: Send, message: Any) -> None:
-        async with asyncio.timeout(self._write_seconds):
-            await send(message)
+        loop = asyncio.get_running_loop()
+        async with self._turn:
+            self._sending = loop.time()
+            try:
+                await send(message)
+            finally:
+                self._sending, self._sent = None, loop.time()
 
 
 async def _gone(receive: Receive) -> None:

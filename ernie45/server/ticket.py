@@ -132,10 +132,11 @@ class Ticket:
     async def next(self) -> Piece | None:
         """What came since the last call, waiting for it; None when the answer is over and told. Raises `Failure`."""
         while True:
-            self._news.clear()
-            piece = self._piece()
-            if piece.deltas or piece.ids:
-                return piece
+            if self._news.is_set():
+                self._news.clear()
+                piece = self._piece()
+                if piece.deltas or piece.ids:
+                    return piece
             if self.failure is not None:
                 raise self.failure
             if self.state is State.over:
