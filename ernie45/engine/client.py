@@ -9,6 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +19,11 @@ from ernie45 import ops
 from ernie45.config import Environment
 from ernie45.engine.answer import Answer, Completion
 from ernie45.engine.core import Engine, EngineConfig
+from ernie45.engine.draft_model import load_draft
 from ernie45.engine.output import Output
 from ernie45.engine.request import PlacedPicture, Request, SamplingParams
 from ernie45.engine.scheduler import Load, SchedulerConfig
-from ernie45.engine.speculate import DRAFT_TOKENS, SpeculationConfig
+from ernie45.engine.speculate import DRAFT_TOKENS, SpeculationConfig, check_mtp
 from ernie45.engine.thread_settings import ThreadSettings
 from ernie45.engine.threads import Crew
 from ernie45.errors import CheckpointError, ConfigError, RequestError
@@ -119,6 +121,7 @@ class LLM:
         adapter_bytes: int = 1 << 30,
         kv: str = "whole",
         speculative: str = "off",
+        draft_model: str | None = None,
         draft_tokens: int = DRAFT_TOKENS,
         text_only: bool = False,
         rules: PixelRules | None = None,
@@ -133,8 +136,8 @@ class LLM:
         chat_format names a known chat format for a model without a template of its own. adapters: a folder of PEFT adapters, which the
         methods below name by their folders' names. text_only leaves what a model sees with in its files; rules: how pictures are made for
         a decoder that sees (a folder brings its own). memory: bytes that weights, work and
-        cache may take; None = what is available. What does not fit is refused before its weights are read. speculative and
-        draft_tokens: who guesses tokens ahead, see `SpeculationConfig`. threads: how many compute and where, for this whole process; None
+        cache may take; None = what is available. What does not fit is refused before its weights are read. speculative, draft_model
+        and draft_tokens: who guesses tokens ahead, see `SpeculationConfig`. threads: how many compute and where, for this whole process; None
         leaves torch's as they are. The engine's settings: see `EngineConfig`.
         Raises CheckpointError, TokenizerError or ConfigError.
         """
@@ -150,7 +153,7 @@ class LLM:
             adapter_bytes=adapter_bytes,
             kv=kv,
             huge_pages=threads is not None and threads.huge_pages == "on",
-            speculation=SpeculationConfig(by=speculative, most=draft_tokens),
+            speculation=SpeculationConfig(by=speculative, draft_model=draft_model, most=draft_tokens),
         )
         environment = environment or Environment.read()
         crew = None if threads is None else Crew(threads, cache=environment.cache_dir)
@@ -161,6 +164,8 @@ class LLM:
         self._without_template = "this model was given without a chat template"
         self.plan: MemoryPlan | None = None
         free: int | None = None
+        draft = load_draft(draft_model, environment, dtype) if draft_model else None
+        check_mtp(config.speculation, quantize)
         if isinstance(model, Decoder):
             if quantize is not None:
                 raise ConfigError(
@@ -172,15 +177,16 @@ class LLM:
 
             def approve(opened: OpenModel, compute: ComputeType, held: Held) -> None:
                 packed = opened.spec is not None or quantize is not None
-                use = config.use(opened.config, compute.dtype, adapters=folder is not None, packed=packed)
-                self.plan = plan_memory(opened.described, held, use)
+                use = config.use(opened.config, compute.dtype, adapters=folder is not None, packed=packed, draft=draft)
+                self.plan = plan_memory(opened.described, held if draft is None else replace(held, total=held.total + draft.size), use)
                 check_fits(self.plan, available, str(model), opened.described, use, packed=packed)
                 if crew is not None:
                     crew.before_loading(self.plan.least)
 
             how: dict[str, Any] = {"dtype": dtype, "text_only": text_only, "environment": environment}
             how |= {"progress": progress, "approve": approve}
-            loaded = load(model, mtp=False, compact=True, **how) if quantize is None else load_quantised(model, quantize, **how)
+            mtp = speculative == "mtp"
+            loaded = load(model, mtp=mtp, compact=True, **how) if quantize is None else load_quantised(model, quantize, **how)
             assert self.plan is not None
             free = available - self.plan.fixed
             decoder, self.compute, self.name = loaded.decoder, str(loaded.compute), str(model)
@@ -188,8 +194,10 @@ class LLM:
             if decoder.sight is not None:
                 vision = decoder.sight.config
                 rules = read_pixel_rules(loaded.opened.path, PixelRules(patch=vision.patch_size, merge=vision.merge))
+        if draft is not None:
+            draft.check(self.tokenizer)
         self.seating = None if crew is None else crew.after_loading(decoder, "" if isinstance(model, Decoder) else str(model))
-        self._engine = Engine(decoder, config, adapters=folder, rules=rules, available=free)
+        self._engine = Engine(decoder, config, adapters=folder, rules=rules, available=free, draft=draft)
         # the files are the caller's own: any path may be read
         self.sight = Sight(rules=self._engine.rules, sources=Sources(paths=True)) if self._engine.rules is not None else None
         self._dtype = decoder.dtype

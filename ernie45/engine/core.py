@@ -16,7 +16,9 @@ import torch
 from ernie45 import ops
 from ernie45.engine.adapters import Adapters
 from ernie45.engine.cache import PagedCache
-from ernie45.engine.drafter import NgramDrafter
+from ernie45.engine.draft_model import Draft, ModelDrafter
+from ernie45.engine.draft_mtp import MtpDrafter
+from ernie45.engine.drafter import Drafter, NgramDrafter
 from ernie45.engine.experts_load import ExpertsLoad
 from ernie45.engine.eyes import Eyes
 from ernie45.engine.grammar import Grammars
@@ -38,7 +40,6 @@ from ernie45.tokens.pictures import Picture, PixelRules
 _EMBEDDING = "\0embedding"  # who holds the adapter of a text to embed
 _IDLE_SHARE = 4
 _RGB = 3
-_BROKEN = (FinishReason.error, FinishReason.grammar)  # ends without a token of their own
 _ALONE = 16  # times its budget the vision tower gets in a step when no answer is being written
 
 
@@ -89,13 +90,15 @@ class EngineConfig:
 
     def bytes_per_token(self, model: TextConfig, dtype: torch.dtype) -> int:
         """Cache bytes of one token."""
-        return kv_bytes_per_token(model, dtype.itemsize) if self.kv == "whole" else packed_bytes_per_token(model, KV_BITS[self.kv])
+        block = kv_bytes_per_token(replace(model, num_layers=1), dtype.itemsize) if self.speculation.by == "mtp" else 0
+        own = kv_bytes_per_token(model, dtype.itemsize) if self.kv == "whole" else packed_bytes_per_token(model, KV_BITS[self.kv])
+        return own + block
 
-    def use(self, model: TextConfig, dtype: torch.dtype, *, adapters: bool, packed: bool) -> Use:
-        """What these settings mean for the memory of a model, with or without packed matrices and adapters."""
+    def use(self, model: TextConfig, dtype: torch.dtype, *, adapters: bool, packed: bool, draft: Draft | None = None) -> Use:
+        """What these settings mean for the memory of a model, with or without packed matrices and adapters, beside a draft model."""
         return Use(
             value_bytes=dtype.itemsize,
-            token_bytes=self.bytes_per_token(model, dtype),
+            token_bytes=self.bytes_per_token(model, dtype) + (0 if draft is None else draft.bytes_per_token),
             page_size=self.page_size,
             num_pages=self.num_pages,
             max_length=self.max_length,
@@ -106,12 +109,13 @@ class EngineConfig:
             picture_bytes=self.picture_bytes,
         )
 
-    def resolve(self, model: TextConfig, dtype: torch.dtype, available: int) -> SchedulerConfig:
-        """Every number fixed, for a model, a compute type and so many available bytes. Raises `ConfigError` when it cannot be done."""
+    def resolve(self, model: TextConfig, dtype: torch.dtype, available: int, draft: Draft | None = None) -> SchedulerConfig:
+        """Every number fixed, for a model, a compute type, so many available bytes and a draft model. Raises `ConfigError` when it
+        cannot be done."""
         wanted = self.max_length or model.max_positions
         if wanted > model.max_positions:
             raise ConfigError(f"max_length is {wanted}; the model knows positions for {model.max_positions}")
-        page_bytes = self.page_size * self.bytes_per_token(model, dtype)
+        page_bytes = self.page_size * (self.bytes_per_token(model, dtype) + (0 if draft is None else draft.bytes_per_token))
         per_sequence = -(-wanted // self.page_size)
         fitting = int(available * CACHE_SHARE) // page_bytes
         pages = self.num_pages if self.num_pages is not None else min(fitting, per_sequence * self.max_running)
@@ -149,16 +153,18 @@ class Engine:
         new_seed: Callable[[], int] = lambda: secrets.randbits(63),
         on_fault: Callable[[str, Exception], None] = lambda request_id, error: None,
         clock: Callable[[], float] = time.perf_counter,
+        draft: Draft | None = None,
     ) -> None:
         """available: bytes of memory, asked from the system when None. grammars: compiler for requests with a grammar; None refuses them.
 
         adapters: what requests may name; None refuses all. rules: how pictures are made for a model that sees; beside adapters
         it sees none. new_seed: for requests without a seed. on_fault: told of each request that ended alone because its part of a step
         broke, and how. clock: seconds, by which drafting is judged.
+        draft: the model that guesses where `config.speculation` asks for one.
         """
         free = available_memory() if available is None else available
         config = config or EngineConfig()
-        self.limits = config.resolve(decoder.config, decoder.dtype, free)
+        self.limits = config.resolve(decoder.config, decoder.dtype, free, draft)
         self.model = decoder.config
         self.bytes_per_token = config.bytes_per_token(decoder.config, decoder.dtype)
         self._new_seed = new_seed
@@ -171,7 +177,7 @@ class Engine:
         self._eyes = _eyes(decoder, rules, config.picture_bytes) if self._adapters is None else None
         self._vision_budget = config.vision_budget * 10**9
         self._clock = clock
-        drafter = NgramDrafter() if config.speculation.by == "ngram" else None
+        drafter = _drafter(config.speculation.by, decoder, draft, self.limits)
         self._speculation = Speculation(config.speculation.most) if drafter is not None else None
         self._runner = Runner(decoder, _cache(config, self.limits, decoder), self._adapters, self._eyes, drafter, clock)
 
@@ -260,15 +266,19 @@ class Engine:
         for progress in self._scheduler.commit(plan, result.sampled, result.failed, undone):
             name = progress.request_id
             logprobs = result.logprobs.get(name, ())
-            drafted = result.drafted.get(name, 0)
-            right = min(drafted, len(progress.tokens) - (progress.finish not in _BROKEN))
-            told = (scored.pop(name, ()), progress.finish, progress.cached_tokens, drafted, right)
+            told = (
+                scored.pop(name, ()),
+                progress.finish,
+                progress.cached_tokens,
+                result.drafted.get(name, 0),
+                result.accepted.get(name, 0),
+            )
             outputs.append(Output(name, progress.tokens, logprobs, *told))
             if progress.finish is not None:
                 self._forget(name)
         outputs += [Output(name, (), (), entries, None, 0) for name, entries in scored.items()]
         if self._speculation is not None:
-            self._speculation.note(plan, result.drafted, {out.request_id: out.accepted for out in outputs}, seconds, result.drafting)
+            self._speculation.note(plan, result.drafted, result.accepted, seconds, result.drafting)
         return tuple(outputs)
 
     def _computed(self, plan: Plan) -> tuple[StepResult, frozenset[str]]:
@@ -367,6 +377,19 @@ def _eyes(decoder: Decoder, rules: PixelRules | None, capacity: int) -> Eyes | N
             f"patches of {vision.patch_size}, {vision.merge} x {vision.merge}: mend preprocessor_config.json or config.json"
         )
     return Eyes(decoder.sight, rules, decoder.config.hidden_size, capacity)
+
+
+def _drafter(by: str, decoder: Decoder, draft: Draft | None, limits: SchedulerConfig) -> Drafter | None:
+    """Who guesses. Raises `ConfigError` when it cannot be."""
+    match by:
+        case "ngram":
+            return NgramDrafter()
+        case "mtp":
+            return MtpDrafter(decoder, limits.num_pages, limits.page_size)
+        case "draft":
+            assert draft is not None, "whoever asks for drafts of a model loads it"
+            return ModelDrafter(draft.decoder, decoder.config.vocab_size, limits.num_pages, limits.page_size)
+    return None
 
 
 def _cache(config: EngineConfig, limits: SchedulerConfig, decoder: Decoder) -> PagedCache | PackedCache:

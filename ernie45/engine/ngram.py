@@ -50,6 +50,7 @@ class SuffixIndex:
             place = self._before[place]
         if best < 0:
             return ()
+        count = min(count, 2 * (best_agreement - 1))  # a short agreement is often chance
         period = end - best  # a copy that reaches the end of the text goes on with itself
         return tuple(tokens[best + 1 + i % period] for i in range(count))
 

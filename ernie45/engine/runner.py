@@ -36,7 +36,8 @@ class StepResult:
     """What a plan brought: tokens per request that samples, how requests failed (`error` or `grammar`), log probabilities asked for.
 
     prompt_logprobs holds what this step adds: entries for prompt tokens in order, the first entry being for the second token.
-    drafted says for whom how many tokens were guessed and verified; guessing took so many seconds. A failed request may have tokens.
+    drafted says for whom how many tokens were guessed and verified, accepted how many of them were right; guessing took so many seconds.
+    A failed request may have tokens.
     """
 
     sampled: dict[str, tuple[int, ...]]
@@ -44,6 +45,7 @@ class StepResult:
     logprobs: dict[str, tuple[TokenLogprobs, ...]]
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]
     drafted: dict[str, int] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
     drafting: float = 0.0
 
 
@@ -64,6 +66,7 @@ def merged(results: Sequence[StepResult], broken: Iterable[str]) -> StepResult:
         whole.logprobs.update(result.logprobs)
         whole.prompt_logprobs.update(result.prompt_logprobs)
         whole.drafted.update(result.drafted)
+        whole.accepted.update(result.accepted)
     return whole
 
 
@@ -132,6 +135,7 @@ class Runner:
             logprobs={name: tuple(one.logprobs) for name, one in named if one.logprobs},
             prompt_logprobs=scored,
             drafted={name: len(draft) for name, draft in drafts.items()},
+            accepted={name: one.accepted for name, one in named if one.draft},
             drafting=drafting,
         )
 

@@ -8,7 +8,7 @@ Letters: R rows that sample, V vocabulary, W the best candidates looked at.
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class SampleState:
     def ended(self) -> bool:
         """True when the newest token ends the answer."""
         return bool(self.output) and self.output[-1] in self.request.end_ids and len(self.output) > self.request.params.min_tokens
+
+    def copy(self) -> "SampleState":
+        """The same to guess with, without the grammar: what is appended to it is not remembered here."""
+        seen_V, counts_V = (None if tensor is None else tensor.clone() for tensor in (self.seen_V, self.counts_V))
+        return replace(self, output=[*self.output], seen_V=seen_V, counts_V=counts_V, matcher=None)
 
     def take_back(self, count: int) -> None:
         """Forgets the newest tokens."""

@@ -20,7 +20,7 @@ from heapq import heapify, heapreplace
 from ernie45.engine.scheduler import Plan
 from ernie45.errors import ConfigError
 
-SPECULATIVE = ("off", "ngram")
+SPECULATIVE = ("off", "ngram", "draft", "mtp")
 DRAFT_TOKENS = 7  # a step of up to eight rows streams packed weights once (`kFewRows` of the kernels)
 MOST_DRAFT_TOKENS = 64
 _FORGET = 0.97  # weight of the past after each step, in the fit of its time
@@ -34,11 +34,13 @@ _TRIED = 2
 class SpeculationConfig:
     """Who drafts, and how much at most. Raises `ConfigError`.
 
-    by           off; ngram: the text itself
+    by           off; ngram: the text itself; draft: a smaller model; mtp: the model's own multi-token prediction block
+    draft_model  the smaller model: folder, file or name
     most         drafted tokens of a request in one step
     """
 
     by: str = "off"
+    draft_model: str | None = None
     most: int = DRAFT_TOKENS
 
     def __post_init__(self) -> None:
@@ -46,10 +48,21 @@ class SpeculationConfig:
             raise ConfigError(f"speculative is '{self.by}'; allowed: {', '.join(SPECULATIVE)}")
         if isinstance(self.most, bool) or not isinstance(self.most, int) or not 1 <= self.most <= MOST_DRAFT_TOKENS:
             raise ConfigError(f"draft_tokens must be from 1 to {MOST_DRAFT_TOKENS}, not {self.most!r}; to draft none say speculative off")
+        if self.by == "draft" and not self.draft_model:
+            raise ConfigError("speculative draft needs draft_model, a smaller model with the same vocabulary")
+        if self.draft_model and self.by != "draft":
+            raise ConfigError(f"draft_model is given, but speculative is '{self.by}': say speculative draft, or leave draft_model out")
 
     def text(self) -> str:
         """For people."""
-        return "none" if self.by == "off" else f"up to {self.most} tokens from the text itself, where it pays"
+        sources = {"ngram": "the text itself", "draft": str(self.draft_model), "mtp": "the model's own prediction block"}
+        return "none" if self.by == "off" else f"up to {self.most} tokens from {sources[self.by]}, where it pays"
+
+
+def check_mtp(config: SpeculationConfig, quantize: str | None) -> None:
+    """Raises `ConfigError` when a model that is packed as it is loaded is to guess with its prediction block, which is left out then."""
+    if config.by == "mtp" and quantize is not None:
+        raise ConfigError(f"--quantize {quantize} leaves the multi-token prediction block out: pack the model with ernie quantize first")
 
 
 @dataclass(slots=True)
@@ -94,6 +107,7 @@ class _Past:
     right: float = _HOPE[0]
     tried: float = _HOPE[1]
     idle: int = 0
+    begun: bool = False
 
 
 class Speculation:
@@ -135,6 +149,7 @@ class Speculation:
 
     def note(self, plan: Plan, drafted: Mapping[str, int], accepted: Mapping[str, int], seconds: float, drafting: float) -> None:
         """What a step brought. seconds: without the drafting, which took `drafting`."""
+        fresh = False
         for row in plan.rows:
             past = self._pasts.get(row.request_id)
             if past is None:
@@ -143,11 +158,12 @@ class Speculation:
                 past.idle += 1
                 continue
             right = accepted.get(row.request_id, 0)
-            past.idle = 0
+            fresh |= not past.begun
+            past.idle, past.begun = 0, True
             past.right = past.right * _FADE + right
             past.tried = past.tried * _FADE + min(right + 1, count)
         if all(row.samples and len(row.tokens) == 1 for row in plan.rows):
             self._time.note(len(plan.rows) + sum(drafted.values()), seconds)
-        if drafted:
+        if drafted and not fresh:  # before its first draft a text is read
             each = drafting / sum(drafted.values())
             self._drafting = each if not self._drafting else self._drafting * _FORGET + each * (1 - _FORGET)

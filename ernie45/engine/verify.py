@@ -31,6 +31,11 @@ class Wanted:
     failed: FinishReason | None = None
 
     @property
+    def accepted(self) -> int:
+        """How many drafted tokens turned out right."""
+        return sum(token == guess for token, guess in zip(self.tokens, self.draft, strict=False))
+
+    @property
     def row(self) -> int:
         """The row that the next choice is made from."""
         return self.first + len(self.tokens)

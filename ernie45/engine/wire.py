@@ -55,6 +55,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     quantize: str | None = None
     kv: str = "whole"
     speculative: str = "off"
+    draft_model: str | None = None
     draft_tokens: int = DRAFT_TOKENS
     step_seconds: float = 0.0
 

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +22,7 @@ from ernie45.engine.grammar import Grammars
 from ernie45.engine.output import BankLoad, Output
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load, SchedulerConfig
-from ernie45.engine.speculate import SpeculationConfig
+from ernie45.engine.speculate import SpeculationConfig, check_mtp
 from ernie45.engine.thread_settings import ThreadSettings
 from ernie45.engine.wire import (
     Cancel,
@@ -237,6 +238,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
 
     shorten_thread_waits()
     from ernie45.engine.core import Engine
+    from ernie45.engine.draft_model import load_draft
     from ernie45.engine.threads import Crew
     from ernie45.models.adapter_folder import AdapterFolder
     from ernie45.models.load import find_model
@@ -249,12 +251,14 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
     config = _config(spec)
     folder_of_adapters = AdapterFolder(Path(spec.adapters)) if spec.adapters else None
     granted: tuple[MemoryPlan, int] | None = None
+    check_mtp(config.speculation, spec.quantize)
+    draft = load_draft(spec.draft_model, environment, spec.dtype) if spec.draft_model else None
 
     def approve(opened: "OpenModel", compute: "ComputeType", held: Held) -> None:
         nonlocal granted
         packed = opened.spec is not None or spec.quantize is not None
-        use = config.use(opened.config, compute.dtype, adapters=bool(spec.adapters), packed=packed)
-        plan = plan_memory(opened.described, held, use)
+        use = config.use(opened.config, compute.dtype, adapters=bool(spec.adapters), packed=packed, draft=draft)
+        plan = plan_memory(opened.described, held if draft is None else replace(held, total=held.total + draft.size), use)
         channel.send(Planned(plan))
         (grant,) = channel.receive(None)
         assert isinstance(grant, Grant), "nothing else comes before the engine is ready"
@@ -269,6 +273,8 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
     seating = crew.after_loading(loaded.decoder, str(path))
     folder = text_folder(loaded.opened, Path(spec.text_folder))
     tokenizer = load_tokenizer(folder)
+    if draft is not None:
+        draft.check(tokenizer)
     rules = None
     if loaded.decoder.sight is not None:
         vision = loaded.decoder.sight.config
@@ -281,6 +287,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         adapters=folder_of_adapters,
         rules=rules,
         on_fault=lambda request_id, error: traceback.print_exception(error),
+        draft=draft,
     )
     info = EngineInfo(
         name=path.stem if path.suffix == ".gguf" else path.resolve().name,
@@ -307,7 +314,9 @@ def _load(
     how: dict[str, Any] = {"dtype": spec.dtype, "text_only": spec.text_only, "environment": environment, "approve": approve}
     if spec.quantize is not None:
         return load_quantised(path, spec.quantize, progress=progress, **how)
-    return load(path, mtp=False, compact=True, progress=lambda name, done, total: progress("weights", done, total), **how)
+    return load(
+        path, mtp=spec.speculative == "mtp", compact=True, progress=lambda name, done, total: progress("weights", done, total), **how
+    )
 
 
 def _threads(spec: EngineSpec) -> ThreadSettings:
@@ -345,7 +354,7 @@ def _config(spec: EngineSpec) -> "EngineConfig":
         adapter_bytes=spec.adapter_bytes,
         kv=spec.kv,
         huge_pages=spec.huge_pages == "on",
-        speculation=SpeculationConfig(by=spec.speculative, most=spec.draft_tokens),
+        speculation=SpeculationConfig(by=spec.speculative, draft_model=spec.draft_model, most=spec.draft_tokens),
     )
 
 

@@ -89,8 +89,11 @@ class ChatConfig(ThreadSettings):
     """Round the matrices as they are loaded: w4a8, w8a8, w4a16 or w8a16. Done anew at each start; `ernie quantize` loses less."""
     kv: Literal["whole", "int8", "int4"] = "whole"
     """Keys and values in the cache: in the compute type, or of 8 or 4 bits."""
-    speculative: Literal["off", "ngram"] = "off"
-    """Guess tokens ahead and verify them in one step; answers stay the same. ngram: from the prompt and the answer so far."""
+    speculative: Literal["off", "ngram", "draft", "mtp"] = "off"
+    """Guess tokens ahead and verify them in one step; answers stay the same. ngram: from prompt and answer; draft: by --draft-model;
+    mtp: by the model's own prediction block."""
+    draft_model: Annotated[str | None, _NONE] = None
+    """A smaller model of the same vocabulary that guesses, for speculative draft."""
     draft_tokens: int = DRAFT_TOKENS
     """Tokens guessed ahead in one step, at most."""
 
@@ -140,6 +143,7 @@ def run(config: ChatConfig, environment: Environment) -> int:
         quantize=config.quantize,
         kv=config.kv,
         speculative=config.speculative,
+        draft_model=config.draft_model,
         draft_tokens=config.draft_tokens,
         thinking=thinking_of(config.thinking),
         sampling=lambda folder: sampling_settings(config, folder),

@@ -69,8 +69,11 @@ class GenerateConfig(ThreadSettings):
     """Rows that are answered at the same time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto takes the one this processor is fast at."""
-    speculative: Literal["off", "ngram"] = "off"
-    """Guess tokens ahead and verify them in one step; answers stay the same. ngram: from the prompt and the answer so far."""
+    speculative: Literal["off", "ngram", "draft", "mtp"] = "off"
+    """Guess tokens ahead and verify them in one step; answers stay the same. ngram: from prompt and answer; draft: by --draft-model;
+    mtp: by the model's own prediction block."""
+    draft_model: Annotated[str | None, _NONE] = None
+    """A smaller model of the same vocabulary that guesses, for speculative draft."""
     draft_tokens: int = DRAFT_TOKENS
     """Tokens guessed ahead of an answer in one step, at most."""
 
@@ -106,6 +109,7 @@ def run(config: GenerateConfig, environment: Environment) -> int:
                 dtype=config.dtype,
                 max_running=config.max_running,
                 speculative=config.speculative,
+                draft_model=config.draft_model,
                 draft_tokens=config.draft_tokens,
                 chat_format=config.chat_format,
                 threads=config,

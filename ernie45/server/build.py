@@ -85,6 +85,7 @@ def process_opener(settings: ServerSettings, environment: Environment) -> Opener
             quantize=engine.quantize,
             kv=engine.kv,
             speculative=engine.speculative,
+            draft_model=engine.draft_model,
             draft_tokens=engine.draft_tokens,
         )
         return EngineProcess(spec, environment.for_children, stuck_seconds=engine.stuck_seconds, **listeners)

@@ -129,8 +129,11 @@ class EngineSettings(ThreadSettings):
     """Round a float model's matrices as they are loaded: w4a8, w8a8, w4a16, w8a16. Done anew at each start; `ernie quantize` loses less."""
     kv: Literal["whole", "int8", "int4"] = "whole"
     """Keys and values in the cache: in the compute type, or of 8 or 4 bits, which holds two to seven times as many tokens."""
-    speculative: Literal["off", "ngram"] = "off"
-    """Guess tokens ahead and verify them in one step; answers stay the same. ngram: from the prompt and the answer so far."""
+    speculative: Literal["off", "ngram", "draft", "mtp"] = "off"
+    """Guess tokens ahead and verify them in one step; answers stay the same. ngram: from prompt and answer; draft: by --engine.draft-model;
+    mtp: by the model's own prediction block."""
+    draft_model: str | None = None
+    """A smaller model of the same vocabulary that guesses, for speculative draft."""
     draft_tokens: int = DRAFT_TOKENS
     """Tokens guessed ahead of an answer in one step, at most."""
     text_only: bool = False

@@ -23,6 +23,8 @@ def searched(hint, text, count):
     )
     if best is None:
         return ()
+    agreement = next((n for n in range(min(_LONGEST, best + 1)) if whole[best - n] != whole[end - n]), min(_LONGEST, best + 1))
+    count = min(count, 2 * (agreement - 1))
     for _ in range(count):
         best += 1
         whole.append(whole[best])
@@ -41,13 +43,13 @@ def test_drafts_follow_the_longest_agreement(hint, text, further, count):
 
 def test_a_copy_goes_on_where_it_was():
     index = SuffixIndex((), (5, 6, 7, 8, 9, 1, 5, 6))
-    assert index.draft(4) == (7, 8, 9, 1)
+    assert index.draft(4) == (7, 8)
     index.extend((7, 8))
-    assert index.draft(2) == (9, 1)
+    assert index.draft(4) == (9, 1, 5, 6)
 
 
 def test_a_repetition_goes_on_with_itself():
-    assert SuffixIndex((), (4, 1, 2, 3, 1, 2, 3)).draft(7) == (1, 2, 3, 1, 2, 3, 1)
+    assert SuffixIndex((), (4, 1, 2, 3, 4, 1, 2, 3, 4)).draft(7) == (1, 2, 3, 4, 1, 2, 3)
 
 
 def test_a_hint_is_copied_from():
