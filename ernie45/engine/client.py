@@ -137,8 +137,8 @@ class LLM:
         methods below name by their folders' names. text_only leaves what a model sees with in its files; rules: how pictures are made for
         a decoder that sees (a folder brings its own). memory: bytes that weights, work and
         cache may take; None = what is available. What does not fit is refused before its weights are read. speculative, draft_model
-        and draft_tokens: who guesses tokens ahead, see `SpeculationConfig`. threads: how many compute and where, for this whole process; None
-        leaves torch's as they are. The engine's settings: see `EngineConfig`.
+        and draft_tokens: who guesses tokens ahead, see `SpeculationConfig`. threads: how many compute and where, for this whole process;
+        None leaves torch's as they are. The engine's settings: see `EngineConfig`.
         Raises CheckpointError, TokenizerError or ConfigError.
         """
         config = EngineConfig(
