@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from ernie45.errors import CheckpointError, RequestError
 from ernie45.models.adapter_folder import CONFIG, WEIGHTS, AdapterFolder
 from ernie45.models.adapter_layers import read_adapter_layers
 from ernie45.models.text import Decoder
-from ernie45.nn.row_adapters import AdapterLayers, RowAdapters, beside
+from ernie45.nn.row_adapters import AdapterLayers, StepAdapters, beside
 from ernie45.quant.model import unfuse
 
 _Stamp = tuple[tuple[int, int, int], ...]
@@ -39,7 +41,7 @@ class Adapters:
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # by version; used last stands last
         self._latest: dict[str, str] = {}  # name -> version
         self._held: dict[str, str] = {}  # request -> version
-        self._rows = RowAdapters()
+        self._rows = StepAdapters()
         self._beside: Decoder | None = None
 
     @property
@@ -63,8 +65,11 @@ class Adapters:
         """The request is over, or never had an adapter."""
         self._held.pop(request_id, None)
 
-    def network(self, request_ids: Sequence[str], spans: Sequence[tuple[int, int]]) -> Decoder:
-        """What computes a step whose requests have these rows, first and end each: the bare network where none has an adapter."""
+    def network(self, request_ids: Sequence[str], spans: Sequence[tuple[int, int]], vision_T: Tensor | None = None) -> Decoder:
+        """What computes a step whose requests have these rows, first and end each: the bare network where none has an adapter.
+
+        `vision` says which rows go to the vision experts, bool [T]; None: no row.
+        """
         rows: dict[str, list[int]] = {}
         for request_id, (first, end) in zip(request_ids, spans, strict=True):
             if (version := self._held.get(request_id)) is not None:
@@ -75,7 +80,7 @@ class Adapters:
             made = beside(self._decoder, self._rows, unfuse)
             assert isinstance(made, Decoder)
             self._beside = made
-        self._rows.tell([(self._loaded[version].layers, numbers) for version, numbers in rows.items()], spans[-1][1])
+        self._rows.tell([(self._loaded[version].layers, numbers) for version, numbers in rows.items()], spans[-1][1], vision_T)
         return self._beside
 
     def _open(self, name: str, folder: Path) -> str:

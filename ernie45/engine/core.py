@@ -157,8 +157,8 @@ class Engine:
     ) -> None:
         """available: bytes of memory, asked from the system when None. grammars: compiler for requests with a grammar; None refuses them.
 
-        adapters: what requests may name; None refuses all. rules: how pictures are made for a model that sees; beside adapters
-        it sees none. new_seed: for requests without a seed. on_fault: told of each request that ended alone because its part of a step
+        adapters: what requests may name; None refuses all. rules: how pictures are made for a model that sees.
+        new_seed: for requests without a seed. on_fault: told of each request that ended alone because its part of a step
         broke, and how. clock: seconds, by which drafting is judged.
         draft: the model that guesses where `config.speculation` asks for one.
         """
@@ -174,7 +174,7 @@ class Engine:
         self._untold: list[Output] = []  # ends of requests whose step broke
         self._adapters = Adapters(decoder, adapters, config.max_adapters, config.adapter_bytes) if adapters is not None else None
         self._experts = ExpertsLoad(decoder)
-        self._eyes = _eyes(decoder, rules, config.picture_bytes) if self._adapters is None else None
+        self._eyes = _eyes(decoder, rules, config.picture_bytes)
         self._vision_budget = config.vision_budget * 10**9
         self._clock = clock
         drafter = _drafter(config.speculation.by, decoder, draft, self.limits)

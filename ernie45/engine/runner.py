@@ -109,12 +109,13 @@ class Runner:
         drafting = self._clock() - began
         plan = Plan(tuple(replace(row, tokens=row.tokens + drafts.get(row.request_id, ()), room=0) for row in plan.rows))
         batch = self._batches.build(plan)
+        look = self._eyes.compose(plan, batch) if self._eyes is not None else None
         decoder = self._decoder
         if self._adapters is not None:
             spans = [(span.first, span.end) for span in batch.spans]
-            decoder = self._adapters.network([row.request_id for row in plan.rows], spans)
+            vision_T = look.vision_T if look is not None else None
+            decoder = self._adapters.network([row.request_id for row in plan.rows], spans, vision_T)
         wanted, ends = self._wanted(plan, batch, drafts)
-        look = self._eyes.compose(plan, batch) if self._eyes is not None else None
         computed = self._compute(decoder, batch, ends, look)
         scored = {
             row.request_id: found

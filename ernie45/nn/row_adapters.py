@@ -56,7 +56,7 @@ class RowAdapters:
 
     def tell(self, groups: Sequence[tuple[AdapterLayers, Sequence[int]]], num_rows: int) -> None:
         """The adapters of the next pass, each with the numbers of its rows, of `num_rows` altogether."""
-        self._rows = [(layers, torch.tensor(rows)) for layers, rows in groups]
+        self._rows = [(layers, torch.tensor(rows, dtype=torch.int64)) for layers, rows in groups]
         self._owners_T = torch.full((num_rows,), -1)
         for number, (_, rows_G) in enumerate(self._rows):
             self._owners_T[rows_G] = number
@@ -74,6 +74,24 @@ class RowAdapters:
     def owners(self, rows_G: Tensor) -> Tensor:
         """The numbers of the adapters of rows; -1 for none."""
         return self._owners_T[rows_G]
+
+
+class StepAdapters:
+    """The rows of the step under way as the layers meet them: all of them, and those of text alone, which routed experts take apart from
+    what was seen."""
+
+    def __init__(self) -> None:
+        self.all, self.text = RowAdapters(), RowAdapters()
+
+    def tell(self, groups: Sequence[tuple[AdapterLayers, Sequence[int]]], num_rows: int, vision_T: Tensor | None = None) -> None:
+        """As `RowAdapters.tell`; `vision` says which rows go to the vision experts, to which no adapter adds anything."""
+        self.all.tell(groups, num_rows)
+        if vision_T is None:
+            self.text.tell(groups, num_rows)
+            return
+        among_text_T = (~vision_T).cumsum(0) - 1
+        texts = [(layers, [int(among_text_T[row]) for row in rows if not vision_T[row]]) for layers, rows in groups]
+        self.text.tell(texts, int((~vision_T).sum()))
 
 
 class AdaptedLinear(nn.Module):
@@ -102,6 +120,8 @@ class AdaptedRouter(nn.Module):
         """[T, D] -> the chosen experts and their weights, [T, C] each."""
         base, routing = self.base, self.base(x_TD)
         for added, rows_G in self._adapters.of_linear(self.name):
+            if not len(rows_G):
+                continue
             weight_ED = base.weight + added.b_OR.float() @ added.a_RI.float()
             own = ops.route(x_TD[rows_G], weight_ED, base.selection_bias, base.top_k, base.norm_min)
             routing.experts[rows_G], routing.weights[rows_G] = own.experts, own.weights
@@ -151,7 +171,7 @@ def _with(added: LowRank | None, x_TI: Tensor, rows_G: Tensor, out_TO: Tensor) -
     return out_TO.index_add(0, rows_G, added(x_TI[rows_G]).to(out_TO.dtype))
 
 
-def beside(network: nn.Module, adapters: RowAdapters, prepare: Callable[[nn.Module], None] = lambda network: None) -> nn.Module:
+def beside(network: nn.Module, adapters: StepAdapters, prepare: Callable[[nn.Module], None] = lambda network: None) -> nn.Module:
     """A second network over the same weights whose attention, feed-forwards and routers add what `adapters` tells.
 
     prepare: called with it before its layers are wrapped, to take fused forms apart.
@@ -161,12 +181,12 @@ def beside(network: nn.Module, adapters: RowAdapters, prepare: Callable[[nn.Modu
     prepare(twin)
     for name, owner in list(twin.named_modules()):
         if isinstance(owner, Attention):
-            _wrap(owner, name, ("qkv", "out"), adapters)
+            _wrap(owner, name, ("qkv", "out"), adapters.all)
         elif isinstance(owner, SwiGLU):
-            _wrap(owner, name, ("gate_up", "down"), adapters)
+            _wrap(owner, name, ("gate_up", "down"), adapters.all)
         elif isinstance(owner, MixtureOfExperts):
-            experts = AdaptedExperts(f"{name}.experts", owner.experts, owner.router.weight.shape[0], adapters)
-            for part, layer in (("experts", experts), ("router", AdaptedRouter(f"{name}.router", owner.router, adapters))):
+            experts = AdaptedExperts(f"{name}.experts", owner.experts, owner.router.weight.shape[0], adapters.text)
+            for part, layer in (("experts", experts), ("router", AdaptedRouter(f"{name}.router", owner.router, adapters.text))):
                 setattr(owner, part, layer)
     return twin
 

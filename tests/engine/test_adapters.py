@@ -17,7 +17,7 @@ from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.models.adapter_layers import read_adapter_layers
 from ernie45.models.load import load_model
 from ernie45.models.save import save_model
-from ernie45.nn.row_adapters import RowAdapters, beside
+from ernie45.nn.row_adapters import StepAdapters, beside
 from ernie45.quant.model import quantise_model, unfuse
 from ernie45.quant.spec import QuantSpec
 from tests.engine.peft_adapters import merged, random_factors, write
@@ -188,7 +188,7 @@ def test_a_packed_base_takes_adapters(base, tmp_path):
     factors = random_factors(config, 3, keep=lambda target: not target.endswith("gate"))
     write(tmp_path / "voice", factors)
     layers, _ = read_adapter_layers(tmp_path / "voice", config, torch.float32, 1 << 20)
-    rows = RowAdapters()
+    rows = StepAdapters()
     twin = beside(packed, rows, unfuse)
     bare_error = off(packed.prompt_logits(prompt), whole.prompt_logits(prompt))
     rows.tell([], len(prompt))
@@ -227,7 +227,7 @@ def test_peft_means_what_we_compute(base, how, tmp_path):
     decoder = load_model(tmp_path / "model", dtype="float32")
     layers, size = read_adapter_layers(tmp_path / "adapters" / "voice", decoder.config, torch.float32, 1 << 20)
     assert 0 < size < 1 << 20
-    rows = RowAdapters()
+    rows = StepAdapters()
     twin = beside(decoder, rows, unfuse)
     rows.tell([(layers, range(len(prompt)))], len(prompt))
     torch.testing.assert_close(twin.prompt_logits(prompt), wanted, **CLOSE)
