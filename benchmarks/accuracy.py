@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,13 +139,13 @@ def measure(original: LoadedModel, forms: Sequence[Form], windows: Sequence[Sequ
     print(file=sys.stderr)
 
 
-def row(form: Form, quality: Quality) -> dict[str, float | str]:
+def row(form: Form, quality: Quality) -> dict[str, Any]:
     """The figures of one form."""
     by_window = float(torch.tensor(form.windows).std() / len(form.windows) ** 0.5) if len(form.windows) > 1 else float("nan")
     return {
         "form": form.name, "matrix_bytes": form.nbytes, "ratio": quality.ratio, "nll_spread": quality.nll_spread, "by_window": by_window,
         "divergence": quality.divergence, "agreement": quality.agreement, "perplexity_before": quality.perplexity_before,
-        "tokens": quality.tokens,
+        "tokens": quality.tokens, "differences_by_window": form.windows,
     }  # fmt: skip
 
 
