@@ -64,6 +64,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor, or of this rank's share of it."""
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return own.numel() * own.element_size()
+
+
 def of_matrices(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """`function(tensor)`, which treats the last two dimensions as matrices; the shares of a shared tensor, from which it keeps the form.
 

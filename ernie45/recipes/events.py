@@ -7,7 +7,18 @@ from ernie45.errors import MissingExtra
 from ernie45.train.step import StepReport
 
 FOLDER = "tensorboard"
-_GROUPS = {"rate": "train", "norm": "train", "tokens_per_second": "speed", "learned": "train", "tokens": "train", "seconds": "speed"}
+_GROUPS = {
+    "mfu": "speed",
+    "hfu": "speed",
+    "work": "speed",
+    "layer_work": "speed",
+    "rate": "train",
+    "norm": "train",
+    "tokens_per_second": "speed",
+    "learned": "train",
+    "tokens": "train",
+    "seconds": "speed",
+}
 
 
 class Events:
@@ -30,6 +41,9 @@ class Events:
             if name == "load":
                 for layer, shares in enumerate(value):
                     self._writer.add_scalar(f"load/{layer}", max(shares), report.step)
+            elif name == "memory":
+                for kind, held in value.items():
+                    self._writer.add_scalar(f"memory/{kind}", held, report.step)
             elif name not in ("step", "skipped"):
                 self._writer.add_scalar(f"{_GROUPS.get(name, 'loss')}/{name}", value, report.step)
         self._writer.flush()

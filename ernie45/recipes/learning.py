@@ -200,10 +200,13 @@ def keeping(config: LearningConfig, pupil: Pupil) -> Callable[[], AbstractContex
 
 
 @contextmanager
-def within_memory(config: LearningConfig, pupil: Pupil, way: Run, tokens_T: Tensor) -> Iterator[None]:
-    """While it lasts, the pupil's layers keep no more for backward than `config.keep_gb`, measured on these tokens as one document."""
+def within_memory(config: LearningConfig, pupil: Pupil, way: Run, tokens_T: Tensor) -> Iterator[float]:
+    """While it lasts, the pupil's layers keep no more for backward than `config.keep_gb`, measured on these tokens as one document.
+
+    Gives the share of the layers' forward pass that is computed a second time.
+    """
     if config.keep_gb is None:
-        yield
+        yield float(config.recompute)
         return
     decoder, places_T = pupil.decoder, torch.arange(len(tokens_T))
     parts = measure(decoder, lambda: way(lambda: decoder(decoder.embed(tokens_T), places_T, PackedCausal([len(tokens_T)]))))
@@ -212,7 +215,7 @@ def within_memory(config: LearningConfig, pupil: Pupil, way: Run, tokens_T: Tens
         size, left = sum(part.bytes for part in parts), sum(part.bytes for part in parts if part not in again)
         print(f"kept for backward: {left / 1e9:.3f} of {size / 1e9:.3f} GB; {len(again)} of {len(parts)} parts of layers computed again")
     with computed_again(decoder, again):
-        yield
+        yield sum(part.seconds for part in again) / sum(part.seconds for part in parts)
 
 
 def put_together(pupil: Pupil, weights: Mapping[str, Tensor]) -> None:
@@ -294,7 +297,8 @@ class Watcher:
         speed = report.tokens / max(report.seconds, 1e-9)
         left = (self.steps - report.step - 1) * report.seconds
         text = f"step {report.step + 1}/{self.steps}  loss {report.loss:.4f}  rate {report.rate:.2e}  norm {report.norm:.2f}"
-        text += f"  {speed:,.0f} tok/s  {left / 60:.1f} min left" + ("  SKIPPED: gradient not finite" if report.skipped else "")
+        text += f"  {speed:,.0f} tok/s" + (f"  MFU {report.mfu:.1%}" if report.mfu is not None else "")
+        text += f"  {left / 60:.1f} min left" + ("  SKIPPED: gradient not finite" if report.skipped else "")
         print(f"\r\x1b[K{text}" if self.live else text, end="\n" if last or not self.live else "", file=sys.stderr, flush=True)
 
 

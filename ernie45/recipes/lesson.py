@@ -12,6 +12,7 @@ from ernie45.config import Environment
 from ernie45.nn.lora import LoraConfig
 from ernie45.parallel.ranks import Ranks
 from ernie45.parallel.shard import Run
+from ernie45.recipes.bench.limits import float_peak
 from ernie45.recipes.events import Events
 from ernie45.recipes.learning import (
     WITHOUT_EFFECT,
@@ -93,7 +94,7 @@ def teach(
     samples = Samples(pupil.decoder, pupil.tokenizer, pupil.template(config.chat_format), config.out, config.samples, config.sample_tokens)
     learns = pupil.decoder if whole is None else whole
     events = Events(config.out) if config.tensorboard else None
-    with Watcher(steps, events) as watcher, within_memory(config, pupil, way, data.batch(0).tokens_T):
+    with Watcher(steps, events) as watcher, within_memory(config, pupil, way, data.batch(0).tokens_T) as again:
         progress = train(
             learner,
             learns,
@@ -105,11 +106,14 @@ def teach(
             on_report=watcher,
             on_saved=samples,
             ranks=pupil.ranks,
+            peak=float_peak(pupil.decoder.dtype),
+            again=again,
         )
     how = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all weights"
     card = say(f"{how}, {progress.step:,} steps, {progress.tokens:,} tokens")
     card += " The settings stand in `settings.json` of the run. The licence of the base model applies.\n"
     target = config.out / "model"
-    put_together(pupil, dict(pupil.decoder.named_parameters()))
+    if pupil.ranks.sharded:
+        put_together(pupil, dict(pupil.decoder.named_parameters()))
     pupil.ranks.once(lambda: write_result(pupil, target, config.lora if config.lora.rank else None, card))
     return target

@@ -12,6 +12,7 @@ from ernie45.config import Environment
 from ernie45.errors import ConfigError, DataError
 from ernie45.models.load import find_model
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
+from ernie45.recipes.bench.limits import float_peak
 from ernie45.recipes.events import Events
 from ernie45.recipes.learning import (
     WITHOUT_EFFECT,
@@ -144,7 +145,7 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
     samples = Samples(pupil.decoder, pupil.tokenizer, None, config.out, config.samples, config.sample_tokens)
     events = Events(config.out) if config.tensorboard else None
-    with Watcher(steps, events) as watcher, within_memory(config, pupil, way, stream.batch(0).tokens_T):
+    with Watcher(steps, events) as watcher, within_memory(config, pupil, way, stream.batch(0).tokens_T) as again:
         progress = train(
             learner,
             pupil.decoder,
@@ -157,13 +158,16 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
             on_report=watcher,
             on_saved=samples,
             ranks=ranks,
+            peak=float_peak(pupil.decoder.dtype),
+            again=again,
         )
     learner.watch.close()
     start = "random weights" if config.fresh else config.model
     names = ", ".join(source.name for source in sources)
     card = f"# Pre-trained from {start}\n\nernie45, {progress.step:,} steps, {progress.tokens:,} tokens of {names}.\n"
     target = config.out / "model"
-    put_together(pupil, dict(pupil.decoder.named_parameters()))
+    if pupil.ranks.sharded:
+        put_together(pupil, dict(pupil.decoder.named_parameters()))
     ranks.once(lambda: write_result(pupil, target, None, card))
     if average is not None:
         put_together(pupil, average.weights)

@@ -22,7 +22,7 @@ MAX_SAMPLES = 200
 _QUIET_SECONDS = 60.0
 """A run that writes nothing for so long, and for ten of its steps, is taken to have stopped."""
 _RANGE = "loss"
-_HIDDEN = ("load", "seconds", "tokens", "learned", "skipped", "step")
+_HIDDEN = ("load", "memory", "work", "layer_work", "seconds", "tokens", "learned", "skipped", "step")
 
 Row = dict[str, Any]
 
@@ -109,7 +109,8 @@ class RunFolder:
             "state": self.state(rows),
             "steps": len(rows),
             "planned": number(self.fact(PLAN).get("steps")),
-            "last": {key: value for key, value in rows[-1].items() if key != "load"} if rows else {},
+            "last": {key: value for key, value in rows[-1].items() if key not in ("load", "memory")} if rows else {},
+            "memory": next((row["memory"] for row in reversed(rows) if isinstance(row.get("memory"), dict)), {}),
             "skipped": sum(bool(row.get("skipped")) for row in rows),
             "settings": self.fact(SETTINGS),
             "curves": curves(rows),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ernie45.plan.flops import causal_pairs
 from ernie45.tokens.template import IGNORED
 
 
@@ -48,6 +49,11 @@ class TrainBatch:
     def learned(self) -> int:
         """Rows with a label."""
         return int((self.labels_T != IGNORED).sum())
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens that see each other."""
+        return causal_pairs([end - start for start, end in zip((0, *self.doc_ends), self.doc_ends, strict=False)])
 
     def after_next(self) -> "AfterNext":
         """The same rows as a multi-token predictor sees them: row i is given token i + 1 and learns what row i + 1 learns."""

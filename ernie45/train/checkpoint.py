@@ -24,12 +24,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ernie45.config import from_mapping
 from ernie45.errors import CheckpointError, ConfigError, ErnieError, RunError
 from ernie45.machine import available_memory
 from ernie45.parallel.ranks import ALONE, Ranks
+from ernie45.parallel.shard import own_bytes
 from ernie45.train.checkpoint_files import PartsReader, PartsWriter, Table, sha256_of
 from ernie45.train.examples import NO_HISTORY
 from ernie45.train.optim import MovingAverage, Optimiser
@@ -142,7 +142,7 @@ class Checkpoints:
 
     def _roomy(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether every rank has the memory for a copy."""
-        tight = sum(map(_own_bytes, tensors.values())) > _ROOMY * available_memory()
+        tight = sum(map(own_bytes, tensors.values())) > _ROOMY * available_memory()
         return not self.ranks.sums([float(tight)])[0]
 
     def _write(self, partial: Path, progress: Progress, tensors: dict[str, Tensor]) -> None:
@@ -213,12 +213,6 @@ def _tensors(model: nn.Module, optimiser: Optimiser, average: MovingAverage | No
     held = {f"weights/{name}": tensor for name, tensor in _moving(model).items()}
     held |= {f"optimiser/{name}": tensor for name, tensor in optimiser.state().items()}
     return held | {f"average/{name}": tensor for name, tensor in (average.weights if average else {}).items()}
-
-
-def _own_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor on this rank."""
-    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return own.numel() * own.element_size()
 
 
 def _is(path: Path, digest: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from ernie45.errors import ConfigError, RunError
 from ernie45.parallel.ranks import ALONE, Ranks
+from ernie45.train.accounting import accounted, memory_by_kind
 from ernie45.train.checkpoint import Checkpoints, Progress
 from ernie45.train.examples import Batch, Batches, digest_after, digest_of
 from ernie45.train.lock import locked
@@ -70,12 +71,15 @@ def train(
     on_report: Callable[[StepReport], None] = lambda report: None,
     on_saved: Callable[[Progress], None] = lambda progress: None,
     ranks: Ranks = ALONE,
+    peak: float | None = None,
+    again: float = 0.0,
 ) -> Progress:
     """Run to the end from the newest checkpoint in `folder`, or from the start. Returns where it stands.
 
     The batches of a step are shared out among the ranks; which batches a step has does not depend on how many ranks there are. on_report is
-    called after each step and on_saved after each checkpoint, on the first rank. In one process a run that was killed and resumed gives
-    the losses of one that was not, bit for bit.
+    called after each step and on_saved after each checkpoint, on the first rank. peak: operations a second of this rank's device, for MFU;
+    again: share of the layers' forward pass that is computed a second time. In one process a run that was killed and resumed gives the
+    losses of one that was not, bit for bit.
     Raises RunError when another run works in the folder, the checkpoint does not fit, or losses stay not finite, and ConfigError when there
     are more ranks than batches in a step.
     """
@@ -95,10 +99,13 @@ def train(
         held.callback(checkpoints.close)
         progress = checkpoints.load_last(model, learner.optimiser, average) or Progress()
         write = held.enter_context(_log(folder / LOG, progress.step)) if ranks.is_first else _nowhere
-        skipped = 0
+        skipped, first = 0, True
+        peaks = ranks.sums([peak])[0] if peak is not None else None
         while progress.step < config.steps:
             batches = [data.batch(progress.consumed + n) for n in ranks.share(config.accumulate)]
             report = learner(batches, progress.step, schedule.at(progress.step, config.steps))
+            report = accounted(report, peaks, again, memory_by_kind(model, learner.optimiser, average) if first else None)
+            first = False
             progress = _after(progress, batches, config.accumulate, report, ranks)
             if average is not None and not report.skipped:
                 average.update(learner.optimiser, report.tokens)

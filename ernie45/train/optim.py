@@ -112,6 +112,11 @@ class Optimiser:
             return rate * self.config.router_rate
         return rate * self.config.b_rate if name.endswith(".adapter_b") else rate
 
+    @property
+    def trains_weights(self) -> bool:
+        """Whether matrices of the model learn, and not adapters beside them alone."""
+        return not any(name.endswith((".adapter_a", ".adapter_b")) for name in self.parameters)
+
     def gradient_norm(self) -> float:
         """Norm of all gradients together; not a number or infinite when any of them is."""
         return total_norm([p.grad for p in self.parameters.values() if p.grad is not None])

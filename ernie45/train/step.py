@@ -23,6 +23,7 @@ from ernie45.nn.attention import Attend, PackedCausal
 from ernie45.nn.rope import turns
 from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.parallel.shard import Run, plainly
+from ernie45.plan.flops import Learned, Work, step_work
 from ernie45.train.batch import TrainBatch
 from ernie45.train.cross_entropy import summed_cross_entropy
 from ernie45.train.noise import EmbeddingNoise
@@ -70,6 +71,16 @@ class StepReport:
     load: tuple[tuple[float, ...], ...] | None = None
     margin: float | None = None
     """Preferences: mean of beta x (how much more than the reference the chosen answer is preferred)."""
+    work: float | None = None
+    """Operations of the step that the model needs, of all ranks."""
+    layer_work: float | None = None
+    """Operations of one forward pass of the layers in it: what computing them again costs."""
+    mfu: float | None = None
+    """Share of what the devices can do that went into `work`."""
+    hfu: float | None = None
+    """The same of all that was done, what was computed again included."""
+    memory: dict[str, int] | None = None
+    """Bytes of this rank by kind, after the first step of a process."""
     accuracy: float | None = None
     """Preferences: share of pairs whose chosen answer is the one preferred."""
 
@@ -80,12 +91,13 @@ class StepReport:
 
 
 class _Counts(NamedTuple):
-    """Of a whole step: learned labels, those of the multi-token predictor, tokens, micro-batches."""
+    """Of a whole step: learned labels, those of the multi-token predictor, tokens, micro-batches, pairs of tokens that see each other."""
 
     learned: int
     mtp_learned: int
     tokens: int
     batches: int
+    pairs: int
 
 
 class Step:
@@ -114,6 +126,7 @@ class Step:
         """
         start = time.perf_counter()
         counts = self._counts(batches)
+        work = self._work(counts)
         if not counts.learned:
             raise ConfigError("a step has no learned label in any of its documents; check which parts of the data are learned")
         sums = dict.fromkeys(("loss", "mtp", "balance", "z"), 0.0)
@@ -144,13 +157,19 @@ class Step:
             z_loss=sums["z"] if self.losses.z else None,
             orthogonal_loss=orthogonal,
             load=_shares(load),
+            work=work.step,
+            layer_work=work.layers,
         )
 
     def _counts(self, batches: Sequence[TrainBatch]) -> "_Counts":
         """What the step has, of all ranks: every rank's loss is divided by these, so that the gradients only need to be added."""
         mtp_learned = sum(batch.after_next().learned for batch in batches) if self._has_mtp else 0
-        own = (sum(batch.learned for batch in batches), mtp_learned, sum(batch.num_tokens for batch in batches), len(batches))
-        return _Counts(*map(int, self.ranks.sums(own)))
+        learned, tokens, pairs = (sum(values) for values in zip(*((b.learned, b.num_tokens, b.pairs) for b in batches), strict=True))
+        return _Counts(*map(int, self.ranks.sums((learned, mtp_learned, tokens, len(batches), pairs))))
+
+    def _work(self, counts: "_Counts") -> Work:
+        step = Learned(tokens=counts.tokens, pairs=counts.pairs, head_rows=counts.learned, mtp_rows=counts.mtp_learned)
+        return step_work(self.decoder.config, step, weights_learn=self.optimiser.trains_weights)
 
     def _together(self, sums: dict[str, float]) -> tuple[dict[str, float], list[Tensor]]:
         """The losses of all ranks, and every expert's choices in all of them, int64 [E] a layer."""

@@ -56,6 +56,12 @@ def measure_limits(threads: int, repeats: int = 7) -> Limits:
     )
 
 
+def float_peak(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:
+    """Operations a second of a square product in `dtype`, on the threads that torch uses now: the best of `repeats`; takes a moment."""
+    x, w = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / best_seconds(lambda: torch.nn.functional.linear(x, w), repeats)
+
+
 def _int8_products() -> list[Callable[[], object]]:
     """torch's own product, and that of the native kernels where they are installed: the faster one counts."""
     x_MK, w_KN = torch.randint(-127, 127, (_M, _K), dtype=torch.int8), torch.randint(-127, 127, (_K, _N), dtype=torch.int8)

@@ -11,7 +11,7 @@ const COLOURS = 8;
 // What has a name of its own; any other number in the log gets a picture under the name it has there.
 const TITLES = {
   loss: "Loss", text_loss: "Loss of text", vision_loss: "Loss beside images", mtp_loss: "Loss two tokens ahead", margin: "Margin of the chosen answer",
-  accuracy: "Pairs that are right", rate: "Learning rate", norm: "Gradient norm", tokens_per_second: "Tokens a second", balance_loss: "Router: load balance",
+  accuracy: "Pairs that are right", rate: "Learning rate", norm: "Gradient norm", tokens_per_second: "Tokens a second", mfu: "Model FLOPs utilisation", hfu: "Hardware FLOPs utilisation", balance_loss: "Router: load balance",
   orthogonal_loss: "Router: orthogonal", z_loss: "Router: z", "load.max": "Busiest expert, times an even share",
 };
 const NOT_DRAWN = new Set(["step", "tokens", "seconds", "loss.low", "loss.high"]);
@@ -62,10 +62,16 @@ function drawRuns() {
     const done = total ? el("span", {}, el("progress", { max: total, value: run.last.step + 1, "aria-label": `progress of ${run.name}` }), ` ${short(run.last.step + 1)} of ${short(total)}`) : `${has(run.last.step) ? short(run.last.step + 1) : 0}`;
     const cell = (value, describe = short) => el("td", { text: has(value) ? describe(value) : "–" });
     return el("tr", {}, el("th", { scope: "row" }, el("label", { class: kind(run) }, box, el("i", { class: "swatch" }), run.name)), el("td", { text: run.state }), el("td", {}, done),
-      cell(run.last.loss), cell(run.last.rate), cell(run.last.norm), cell(run.last.tokens_per_second), el("td", { text: left ? duration(left) : "–" }), cell(run.skipped));
+      cell(run.last.loss), cell(run.last.rate), cell(run.last.norm), cell(run.last.tokens_per_second), el("td", { text: left ? duration(left) : "–" }), cell(run.skipped), memory(run));
   };
-  const names = ["Run", "State", "Steps", "Loss", "Rate", "Norm", "Tokens/s", "Left", "Refused steps"];
+  const names = ["Run", "State", "Steps", "Loss", "Rate", "Norm", "Tokens/s", "Left", "Refused steps", "Memory"];
   $("runs").replaceChildren(el("thead", {}, el("tr", {}, ...names.map((text) => el("th", { scope: "col", text })))), el("tbody", {}, ...runs.map(row)));
+}
+
+/** The largest the process was, and by pointing at it what took how much. */
+function memory(run) {
+  const kinds = Object.entries(run.memory ?? {}).filter(([, bytes]) => has(bytes));
+  return el("td", { text: has(run.memory?.process) ? `${short(run.memory.process)}B` : "–", title: kinds.map(([name, bytes]) => `${name} ${short(bytes)}B`).join("\n") });
 }
 
 /** How many steps a run will have, where that is known, and how many seconds are left. */

@@ -1,0 +1,1 @@
+"""What a run costs: arithmetic and bytes, from sizes alone."""

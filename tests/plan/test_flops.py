@@ -1,0 +1,74 @@
+"""The work of a step: torch's own counter sees the same products."""
+
+from dataclasses import replace
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from ernie45.models.released import tiny
+from ernie45.plan.flops import Learned, causal_pairs, step_work
+from ernie45.train.accounting import accounted, memory_by_kind
+from ernie45.train.batch import pack
+from ernie45.train.optim import MovingAverage, Optimiser, OptimiserConfig
+from ernie45.train.step import LossConfig, Step, StepReport
+from tests.train.conftest import make_decoder, make_examples
+
+
+@pytest.mark.parametrize("mtp", [0, 1])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_products_are_those_that_torch_counts(mtp, recompute):
+    """A dense model, without the attended pairs, which torch counts by another rule (the whole square)."""
+    config = replace(tiny(), num_mtp=mtp)
+    decoder, batch = make_decoder(config), pack(make_examples((20, 12), unlearned=1))
+    step = Step(decoder, Optimiser(decoder, OptimiserConfig(), 16), LossConfig(), recompute=recompute)
+    with FlopCounterMode(display=False) as counter:
+        step([batch], 0, 1e-3)
+    counted = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    rows = Learned(tokens=32, pairs=0, head_rows=batch.learned, mtp_rows=batch.after_next().learned if mtp else 0)
+    # the counter does not know products that are added in place, as the head's gradient is
+    counted += 2 * config.vocab_size * config.hidden_size * (rows.head_rows + rows.mtp_rows)
+    # nor does torch repeat the last product of a layer, whose result backward does not need
+    counted += recompute * 2 * 32 * config.num_layers * config.ffn_size * config.hidden_size
+    work = step_work(config, rows)
+    # norms stand among the predictor's parameters
+    assert work.step + recompute * work.layers == pytest.approx(counted, rel=5e-3)
+
+
+def test_chosen_experts_count_and_the_others_do_not():
+    config = tiny(experts=True)
+    e = config.experts
+    more = replace(config, experts=replace(e, num_experts=2 * e.num_experts))
+    step = Learned(tokens=10, pairs=0, head_rows=0)
+    routers = 3 * 2 * 10 * sum(config.is_expert_layer(n) for n in range(config.num_layers)) * e.num_experts * (config.hidden_size + 1)
+    assert step_work(more, step).step - step_work(config, step).step == routers
+
+
+def test_attention_counts_pairs_that_see_each_other():
+    config = tiny()
+    assert causal_pairs([3, 1]) == 3 * 4 / 2 + 1
+    one, two = (step_work(config, Learned(tokens=4, pairs=pairs, head_rows=0)) for pairs in (causal_pairs([4]), causal_pairs([2, 2])))
+    assert one.step - two.step == 3 * 4 * config.query_size * config.num_layers * 4
+    assert one.layers - two.layers == 4 * config.query_size * config.num_layers * 4
+
+
+def test_adapters_leave_out_the_gradients_of_matrices():
+    step = Learned(tokens=4, pairs=0, head_rows=2)
+    assert step_work(tiny(), step, weights_learn=False).step == step_work(tiny(), step).step * 2 / 3
+
+
+def test_shares_of_the_peak_are_of_all_that_was_done():
+    report = StepReport(step=0, loss=1.0, rate=1.0, norm=1.0, tokens=1, learned=1, seconds=2.0, work=6e9, layer_work=2e9)
+    found = accounted(report, peak=10e9, again=0.5)
+    assert (found.mfu, found.hfu) == (0.3, 0.35)
+    assert accounted(report, peak=None).mfu is None
+
+
+def test_memory_by_kind_adds_up():
+    decoder = make_decoder()
+    optimiser = Optimiser(decoder, OptimiserConfig(), 16)
+    Step(decoder, optimiser, LossConfig())([pack(make_examples((20, 12)))], 0, 1e-3)
+    held = memory_by_kind(decoder, optimiser, MovingAverage(optimiser, 10))
+    size = sum(p.numel() for p in decoder.parameters()) * 4
+    assert held["weights"] == held["gradients"] == held["averages"] == size
+    assert held["optimiser"] == pytest.approx(2 * size, rel=1e-2)
+    assert held["process"] == held["passes"] + 5 * size + held["optimiser"] - 2 * size
