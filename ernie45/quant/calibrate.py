@@ -22,6 +22,7 @@ from ernie45.nn.moe import Experts
 
 UNHEARD = ("ffn.vision.",)
 """Parts of a block that text never reaches: the experts of a vision-language model for what it sees. They are rounded without data."""
+_INPUTS_KEPT = 256
 SEQUENCES_AT_ONCE = 2  # bounds the memory of a pass: a few hundred megabytes for the widest published layer
 
 
@@ -32,6 +33,8 @@ class InputStatistics:
         self.gram_II = torch.zeros(size, size)
         self.cross_II = torch.zeros(size, size)
         self.magnitude_I, self.largest_I = torch.zeros(size), torch.zeros(size)
+        self.kept_SI = torch.zeros(0, size)
+        """Some of the inputs themselves, evenly spread over the first sequences."""
         self.tokens = 0
 
     def add(self, x_TI: Tensor, original_TI: Tensor, weights_T: Tensor, where: str) -> None:
@@ -48,6 +51,9 @@ class InputStatistics:
         self.magnitude_I += x_TI.abs().sum(0)
         if len(x_TI):
             self.largest_I = torch.maximum(self.largest_I, x_TI.abs().amax(0))
+        if len(self.kept_SI) < _INPUTS_KEPT:
+            some_SI = x_TI[:: max(1, len(x_TI) * 4 // _INPUTS_KEPT)]
+            self.kept_SI = torch.cat((self.kept_SI, some_SI))[:_INPUTS_KEPT]
         self.tokens += len(x_TI)
 
     def mean_magnitude(self) -> Tensor:
@@ -60,7 +66,7 @@ class InputStatistics:
         both_II = torch.outer(factors_I, factors_I)
         result.gram_II, result.cross_II = self.gram_II / both_II, self.cross_II / both_II
         result.magnitude_I, result.tokens = self.magnitude_I / factors_I, self.tokens
-        result.largest_I = self.largest_I / factors_I
+        result.largest_I, result.kept_SI = self.largest_I / factors_I, self.kept_SI / factors_I
         return result
 
 

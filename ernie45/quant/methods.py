@@ -1,4 +1,4 @@
-"""One block quantised: matrices widened (AWQ) and rounded (to nearest, or GPTQ) by what they saw, and packed modules put in their place.
+"""One block quantised: matrices widened (AWQ, SmoothQuant), rounded (to nearest, or GPTQ) by what they saw, packed modules in their place.
 
 Works on any `nn.Block`: dense, or a mixture of experts whose routed experts share one set of factors, since one norm feeds them all. The
 function of the float block does not change when it is widened; routers stay in float32 and take their share of the factors.
@@ -29,6 +29,7 @@ from ernie45.quant.hadamard import turned, turned_back, turned_gram
 from ernie45.quant.linear import QuantExperts, QuantLinear
 from ernie45.quant.model import prepare_model, quantisable
 from ernie45.quant.pack import pack_as
+from ernie45.quant.smooth import search as smooth_search
 from ernie45.quant.spec import AnyScheme, Fp8Scheme, QuantSpec, Rule
 
 AnyWeight = PackedWeight | CodedWeight | Fp8Weight
@@ -37,12 +38,15 @@ _EXPERTS_SEARCHED = 8  # so many experts, evenly spread, decide on the factors t
 
 @dataclass(frozen=True)
 class Method:
-    """How a block is quantised: `widen` by AWQ first or not, then `spread` rounding errors by GPTQ or round to nearest."""
+    """How a block is quantised: `widen` inputs first or not, by AWQ or by SmoothQuant (`smooth`), then `spread` rounding errors by GPTQ or
+    round to nearest.
+    """
 
     name: str
     widen: bool
     spread: bool
     gptq: GptqSettings = field(default_factory=GptqSettings)
+    smooth: bool = False
 
     @property
     def needs_text(self) -> bool:
@@ -75,6 +79,7 @@ METHODS = {
         Method("gptq", widen=False, spread=True),
         Method("awq", widen=True, spread=False),
         Method("awq+gptq", widen=True, spread=True),
+        Method("smooth", widen=True, spread=False, smooth=True),
     )
 }
 
@@ -119,7 +124,9 @@ def quantise_block(
     exponents: dict[str, float] = {}
     if method.widen and streams is not None and todo:
         heard = [name for name in named if reached_by_text(name)]
-        exponents = _widen(block, named, streams.pair(block, None, weighted=False).observe(heard, streams.least_tokens))
+        exponents = _widen(
+            block, named, streams.pair(block, None, weighted=False).observe(heard, streams.least_tokens), smooth=method.smooth
+        )
     originals: Sequence[Mapping[str, Seen]] | None = None
     if method.spread and streams is not None:
         heard = [name for name in todo if reached_by_text(name)]
@@ -249,13 +256,13 @@ def _filled(block: Block, schemes: Mapping[str, AnyScheme | None], packed: Mappi
     return holder[0]
 
 
-def _widen(block: Block, schemes: Mapping[str, AnyScheme | None], statistics: Statistics) -> dict[str, float]:
-    """Widen all inputs of the block whose source allows it, in place, statistics with them; returns AWQ's exponent by module."""
+def _widen(block: Block, schemes: Mapping[str, AnyScheme | None], statistics: Statistics, *, smooth: bool = False) -> dict[str, float]:
+    """Widen all inputs of the block whose source allows it, in place, statistics with them; returns the exponent by module."""
     exponents: dict[str, float] = {}
     attn, ffn = block.attn, block.ffn
     assert isinstance(attn, Attention)
     for source, names in (("attn_norm", ["attn.qkv"]), ("ffn_norm", _readers_of_ffn_norm(ffn))):
-        found = _search(block, names, schemes, statistics)
+        found = _search(block, names, schemes, statistics, smooth=smooth)
         if found is not None:
             norm = block.get_submodule(source)
             assert isinstance(norm, RMSNorm)
@@ -266,17 +273,17 @@ def _widen(block: Block, schemes: Mapping[str, AnyScheme | None], statistics: St
                     ffn.vision.router.weight.mul_(found.factors_I)
                     ffn.vision.experts.gate_up.mul_(found.factors_I)
             exponents |= dict.fromkeys(names, found.exponent)
-    found = _search(block, ["attn.out"], schemes, statistics, attn)
+    found = _search(block, ["attn.out"], schemes, statistics, attn, smooth=smooth)
     if found is not None:
         awq.fold_into_values(attn.qkv.weight, attn.qkv.bias, found.factors_I, attn.num_heads, attn.num_kv_heads)
         exponents["attn.out"] = found.exponent
     for name in ("ffn", "ffn.shared"):
         inner = block.get_submodule(name) if name == "ffn" or getattr(ffn, "shared", None) is not None else None
-        if isinstance(inner, SwiGLU) and (found := _search(block, [f"{name}.down"], schemes, statistics)) is not None:
+        if isinstance(inner, SwiGLU) and (found := _search(block, [f"{name}.down"], schemes, statistics, smooth=smooth)) is not None:
             awq.fold_into_up(inner.gate_up.weight, inner.gate_up.bias, found.factors_I)
             exponents[f"{name}.down"] = found.exponent
     if isinstance(ffn, MixtureOfExperts) and (scheme := schemes["ffn.experts"]) is not None:
-        _widen_inside_experts(ffn.experts, scheme, statistics["ffn.experts"])
+        _widen_inside_experts(ffn.experts, scheme, statistics["ffn.experts"], smooth=smooth)
     return exponents
 
 
@@ -287,9 +294,10 @@ def _readers_of_ffn_norm(ffn: nn.Module) -> list[str]:
 
 
 def _search(
-    block: Block, names: Sequence[str], schemes: Mapping[str, AnyScheme | None], statistics: Statistics, heads: Attention | None = None
-) -> awq.Widening | None:
-    """AWQ's factors for the modules that share an input, applied to their weights and statistics; None when no factors help.
+    block: Block, names: Sequence[str], schemes: Mapping[str, AnyScheme | None], statistics: Statistics, heads: Attention | None = None,
+    *, smooth: bool = False,
+) -> awq.Widening | None:  # fmt: skip
+    """AWQ's or SmoothQuant's factors for the modules that share an input, applied to weights and statistics; None when no factors help.
 
     A module that stays whole has no say, but takes its share of the factors. `heads`: the input is this attention's output.
     """
@@ -306,13 +314,18 @@ def _search(
         else:
             assert isinstance(module, Linear)
             readers.append(awq.Reader(module.weight, seen.gram_II, scheme))
-    if not readers or all(reader.scheme.weight_bits == 8 for reader in readers):
-        return None  # at 8 bits there is nothing to win
+    if not readers or (not smooth and all(reader.scheme.weight_bits == 8 for reader in readers)):
+        return None  # at 8 bits the weights alone have nothing to win
     first = statistics[names[0]]
-    magnitude_I = (first.everything if isinstance(first, ExpertStatistics) else first).mean_magnitude()
-    if heads is not None:
-        magnitude_I = awq.shared_by_head(magnitude_I, heads.num_heads, heads.num_kv_heads)
-    found = awq.search(magnitude_I, readers)
+    entered = first.everything if isinstance(first, ExpertStatistics) else first
+
+    def shared(x_I: Tensor) -> Tensor:
+        return x_I if heads is None else awq.shared_by_head(x_I, heads.num_heads, heads.num_kv_heads)
+
+    if smooth:
+        found = smooth_search(entered.largest_I, entered.kept_SI, readers, shared)
+    else:
+        found = awq.search(shared(entered.mean_magnitude()), readers)
     if not found.exponent:
         return None
     for name in names:
@@ -330,14 +343,18 @@ def _search(
     return found
 
 
-def _widen_inside_experts(experts: Experts, scheme: AnyScheme, seen: object) -> None:
+def _widen_inside_experts(experts: Experts, scheme: AnyScheme, seen: object, *, smooth: bool) -> None:
     """Each expert's inner values have factors of their own, folded into its up rows."""
     assert isinstance(seen, ExpertStatistics)
-    if isinstance(scheme, Fp8Scheme) or scheme.weight_bits == 8:
+    if isinstance(scheme, Fp8Scheme) or (scheme.weight_bits == 8 and not smooth):
         return
     for e in range(len(experts.down)):
         down = seen.down[e]
-        found = awq.search(down.mean_magnitude(), [awq.Reader(experts.down[e], down.gram_II, scheme)], steps=10)
+        readers = [awq.Reader(experts.down[e], down.gram_II, scheme)]
+        if smooth:
+            found = smooth_search(down.largest_I, down.kept_SI, readers)
+        else:
+            found = awq.search(down.mean_magnitude(), readers, steps=10)
         if found.exponent:
             experts.down[e].mul_(found.factors_I)
             awq.fold_into_up(experts.gate_up[e], None, found.factors_I)

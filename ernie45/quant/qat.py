@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ernie45 import ops
+from ernie45.errors import ConfigError
 from ernie45.nn.layers import Embedding, Linear
 from ernie45.nn.moe import Experts
 from ernie45.ops import PackedWeight, Routing
@@ -22,7 +23,7 @@ from ernie45.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from ernie45.quant.model import decided_modules, fuse, replace_module
 from ernie45.quant.pack import group_width, pack_as
 from ernie45.quant.rtn import nearest, whole_numbers, whole_range
-from ernie45.quant.spec import QuantSpec, Scheme
+from ernie45.quant.spec import Fp8Scheme, QuantSpec, Scheme
 
 _LEAST_SCALE = 2.0**-20
 """Far above the smallest float16, so that a group of zeros has a scale that can be divided by."""
@@ -198,6 +199,10 @@ class QatExperts(nn.Module):
 def prepare_training(network: nn.Module, spec: QuantSpec) -> None:
     """Put a layer that computes as the packed one in the place of every module the spec names. Raises ConfigError as `quantise_model`."""
     for name, scheme in decided_modules(network, spec):
+        if isinstance(scheme, Fp8Scheme):
+            raise ConfigError(
+                f"'{name}' is {scheme}: training through FP8 rounding is not part of this; take whole numbers, such as w4a8-g64"
+            )
         module = network.get_submodule(name)
         kind = QatLinear if isinstance(module, Linear) else QatEmbedding if isinstance(module, Embedding) else QatExperts
         replace_module(network, name, kind(module, scheme))

@@ -42,8 +42,9 @@ class QuantizeConfig:
     fp8-tensor, also -static; or a code: tcq2.06, ccq2.06, ccq2.5."""
     group: int = 64
     """Inputs that share a scale: 32, 64, 128, or 0 for a whole row."""
-    method: Literal["rtn", "gptq", "awq", "awq+gptq"] = "gptq"
-    """rtn rounds to nearest and needs no text; gptq spreads rounding errors; awq widens important inputs first."""
+    method: Literal["rtn", "gptq", "awq", "awq+gptq", "smooth"] = "gptq"
+    """rtn rounds to nearest and needs no text; gptq spreads rounding errors; awq widens important inputs first, smooth (SmoothQuant) large
+    ones."""
     hadamard: bool = True
     """Turn the inputs of every matrix by a Hadamard matrix, so that a few large ones do not set the scale of their group."""
     head: Annotated[str | None, _NONE] = None
@@ -112,7 +113,7 @@ def spec_of(config: QuantizeConfig, tied: bool, sighted: bool = False) -> QuantS
 def _refuse_codes(config: QuantizeConfig, rules: Sequence[Rule]) -> None:
     """What codes of two bits do not go together with."""
     codes = [rule.scheme for rule in rules if rule.scheme is not None and _is_code(rule.scheme)]
-    if codes and "awq" in config.method:
+    if codes and config.method not in ("rtn", "gptq"):
         raise ConfigError(
             f"--method {config.method} widens inputs for a grid of whole numbers, which '{codes[0]}' has not; take gptq or rtn"
         )
