@@ -33,7 +33,7 @@ def variance(values):
     return total / len(values)
 """
 PROMPTS = {
-    "repeat": f"Repeat the following text word for word:\n\n{PARAGRAPH}",
+    "copy": f"{PARAGRAPH}\n\nThe same text once more:\n\n{PARAGRAPH[:60]}",
     "edit": f"Rewrite the following text exactly as it is, but call the woman Maria instead of Anna:\n\n{PARAGRAPH}",
     "code": f"Add a docstring to each function and print the whole file again:\n\n```python\n{CODE}```",
     "summarise": f"Summarise the following text in your own words:\n\n{PARAGRAPH}",
@@ -87,9 +87,8 @@ def compare(llms: dict[str, LLM], prompt: str, args: argparse.Namespace) -> dict
     answers = {}
     for _ in range(args.repeats):
         for name, llm in llms.items():
-            streams = [
-                llm.stream(prompt, SamplingParams(max_tokens=args.tokens, temperature=args.temperature, seed=i)) for i in range(args.batch)
-            ]
+            ask = llm.stream_text if prompt is PROMPTS["copy"] else llm.stream
+            streams = [ask(prompt, SamplingParams(max_tokens=args.tokens, temperature=args.temperature, seed=i)) for i in range(args.batch)]
             for stream in streams:
                 list(stream)
             answers[name] = [stream.completion for stream in streams]

@@ -62,7 +62,9 @@ class SpeculationConfig:
 def check_mtp(config: SpeculationConfig, quantize: str | None) -> None:
     """Raises `ConfigError` when a model that is packed as it is loaded is to guess with its prediction block, which is left out then."""
     if config.by == "mtp" and quantize is not None:
-        raise ConfigError(f"--quantize {quantize} leaves the multi-token prediction block out: pack the model with ernie quantize first")
+        raise ConfigError(
+            f"--quantize {quantize} leaves the multi-token prediction block out: leave --quantize out, or take speculative ngram"
+        )
 
 
 @dataclass(slots=True)
