@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _CPUS, _NODES, _GROUP = Path("/sys/devices/system/cpu"), Path("/sys/devices/system/node"), Path("/sys/fs/cgroup")
+_OWN_GROUP = Path("/proc/self/cgroup")
 _HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGE_BYTES = 2 << 20
 _ADVISE_HUGE, _COLLAPSE = 14, 25  # of madvise: pages to come, and (Linux 6.1) those that are there
@@ -51,7 +52,7 @@ def allowed_cpus() -> tuple[int, ...]:
     return tuple(sorted(mask))
 
 
-def read_topology(cpus: Path = _CPUS, nodes: Path = _NODES, group: Path = _GROUP) -> Topology:
+def read_topology(cpus: Path = _CPUS, nodes: Path = _NODES, group: Path = _GROUP, own: Path = _OWN_GROUP) -> Topology:
     """What the system says of the processors in this process's affinity mask.
 
     Two threads of one core share its multipliers, so the second one brings next to nothing and costs a place in every barrier. A system
@@ -67,7 +68,8 @@ def read_topology(cpus: Path = _CPUS, nodes: Path = _NODES, group: Path = _GROUP
     for cpu in allowed_cpus():
         shared.setdefault(_core_of(cpu, cpus), []).append(cpu)
     cores = tuple(Core(tuple(found), node_of.get(found[0], 0)) for found in shared.values())
-    return Topology(cores, _quota(group), free)
+    quotas = [quota for folder in _groups(group, own) if (quota := _quota(folder)) is not None]
+    return Topology(cores, min(quotas, default=None), free)
 
 
 def usable_cores() -> int:
@@ -100,6 +102,16 @@ def _core_of(cpu: int, cpus: Path) -> tuple[str, str] | int:
     except OSError:
         return cpu
     return package, core
+
+
+def _groups(root: Path, own: Path) -> list[Path]:
+    """Folders of this process's control group and of those above it, as far as they are to be seen here; any of them may limit it."""
+    try:
+        mine = next(line.removeprefix("0::/") for line in own.read_text().splitlines() if line.startswith("0::/"))
+    except (OSError, StopIteration):
+        return [root]
+    inner = root / mine
+    return [inner, *inner.parents[: len(Path(mine).parts)]] if ".." not in Path(mine).parts else [root]
 
 
 def _quota(group: Path) -> int | None:
@@ -172,21 +184,22 @@ def ask_huge_pages(address: int, size: int, *, filled: bool) -> int:
 # ---- memory
 
 
-def available_memory() -> int:
-    """Bytes this process may still take without swapping, inside its control group's limit when there is one."""
+def available_memory(group: Path = _GROUP, own: Path = _OWN_GROUP) -> int:
+    """Bytes this process may still take without swapping, inside the limits of its control groups."""
     free = 0
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
     free = free or 4 << 30  # unknown systems: what a laptop can spare
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, max(0, int(text) - int(used.read_text()) + _cached()))
-    return free
+    return min([free, *(left for folder in _groups(group, own) if (left := _left_in(folder)) is not None)])
 
 
-def _cached() -> int:
-    """Bytes that the control group counts as used and the system gives back when asked: files that were read."""
-    stat = Path("/sys/fs/cgroup/memory.stat")
-    lines = stat.read_text().splitlines() if stat.exists() else []
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
+def _left_in(group: Path) -> int | None:
+    """Bytes that a control group still allows; None without a limit. Files that were read count as used, and are given back when asked."""
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        lines = (group / "memory.stat").read_text().splitlines() if (group / "memory.stat").exists() else []
+        cached = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
+        return max(0, int(limit) - used + cached) if limit.isdigit() else None
+    except (OSError, ValueError):
+        return None

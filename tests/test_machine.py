@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from ernie45 import machine as machine_module
-from ernie45.machine import Core, Topology, allowed_cpus, ask_huge_pages, huge_pages_allowed, keep_to, place_memory, read_topology
+from ernie45.machine import (
+    Core,
+    Topology,
+    allowed_cpus,
+    ask_huge_pages,
+    available_memory,
+    huge_pages_allowed,
+    keep_to,
+    place_memory,
+    read_topology,
+)
 
 
 @pytest.fixture
@@ -109,6 +119,45 @@ def test_a_system_that_says_nothing(tmp_path, monkeypatch):
     monkeypatch.delattr("os.sched_getaffinity")
     monkeypatch.setattr("os.cpu_count", lambda: None)
     assert read_topology(tmp_path, tmp_path, tmp_path).usable == 1
+
+
+@pytest.fixture
+def groups(tmp_path):
+    """Control groups: a root, a slice in it with a limit, and a service in that, where this process is said to be."""
+    inner = tmp_path / "root" / "system.slice" / "ernie.service"
+    inner.mkdir(parents=True)
+    (tmp_path / "own").write_text("0::/system.slice/ernie.service\n")
+    return tmp_path / "root", inner, tmp_path / "own"
+
+
+def test_a_quota_of_any_group_above_counts(groups, monkeypatch, tmp_path):
+    root, inner, own = groups
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert read_topology(tmp_path, tmp_path, root, own).quota is None
+    (inner / "cpu.max").write_text("600000 100000")
+    assert read_topology(tmp_path, tmp_path, root, own).quota == 6
+    (inner.parent / "cpu.max").write_text("150000 100000")
+    assert read_topology(tmp_path, tmp_path, root, own).usable == 2
+    own.write_text("0::/../outside\n")
+    assert read_topology(tmp_path, tmp_path, root, own).quota is None
+
+
+def test_a_limit_of_memory_of_any_group_above_counts(groups):
+    root, inner, own = groups
+    free = available_memory(root, own)
+    assert free > 2000
+    (inner / "memory.max").write_text("max\n")
+    (inner / "memory.current").write_text("700\n")
+    assert available_memory(root, own) > 2000
+    (inner.parent / "memory.max").write_text("1000\n")
+    (inner.parent / "memory.current").write_text("900\n")
+    assert available_memory(root, own) == 100
+    (inner.parent / "memory.stat").write_text("anon 500\ninactive_file 30\nactive_file 20\n")
+    assert available_memory(root, own) == 150
+    (inner.parent / "memory.current").write_text("2000\n")
+    assert available_memory(root, own) == 0
+    own.unlink()
+    assert available_memory(root, own) > 2000
 
 
 def in_a_process(code):
