@@ -102,7 +102,7 @@ const COLUMNS = [
   ["Parameters", (model) => (model.parameters > 0 ? millions(model.parameters) : null)],
   ["Active", (model) => (model.active_parameters > 0 && model.active_parameters < model.parameters ? millions(model.active_parameters) : null)],
   ["Type", (model) => model.dtype ?? null],
-  ["Threads", (model) => (model.threads > 0 ? whole(model.threads) + (model.cores?.length ? ` on cores ${model.cores.join(", ")}` : "") : null)],
+  ["Threads", (model) => (model.threads > 0 ? whole(model.threads) + (model.cores?.length ? ` on core${model.cores.length > 1 ? "s" : ""} ${model.cores.join(", ")}` : "") : null)],
   ["Memory", (model) => (has(model.memory) ? bytes(model.memory) : null)],
   ["Context", (model) => (has(model.context) ? `${whole(model.context)} tokens` : null)],
 ];
