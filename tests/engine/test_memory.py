@@ -112,7 +112,7 @@ def medium(tmp_path_factory):
 
 @pytest.mark.parametrize(("folder", "dtype"), [("whole", "bfloat16"), ("whole", "float32"), ("packed", "float32")])
 def test_the_plan_meets_what_a_process_takes(medium, folder, dtype):
-    """Weights, cache and work of a prompt of 512 tokens, in a process of its own. Of the whole a tenth is the bound, as the table in
+    """Weights, cache and work of a prompt of 512 tokens, in a process of its own. The bound is 15 % of the whole, where the table in
     docs/design/memory.md has 5 % for larger models; of the work alone, which hangs on the allocator, a factor of 2.5 either way."""
     command = [sys.executable, "-m", "ernie45", "bench", "latency", str(medium / folder), "--dtype", dtype, "--output-tokens", "2"]
     command += ["--warm-up", "0", "--repeats", "1", "--skip-limits", "--threads", "1", "--json"]
