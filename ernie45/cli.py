@@ -159,6 +159,12 @@ def flags_of(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
             yield f"--{name}", hints[field.name] is bool
 
 
+def _off(switch: str) -> str:
+    """The flag that turns a switch off, for one that is on by default."""
+    section, dot, name = switch.removeprefix("--").rpartition(".")
+    return f"--{section}{dot}no-{name}"
+
+
 def _take_config_file(word: str, cls: type, args: list[str]) -> tuple[list[str], Any]:
     """Split `--config FILE` off the arguments; the second value is the config the file describes, or None."""
     for i, arg in enumerate(args):
@@ -175,7 +181,8 @@ def _take_config_file(word: str, cls: type, args: list[str]) -> tuple[list[str],
 def _check_flags(word: str, cls: type, args: Sequence[str]) -> None:
     """Refuse a flag nobody knows with the nearest one, and a flag whose value is missing."""
     known = dict(flags_of(cls))
-    allowed = {**known, "--help": True, "--config": False}
+    off = {_off(name): True for name, switch in known.items() if switch}
+    allowed = {**known, **off, "--help": True, "--config": False}
     for i, arg in enumerate(args):
         if arg == "--":
             return

@@ -198,3 +198,11 @@ def test_a_locale_without_the_letters_still_prints():
 def test_no_colour_when_asked_or_piped():
     assert "\x1b" not in ernie("models").stdout
     assert "\x1b" not in ernie("inspect", "nowhere").stderr
+
+
+def test_a_switch_that_is_on_can_be_turned_off(capsys):
+    """It reaches the recipe, which then says what is wrong with the folder."""
+    assert main(["quantize", "no/such/model", "--no-hadamard", "--out", "nowhere"]) != 0
+    said = capsys.readouterr().err
+    assert "no option" not in said
+    assert "no/such/model" in said
