@@ -7,9 +7,9 @@ bare    a loop over `Engine.step` in a process of its own: scheduler, cache and 
 server  `ernie serve` with the same settings; each sequence is a streamed completion on a connection of its own
 
 Both sides have their model loaded the whole time and idle while the other runs. All sequences have one prompt that both know already, so
-that a round is S x N decoded tokens and next to nothing else. Its time is from the first request to the last byte of the last answer. The
-client is one thread that reads sockets and counts: what it takes of the processor is told, and is in the server's time, as is its network
-stack.
+that a round is S x N decoded tokens and next to nothing else. Its time is from the moment when every answer has begun to the end of the
+last: N - 1 decode steps, without what it costs to take a request in. The client is one thread that reads sockets and counts: what it takes
+of the processor is told, and is in the server's time, as is its network stack.
 
 Needs psutil, Linux. Progress goes to standard error, the result as JSON to standard output.
 """
@@ -31,7 +31,7 @@ import psutil
 
 PROGRAM = "import sys; from ernie45.cli import main; sys.exit(main())"
 PROMPT = [5 + number % 500 for number in range(65)]  # two pages of 32 that are shared, and one token to begin with
-END = b"data: [DONE]"
+BEGIN, END = b"data: {", b"data: [DONE]"
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,12 @@ def bare(folder: str, threads: int, most: int) -> None:
     for line in sys.stdin:
         sequences, tokens = map(int, line.split())
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-        began, used, steps = time.perf_counter(), time.process_time(), 0
+        used, steps, begun = time.process_time(), 0, set()
         for number in range(sequences):
             engine.submit(Request(id=str(number), prompt=tuple(PROMPT), params=params, eos_ids=()))
+        while len(begun) < sequences:
+            begun |= {output.request_id for output in engine.step() if output.tokens}
+        began = time.perf_counter()
         while not engine.idle:
             engine.step()
             steps += 1
@@ -128,11 +131,9 @@ class Server:
         head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         links = [socket.create_connection(("127.0.0.1", self._port)) for _ in range(sequences)]
         engine, front, client, steps = _used(self._engine), _used(self._front), time.process_time(), self._steps()
-        began = time.perf_counter()
         for link in links:
             link.sendall(head.encode() + body)
-        read_all(links)
-        seconds = time.perf_counter() - began
+        seconds = read_all(links)
         client = time.process_time() - client
         for link in links:
             link.close()
@@ -150,9 +151,10 @@ class Server:
         self._process.communicate()
 
 
-def read_all(links: list[socket.socket]) -> None:
-    """Until each has said its last event."""
+def read_all(links: list[socket.socket]) -> float:
+    """Until each has said its last event; seconds since all had said their first."""
     tails = dict.fromkeys(links, b"")
+    waiting, began = set(links), 0.0
     with selectors.DefaultSelector() as selector:
         for link in links:
             selector.register(link, selectors.EVENT_READ)
@@ -161,10 +163,14 @@ def read_all(links: list[socket.socket]) -> None:
                 link = key.fileobj
                 data = link.recv(1 << 16)
                 assert data, "the server hung up"
+                if link in waiting and BEGIN in data:
+                    waiting.discard(link)
+                    began = time.perf_counter()
                 tails[link] = tails[link][-len(END) :] + data
                 if END in tails[link]:
                     selector.unregister(link)
                     del tails[link]
+    return time.perf_counter() - began
 
 
 def _used(process: psutil.Process) -> float:
@@ -176,19 +182,22 @@ def _used(process: psutil.Process) -> float:
 
 
 def summary(rounds: list[Round], tokens: int) -> list[dict[str, Any]]:
-    """A line for each number of sequences: medians of both sides, and what a step costs more."""
+    """A line for each number of sequences: the quickest round of each side, since what disturbs only adds, and what a step costs more."""
     lines = []
     for sequences in sorted({each.sequences for each in rounds}):
         sides = {side: [r for r in rounds if (r.side, r.sequences) == (side, sequences)] for side in ("bare", "server")}
-        bare_s, server_s = (statistics.median(r.seconds for r in sides[side]) for side in ("bare", "server"))
+        bare_s, server_s = (min(r.seconds for r in sides[side]) for side in ("bare", "server"))
         steps = sum(r.steps for r in sides["server"])
         line = {
             "sequences": sequences,
-            "bare_tokens_per_s": sequences * tokens / bare_s,
-            "server_tokens_per_s": sequences * tokens / server_s,
-            "bare_step_ms": 1000 * bare_s / tokens,
-            "difference_per_step_ms": 1000 * (server_s - bare_s) / tokens,
+            "bare_tokens_per_s": sequences * (tokens - 1) / bare_s,
+            "server_tokens_per_s": sequences * (tokens - 1) / server_s,
+            "bare_step_ms": 1000 * bare_s / (tokens - 1),
+            "difference_per_step_ms": 1000 * (server_s - bare_s) / (tokens - 1),
             "overhead": server_s / bare_s - 1,
+            "overhead_of_medians": statistics.median(r.seconds for r in sides["server"])
+            / statistics.median(r.seconds for r in sides["bare"])
+            - 1,
             "front_cpu_ms_per_step": 1000 * sum(r.front for r in sides["server"]) / steps,
             "client_cpu_ms_per_step": 1000 * sum(r.client for r in sides["server"]) / steps,
         }

@@ -1,6 +1,6 @@
 """Minutes of mixed load on a server of its own, with clients that leave and cancel; then: is everything as it was at the start?
 
-    python benchmarks/soak.py [--minutes 10] [--model fake] [--clients 12] [--growth 64] [--seed 1]
+    python benchmarks/soak.py [--minutes 10] [--model fake] [--clients 12] [--growth 64] [--seed 1] [--patience 60]
 
 fake   an engine without weights: a hundred times as many requests a minute as with any real model, which --model takes too.
 
@@ -34,6 +34,7 @@ import psutil
 
 PROGRAM = "import sys; from ernie45.cli import main; sys.exit(main())"
 SETTINGS = ["--engine.threads", "1", "--engine.max-length", "1024", "--limits.read-seconds", "3", "--limits.write-seconds", "5"]
+SMALL_CACHE = ["--engine.num-pages", "96"]  # full before the first rest: a cache that fills is memory that grows
 SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"], "additionalProperties": False}
 SPARE = 2  # a keep-alive connection or a thread of a pool more or less is no leak
 FIRST_REST = 0.15  # of the time: by then every pool and cache has been used
@@ -46,6 +47,7 @@ class Seen:
     statuses: Counter[str] = field(default_factory=Counter)
     left: int = 0
     wrong: list[str] = field(default_factory=list)
+    patience: float = 60.0  # seconds for an answer
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Rest:
 def start(model: str) -> tuple[subprocess.Popen[str], str]:
     """A server, ready, and its address."""
     command = [sys.executable, "-c", PROGRAM, "serve", model, "--port", "0", "--storage", "off", *SETTINGS]
+    command += SMALL_CACHE if model != "fake" else []
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     told = []
@@ -113,7 +116,7 @@ async def visit(client: httpx.AsyncClient, model: str, dice: random.Random, seen
         await half(client, dice, seen)
         return
     content = nonsense(dice) if manner == "nonsense" else json.dumps(body).encode()
-    patience = dice.choice([0.0, 0.005, 0.05]) if manner == "hurry" else 60
+    patience = dice.choice([0.0, 0.005, 0.05]) if manner == "hurry" else seen.patience
     try:
         async with (
             asyncio.timeout(patience),
@@ -176,15 +179,15 @@ async def look(client: httpx.AsyncClient, process: psutil.Process, seen: Seen, b
     )
 
 
-async def soak(url: str, pid: int, minutes: float, clients: int, seed: int) -> tuple[list[Rest], Seen]:
+async def soak(url: str, pid: int, minutes: float, clients: int, seed: int, patience: float) -> tuple[list[Rest], Seen]:
     """Load and rests in turn: the first rest early, eight later ones."""
-    dice, seen, process = random.Random(seed), Seen(), psutil.Process(pid)
+    dice, seen, process = random.Random(seed), Seen(patience=patience), psutil.Process(pid)
     began, rests = time.monotonic(), []
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
     until = [minutes * 60 * (FIRST_REST + (1 - FIRST_REST) * step / 8) for step in range(9)]
     for end in until:
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=patience) as client:
 
             async def come(client: httpx.AsyncClient = client, end: float = end) -> None:
                 while time.monotonic() - began < end:
@@ -216,12 +219,13 @@ def main() -> None:
     parser.add_argument("--model", default="fake", help="'fake', or what `ernie serve` takes")
     parser.add_argument("--clients", type=int, default=12, help="at the same time")
     parser.add_argument("--growth", type=float, default=64, help="megabytes that memory may grow between the first and the last rest")
+    parser.add_argument("--patience", type=float, default=60, help="seconds for an answer; more for a real model on a busy machine")
     parser.add_argument("--seed", type=int, default=1, help="of what the clients do")
     args = parser.parse_args()
     process, url = start(args.model)
     log: list[str] = []
     try:
-        rests, seen = asyncio.run(watched(process, log, soak(url, process.pid, args.minutes, args.clients, args.seed)))
+        rests, seen = asyncio.run(watched(process, log, soak(url, process.pid, args.minutes, args.clients, args.seed, args.patience)))
     finally:
         process.terminate()
         process.wait(60)
