@@ -55,6 +55,8 @@ WITHOUT_EFFECT = (
     "shard",
     "keep_gb",
     "offload",
+    "held_out",
+    "eval_every",
 )
 """Settings that do not change what is learned: a run may go on with others."""
 _QUIET_STEPS = 10
@@ -298,6 +300,7 @@ class Watcher:
         left = (self.steps - report.step - 1) * report.seconds
         text = f"step {report.step + 1}/{self.steps}  loss {report.loss:.4f}  rate {report.rate:.2e}  norm {report.norm:.2f}"
         text += f"  {speed:,.0f} tok/s" + (f"  MFU {report.mfu:.1%}" if report.mfu is not None else "")
+        text += f"  held out {report.held_out_loss:.4f}" if report.held_out_loss is not None else ""
         text += f"  {left / 60:.1f} min left" + ("  SKIPPED: gradient not finite" if report.skipped else "")
         print(f"\r\x1b[K{text}" if self.live else text, end="\n" if last or not self.live else "", file=sys.stderr, flush=True)
 

@@ -81,16 +81,19 @@ def teach(
     ids: str,
     say: Callable[[str], str],
     whole: nn.Module | None = None,
+    *,
+    evaluate: Callable[[], float] | None = None,
+    eval_every: int = 100,
 ) -> Path:
     """Run the steps and write the model with its card.
 
     way: how passes of the pupil are run; ids: digest of the data; say: the card's text, from how the weights were trained.
-    whole: what learns, where that is more than the decoder.
+    evaluate: measures the held-out loss. whole: what learns, where that is more than the decoder.
 
     Raises RunError as `train` does. Returns the folder of the finished model.
     """
     same = plain_settings(config, *WITHOUT_EFFECT) | {"steps": steps, "ids": ids}
-    length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
+    length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every, eval_every=eval_every)
     samples = Samples(pupil.decoder, pupil.tokenizer, pupil.template(config.chat_format), config.out, config.samples, config.sample_tokens)
     learns = pupil.decoder if whole is None else whole
     events = Events(config.out) if config.tensorboard else None
@@ -108,6 +111,7 @@ def teach(
             ranks=pupil.ranks,
             peak=float_peak(pupil.decoder.dtype),
             again=again,
+            evaluate=evaluate,
         )
     how = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all weights"
     card = say(f"{how}, {progress.step:,} steps, {progress.tokens:,} tokens")

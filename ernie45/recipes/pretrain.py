@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,7 @@ from ernie45.config import Environment
 from ernie45.errors import ConfigError, DataError
 from ernie45.models.load import find_model
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
+from ernie45.parallel.shard import Run
 from ernie45.recipes.bench.limits import float_peak
 from ernie45.recipes.events import Events
 from ernie45.recipes.learning import (
@@ -35,6 +36,7 @@ from ernie45.recipes.learning import (
 from ernie45.recipes.samples import Samples
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
 from ernie45.train.checkpoint import fingerprint
+from ernie45.train.evaluate import HeldOut
 from ernie45.train.loop import RunConfig, train
 from ernie45.train.optim import MovingAverage, Optimiser
 from ernie45.train.records import Document, read_records
@@ -54,6 +56,10 @@ class PretrainConfig(LearningConfig):
     """Corpora, named without suffix; with `prepare` the texts to make one of (.jsonl, .json, .csv, .txt)."""
     weights: tuple[float, ...] = ()
     """Share of each corpus in the rows; by default in proportion to their tokens."""
+    held_out: tuple[Path, ...] = ()
+    """Corpora that are not learned from: their loss is measured beside the training."""
+    eval_every: int = 100
+    """Steps between two measurements of the held-out loss."""
     prepare: Path | None = None
     """Write the texts in `data` as this corpus (named without suffix), and stop."""
     fresh: bool = False
@@ -142,7 +148,8 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
     learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, ranks=ranks, run=way, keep=keeping(config, pupil))
     digests = [source.corpus.facts.sha256_tokens for source in sources]
     same = plain_settings(config, *WITHOUT_EFFECT, "prepare", "epochs") | {"steps": steps, "corpora": digests}
-    length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every)
+    length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every, eval_every=config.eval_every)
+    held_out = _held_out(config, pupil, way)
     samples = Samples(pupil.decoder, pupil.tokenizer, None, config.out, config.samples, config.sample_tokens)
     events = Events(config.out) if config.tensorboard else None
     with Watcher(steps, events) as watcher, within_memory(config, pupil, way, stream.batch(0).tokens_T) as again:
@@ -160,6 +167,7 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
             ranks=ranks,
             peak=float_peak(pupil.decoder.dtype),
             again=again,
+            evaluate=held_out,
         )
     learner.watch.close()
     start = "random weights" if config.fresh else config.model
@@ -173,6 +181,16 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
         put_together(pupil, average.weights)
         ranks.once(lambda: write_result(pupil, config.out / "model-averaged", None, card))
     return target
+
+
+def _held_out(config: PretrainConfig, pupil: Pupil, way: Run) -> HeldOut | None:
+    """The loss of every whole row of the held-out corpora."""
+    if not config.held_out:
+        return None
+    sources = _sources(replace(config, data=config.held_out, weights=()), pupil)
+    rows = max(1, sum(source.corpus.facts.tokens for source in sources) // config.batch_tokens)
+    stream = Stream(sources, config.batch_tokens, config.seed)
+    return HeldOut(pupil.decoder, [stream.batch(number) for number in range(rows)], ranks=pupil.ranks, run=way)
 
 
 def _sources(config: PretrainConfig, pupil: Pupil) -> list[Source]:

@@ -10,6 +10,8 @@ from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
 from ernie45.quant.spec import Scheme
 from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, keeping, spread, state_folder, through_rounding
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
+from ernie45.train.batch import TrainBatch
+from ernie45.train.evaluate import HeldOut
 from ernie45.train.examples import PackedExamples, make_examples
 from ernie45.train.noise import EmbeddingNoise
 from ernie45.train.optim import Optimiser
@@ -21,6 +23,10 @@ from ernie45.train.step import Step
 class SftConfig(LessonConfig):
     """Teach a model from conversations: it learns the answers, not the questions."""
 
+    held_out: tuple[Path, ...] = ()
+    """Files of rows, as `data` has them, that are not learned from: their loss is measured beside the training."""
+    eval_every: int = 100
+    """Steps between two measurements of the held-out loss."""
     neftune: float = 0.0
     """Noise on the embeddings while learning (NEFTune), such as 5; 0 is none."""
     qat: str | None = None
@@ -58,6 +64,7 @@ def sft(config: SftConfig, environment: Environment, ranks: Ranks = ALONE) -> Pa
     if config.qat is not None:
         pupil = through_rounding(pupil, config.qat, config.qat_head)
     data, bad = _data(config, pupil)
+    held_out = _held_out(config, pupil)
     steps = config.steps if config.steps is not None else -(-data.count(config.epochs) // config.accumulate)
     facts = {
         "examples": len(data.examples),
@@ -84,6 +91,8 @@ def sft(config: SftConfig, environment: Environment, ranks: Ranks = ALONE) -> Pa
         steps,
         ids,
         lambda how: f"# Fine-tuned from {config.model}\n\nSupervised fine-tuning with ernie45: {how}.",
+        evaluate=HeldOut(pupil.decoder, held_out, ranks=ranks, run=way) if held_out else None,
+        eval_every=config.eval_every,
     )
     learner.watch.close()
     return target
@@ -97,3 +106,13 @@ def _data(config: SftConfig, pupil: Pupil) -> tuple[PackedExamples, BadRows]:
     records = read_weighted(config.data, config.weights, config.seed, on_bad)
     examples = make_examples(records, pupil.template(config.chat_format), pupil.tokenizer, limit, on_bad=on_bad)
     return PackedExamples(examples, config.batch_tokens, config.seed), bad
+
+
+def _held_out(config: SftConfig, pupil: Pupil) -> list[TrainBatch]:
+    """The batches whose loss is measured beside the training; a bad row among them always ends the run."""
+    if not config.held_out:
+        return []
+    limit = min(pupil.decoder.config.max_positions, config.batch_tokens)
+    records = read_weighted(config.held_out, (), config.seed, None)
+    examples = PackedExamples(make_examples(records, pupil.template(config.chat_format), pupil.tokenizer, limit), config.batch_tokens, 0)
+    return [examples.batch(number) for number in range(examples.count(1))]

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -37,9 +37,11 @@ class RunConfig:
     """Steps between checkpoints; one more is written at the end."""
     keep: int = 2
     """Checkpoints kept."""
+    eval_every: int = 100
+    """Steps between two measurements of the held-out loss, where there is one; one more is made at the end."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "save_every", "keep"):
+        for name in ("steps", "accumulate", "save_every", "keep", "eval_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name} must be at least 1, not {getattr(self, name)}")
 
@@ -73,13 +75,14 @@ def train(
     ranks: Ranks = ALONE,
     peak: float | None = None,
     again: float = 0.0,
+    evaluate: Callable[[], float] | None = None,
 ) -> Progress:
     """Run to the end from the newest checkpoint in `folder`, or from the start. Returns where it stands.
 
     The batches of a step are shared out among the ranks; which batches a step has does not depend on how many ranks there are. on_report is
     called after each step and on_saved after each checkpoint, on the first rank. peak: operations a second of this rank's device, for MFU;
     again: share of the layers' forward pass that is computed a second time. In one process a run that was killed and resumed gives the
-    losses of one that was not, bit for bit.
+    losses of one that was not, bit for bit. evaluate: measures the held-out loss, on all ranks.
     Raises RunError when another run works in the folder, the checkpoint does not fit, or losses stay not finite, and ConfigError when there
     are more ranks than batches in a step.
     """
@@ -109,6 +112,8 @@ def train(
             progress = _after(progress, batches, config.accumulate, report, ranks)
             if average is not None and not report.skipped:
                 average.update(learner.optimiser, report.tokens)
+            if evaluate is not None and (progress.step % config.eval_every == 0 or progress.step == config.steps):
+                report = replace(report, held_out_loss=evaluate())
             write(report)
             if ranks.is_first:
                 on_report(report)

@@ -71,6 +71,8 @@ class StepReport:
     load: tuple[tuple[float, ...], ...] | None = None
     margin: float | None = None
     """Preferences: mean of beta x (how much more than the reference the chosen answer is preferred)."""
+    held_out_loss: float | None = None
+    """Mean loss per label on rows that are not learned from, after this step."""
     work: float | None = None
     """Operations of the step that the model needs, of all ranks."""
     layer_work: float | None = None

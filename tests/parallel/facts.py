@@ -14,6 +14,7 @@ from ernie45.parallel.shard import plainly, shard_weights
 from ernie45.tokens.template import IGNORED
 from ernie45.train.batch import pack
 from ernie45.train.comparison import ComparisonStep
+from ernie45.train.evaluate import HeldOut
 from ernie45.train.examples import PackedExamples
 from ernie45.train.loop import RunConfig, train
 from ernie45.train.noise import EmbeddingNoise
@@ -71,6 +72,13 @@ def language(ranks, even=False, recompute=False):
     report = step([batches[n] for n in ranks.share(len(batches))], 0, 1e-3)
     step.watch.close()
     return report, optimiser.grads, biases(decoder)
+
+
+def held_out(ranks):
+    """The held-out loss of three batches, which two ranks cannot share evenly."""
+    decoder = moe()
+    way = spread(decoder, ranks)
+    return HeldOut(decoder, [pack(make_examples(lengths, seed)) for seed, lengths in enumerate(MICRO)], ranks=ranks, run=way)()
 
 
 def preference(ranks, even=False):
@@ -144,6 +152,7 @@ def everything(ranks, folder):
         "preference": preference(ranks),
         "refused": refused(ranks),
         "told": told(ranks),
+        "held_out": [held_out(ranks), held_out(replace(ranks, sharded=True))],
         "run": run(ranks, folder / "run", 4),
         "sums": ranks.sums([1.0, ranks.rank]),
         "shares": shares(replace(ranks, sharded=True), folder / "shares"),

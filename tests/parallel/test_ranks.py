@@ -81,6 +81,11 @@ def test_what_the_first_rank_cannot_do_ends_all(two):
     assert [rank["told"] for rank in two[1]] == ["the disk is full", "rank 0 ended: the disk is full"]
 
 
+def test_the_held_out_loss_is_that_of_one_process(two):
+    whole = facts.held_out(ALONE)
+    assert [rank["held_out"] for rank in two[1]] == [pytest.approx([whole, whole], abs=1e-6)] * 2
+
+
 def test_numbers_and_digests_meet(two):
     assert [rank["sums"] for rank in two[1]] == [[2.0, 1.0]] * 2
     assert [rank["order"] for rank in two[1]] == [[bytes([n]) * 32 for n in range(3)]] * 2

@@ -10,7 +10,7 @@ const EVERY = 2000; // milliseconds
 const COLOURS = 8;
 // What has a name of its own; any other number in the log gets a picture under the name it has there.
 const TITLES = {
-  loss: "Loss", text_loss: "Loss of text", vision_loss: "Loss beside images", mtp_loss: "Loss two tokens ahead", margin: "Margin of the chosen answer",
+  loss: "Loss", held_out_loss: "Loss of held-out rows", text_loss: "Loss of text", vision_loss: "Loss beside images", mtp_loss: "Loss two tokens ahead", margin: "Margin of the chosen answer",
   accuracy: "Pairs that are right", rate: "Learning rate", norm: "Gradient norm", tokens_per_second: "Tokens a second", mfu: "Model FLOPs utilisation", hfu: "Hardware FLOPs utilisation", balance_loss: "Router: load balance",
   orthogonal_loss: "Router: orthogonal", z_loss: "Router: z", "load.max": "Busiest expert, times an even share",
 };
