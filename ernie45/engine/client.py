@@ -38,7 +38,7 @@ from ernie45.tokens.gguf_vocabulary import tokenizer_from_gguf
 from ernie45.tokens.messages import Message, as_messages
 from ernie45.tokens.parse import Delta
 from ernie45.tokens.pictures import Picture, PixelRules, read_pixel_rules
-from ernie45.tokens.sight import Sight, Sources, place_pictures
+from ernie45.tokens.sight import PictureReader, Sources, place_pictures
 from ernie45.tokens.template import ChatTemplate, Prompt, load_template
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
 from ernie45.weights.gguf import GgufFile
@@ -199,7 +199,7 @@ class LLM:
         self.seating = None if crew is None else crew.after_loading(decoder, "" if isinstance(model, Decoder) else str(model))
         self._engine = Engine(decoder, config, adapters=folder, rules=rules, available=free, draft=draft)
         # the files are the caller's own: any path may be read
-        self.sight = Sight(rules=self._engine.rules, sources=Sources(paths=True)) if self._engine.rules is not None else None
+        self.sight = PictureReader(rules=self._engine.rules, sources=Sources(paths=True)) if self._engine.rules is not None else None
         self._dtype = decoder.dtype
         self._live: dict[str, Answer] = {}
         self._asked = 0

@@ -10,7 +10,7 @@ from ernie45.server.settings import Limits
 from ernie45.tokens.images import ImageLimits
 from ernie45.tokens.messages import Message, Text, as_messages
 from ernie45.tokens.pictures import Picture, PixelRules
-from ernie45.tokens.sight import Sight, Sources
+from ernie45.tokens.sight import PictureReader, Sources
 from ernie45.tokens.video import VideoLimits
 
 PARTS = ("image_url", "image", "video_url", "video")
@@ -23,7 +23,7 @@ class Seeing:
     """How the pictures of one served model are read. `limits` are the server's; folder: whose files may be named, None = no files."""
 
     def __init__(self, rules: PixelRules, limits: Limits, folder: Path | None = None) -> None:
-        self._sight = Sight(
+        self._sight = PictureReader(
             rules=rules,
             images=ImageLimits(file_bytes=limits.images_bytes, pixels=limits.image_pixels),
             videos=VideoLimits(file_bytes=limits.images_bytes, cpu_seconds=_VIDEO_SECONDS, wall_seconds=_VIDEO_SECONDS),

@@ -113,8 +113,8 @@ def _inline(source: str, most: int) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
-    """How one model's pictures are read. pictures: at most so many a conversation;  tokens: of all of them together."""
+class PictureReader:
+    """Reads the pictures of conversations for one model. pictures: at most so many a conversation;  tokens: of all of them together."""
 
     rules: PixelRules
     sources: Sources = field(default_factory=Sources)

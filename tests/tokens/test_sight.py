@@ -12,7 +12,7 @@ from ernie45.errors import RequestError, TokenizerError
 from ernie45.tokens.images import ImageLimits
 from ernie45.tokens.messages import Image, Message, Text, Video
 from ernie45.tokens.pictures import PixelRules
-from ernie45.tokens.sight import Sight, Sources
+from ernie45.tokens.sight import PictureReader, Sources
 from ernie45.tokens.template import MediaSpan, family_template
 from ernie45.tokens.video import FrameChoice
 
@@ -48,7 +48,7 @@ def image(url, **more):
     ],
 )
 def test_every_way_to_write_an_image_is_measured(part):
-    (message,), (picture,) = Sight(rules=RULES).look(user(part, {"type": "text", "text": "What is this?"}))
+    (message,), (picture,) = PictureReader(rules=RULES).look(user(part, {"type": "text", "text": "What is this?"}))
     assert picture.tokens == 8  # 70 x 98: 2.5 and 3.5 of 28 round to 2 and 4
     assert [type(part) for part in message.parts] == [Image, Text]
     assert message.parts[0].tokens == 8
@@ -56,7 +56,7 @@ def test_every_way_to_write_an_image_is_measured(part):
 
 def test_a_conversation_becomes_ids_with_a_place_for_every_token(tagged, clip):
     template = family_template("ernie-vl", tagged)
-    sight = Sight(rules=RULES, choice=FrameChoice(count=4))
+    sight = PictureReader(rules=RULES, choice=FrameChoice(count=4))
     messages, pictures = sight.look(
         [
             {"role": "user", "content": [image(address(png())), {"type": "text", "text": "and"}, image(address(png(28, 28)))]},
@@ -84,7 +84,7 @@ def test_a_conversation_becomes_ids_with_a_place_for_every_token(tagged, clip):
 
 
 def test_low_detail_takes_fewer_tokens():
-    _, (auto, low) = Sight(rules=RULES).look(user(image(address(png(1000, 800))), image(address(png(1000, 800)), detail="low")))
+    _, (auto, low) = PictureReader(rules=RULES).look(user(image(address(png(1000, 800))), image(address(png(1000, 800)), detail="low")))
     assert auto.tokens > 900
     assert low.tokens <= 256
 
@@ -93,7 +93,7 @@ def test_a_video_says_how_many_frames_are_looked_at(clip):
     url = address(clip("bikes.mp4"), "video/mp4")
     settings = ({}, {"fps": 3}, {"num_frames": 3})
     parts = [{"type": "video_url", "video_url": {"url": url, **more}} for more in settings]
-    _, pictures = Sight(rules=RULES).look(user(*parts))
+    _, pictures = PictureReader(rules=RULES).look(user(*parts))
     assert [picture.frames for picture in pictures] == [20, 30, 4]
 
 
@@ -115,7 +115,7 @@ def test_a_video_says_how_many_frames_are_looked_at(clip):
     ],
 )
 def test_what_cannot_be_seen_is_refused_with_its_place(part, says):
-    sight = Sight(rules=RULES, images=ImageLimits(file_bytes=3000))
+    sight = PictureReader(rules=RULES, images=ImageLimits(file_bytes=3000))
     with pytest.raises(RequestError, match=says) as error:
         sight.look(user({"type": "text", "text": "Look:"}, part))
     assert error.value.field == "messages[0].content[1]"
@@ -134,25 +134,25 @@ def test_what_cannot_be_seen_is_refused_with_its_place(part, says):
 )
 def test_parts_that_are_none_are_refused(part, says):
     with pytest.raises(TokenizerError, match=says):
-        Sight(rules=RULES).look(user(part))
+        PictureReader(rules=RULES).look(user(part))
 
 
 def test_what_a_stranger_says_of_tokens_is_not_believed():
     part = image(address(png())) | {"tokens": 1}
-    (message,), _ = Sight(rules=RULES).look(user(part))
+    (message,), _ = PictureReader(rules=RULES).look(user(part))
     assert message.parts[0].tokens == 8
 
 
 def test_a_conversation_has_room_for_so_many_pictures():
     with pytest.raises(RequestError, match="more than 2 images and videos"):
-        Sight(rules=RULES, pictures=2).look(user(*[image(address(png()))] * 3))
+        PictureReader(rules=RULES, pictures=2).look(user(*[image(address(png()))] * 3))
     with pytest.raises(RequestError, match=r"content\[1\]: the images and videos up to here take 16 tokens; at most 15"):
-        Sight(rules=RULES, tokens=15).look(user(*[image(address(png()))] * 2))
+        PictureReader(rules=RULES, tokens=15).look(user(*[image(address(png()))] * 2))
 
 
 def test_messages_without_pictures_stay_what_they_are():
     messages = (Message("user", "Hello"), Message("assistant", (Text("Hi"),)))
-    assert Sight(rules=RULES).look(messages) == (messages, ())
+    assert PictureReader(rules=RULES).look(messages) == (messages, ())
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_whoever_opened_all_files_reads_any(media):
 def test_addresses_of_machines_go_to_whoever_fetches():
     asked = []
     sources = Sources(fetch=lambda url, most: asked.append((url, most)) or png())
-    _, (picture,) = Sight(rules=RULES, sources=sources).look(user(image("https://example.com/a.png")))
+    _, (picture,) = PictureReader(rules=RULES, sources=sources).look(user(image("https://example.com/a.png")))
     assert picture.tokens == 8
     assert asked == [("https://example.com/a.png", 20 << 20)]
 
