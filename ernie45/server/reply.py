@@ -141,7 +141,8 @@ class Writer:
         shown = dict.fromkeys(range(len(tickets)), 0)
         if request.echo:
             for index, ticket in enumerate(tickets):
-                yield head | {"choices": [{"index": index, "text": self._echo(ticket), "finish_reason": None, "logprobs": None}]}
+                echo = {"index": index, "text": self._echo(ticket), "finish_reason": None, "logprobs": None}
+                yield head | {"choices": [echo]} | ({"usage": usage(tickets, per_prompt=request.n)} if counts else {})
         async for item in merged(tickets):
             choice = self._plain_choice(request, item, shown)
             if choice is not None:

@@ -139,3 +139,14 @@ def test_a_broken_answer_is_a_500_with_an_id_or_an_event(serve, events):
     assert error["error"]["code"] == "engine_error"
     assert done == "[DONE]"
     assert running.chat("«fine»").json()["choices"][0]["message"]["content"] == "fine"
+
+
+def test_continuous_usage_is_in_every_chunk_the_echo_too(running, events):
+    options = {"stream": True, "echo": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    *chunks, done = events(running.post("/v1/completions", {"prompt": "«yes»", **options}).text)
+    assert done == "[DONE]"
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert len(counts) > 2
+    assert counts == sorted(counts)
+    assert chunks[0]["choices"][0]["text"] == "«yes»"
+    assert chunks[-1]["choices"] == []
