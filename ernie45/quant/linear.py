@@ -3,8 +3,6 @@
 Letters: T tokens, R rows of interest, D width, V vocabulary, E experts, F width of one expert, I and O in- and output widths.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +27,11 @@ def _packed(scheme: Scheme, values: Tensor, scales: Tensor, out_size: int, in_si
     return PackedWeight(values, scales, scheme.weight_bits, out_size, scheme.hadamard, scheme.float_inputs)
 
 
+def _after_loading(module: nn.Module, incompatible: object) -> None:
+    assert isinstance(module, PackedMatrix | QuantExperts)
+    module.forget_decoded()
+
+
 class PackedMatrix(nn.Module):
     """A packed matrix [O, I]: buffers `weight_packed` and `weight_scale`, empty until they are filled. Two layers below use it."""
 
@@ -37,6 +40,7 @@ class PackedMatrix(nn.Module):
         self.in_size, self.out_size, self.scheme = in_size, out_size, scheme
         values, scales = _shapes(scheme, out_size, in_size)
         self._decoded: PackedWeight | None = None
+        self.register_load_state_dict_post_hook(_after_loading)
         self.register_buffer("weight_packed", torch.empty(values, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float16))
 
@@ -55,8 +59,8 @@ class PackedMatrix(nn.Module):
         assert weight.scales.shape == self.weight_scale.shape, "the packed weight has other groups"
         self.weight_packed, self.weight_scale, self._decoded = weight.values, weight.scales, None
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def forget_decoded(self) -> None:
+        """Decode anew at the next use: the stored tensors are others now."""
         self._decoded = None
 
     def extra_repr(self) -> str:
@@ -105,6 +109,7 @@ class QuantExperts(nn.Module):
         super().__init__()
         self.size, self.expert_size, self.scheme = size, expert_size, scheme
         self._decoded: dict[int, tuple[PackedWeight, PackedWeight]] = {}
+        self.register_load_state_dict_post_hook(_after_loading)
         for name, out_size, in_size in (("gate_up", 2 * expert_size, size), ("down", size, expert_size)):
             values, scales = _shapes(scheme, out_size, in_size)
             self.register_buffer(f"{name}_packed", torch.empty((num_experts, *values), dtype=torch.uint8))
@@ -129,8 +134,8 @@ class QuantExperts(nn.Module):
         self.gate_up_packed[number], self.gate_up_scale[number] = gate_up.values, gate_up.scales
         self.down_packed[number], self.down_scale[number] = down.values, down.scales
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def forget_decoded(self) -> None:
+        """Decode anew at the next use: the stored tensors are others now."""
         self._decoded.clear()
 
     def expert_gate_up(self, number: int, x_TD: Tensor) -> Tensor:
