@@ -109,7 +109,9 @@ class Crew:
         if not huge_pages_allowed():
             return "huge pages are not allowed on this system"
         tensors = {t.data_ptr(): t.nbytes for t in decoder.state_dict().values() if t.nbytes >= _LARGE}
-        return f"huge pages for {sum(ask_huge_pages(at, size, filled=True) for at, size in tensors.items()) / 2**20:,.0f} MiB of weights"
+        return (
+            f"huge pages asked for {sum(ask_huge_pages(at, size, filled=True) for at, size in tensors.items()) / 2**20:,.0f} MiB of weights"
+        )
 
 
 class Kept:
@@ -168,10 +170,12 @@ def measure_threads(decoder: Decoder, most: int, seconds: float = _SECONDS) -> M
     took: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
     torch.set_num_threads(most)
     slow = Measured(None, f"a trial of each number of threads takes more than {seconds:g} s")
+    _trial(decoder)  # to warm up: first calls take long
     began = time.perf_counter()
-    _trial(decoder)  # to warm up
-    end = began + seconds
-    if (time.perf_counter() - began) * len(counts) > seconds:
+    _trial(decoder)
+    now = time.perf_counter()
+    end = now + seconds
+    if (now - began) * len(counts) > seconds:
         return slow
     busy = _OthersTime()
     while not took[counts[-1]] or time.perf_counter() < end:
