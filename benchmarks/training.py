@@ -1,8 +1,10 @@
 """Training speed and memory beside TRL + PEFT: the same model, rows, settings and number of threads, each in a process of its own.
 
-    python benchmarks/training.py [--method lora|full] [--model starter] [--data rows.jsonl] [--steps 4] [--threads 2]
+    python benchmarks/training.py [--method lora|full] [--model starter] [--data rows.jsonl] [--steps 4] [--threads 2] [--dtype bfloat16]
 
-Needs trl and peft. Losses are printed beside the speed: a faster run that learns something else is no faster run.
+Without --data the rows are random ids, for folders without a tokenizer. `--dtype bfloat16` computes in bfloat16 on both sides: here with
+float32 masters in the optimiser, there as `model.to(bfloat16)` without; `--autocast` is TRL's own `bf16`, which casts float32 weights in
+every product. Needs trl and peft. Losses are printed beside the speed: a faster run that learns something else is no faster run.
 """
 
 import argparse
@@ -16,23 +18,29 @@ from pathlib import Path
 RATE, TOKENS = 1e-4, 1024
 
 
-def load_rows(model: str, data: Path) -> tuple[Path, list]:
-    """The model folder, and the rows as examples of at most TOKENS tokens."""
+def load_rows(model: str, data: Path | None, count: int, length: int) -> tuple[Path, list]:
+    """The model folder, and the rows as examples of at most TOKENS tokens; `count` random ones of `length` without `data`."""
+    import torch
+
     from ernie45.config import Environment
     from ernie45.models.load import find_model
     from ernie45.tokens.template import load_template
     from ernie45.tokens.tokenizer import load_tokenizer
+    from ernie45.train.batch import Example
     from ernie45.train.examples import make_examples
     from ernie45.train.records import read_records
 
     folder = find_model(model, Environment.read())
+    if data is None:
+        ids = torch.randint(10, 30000, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+        return folder, [Example(tuple(row), tuple(row)) for row in ids]
     tokenizer = load_tokenizer(folder)
     examples = make_examples(read_records([data]), load_template(folder, tokenizer), tokenizer, TOKENS, on_bad=lambda error: None)
     return folder, examples
 
 
 def run_ours(args: argparse.Namespace) -> dict:
-    """Four rows a step, packed."""
+    """So many rows a step, packed."""
     import torch
 
     from ernie45.models.load import load_model
@@ -42,26 +50,27 @@ def run_ours(args: argparse.Namespace) -> dict:
     from ernie45.train.step import LossConfig, Step
 
     torch.set_num_threads(args.threads)
-    folder, examples = load_rows(args.model, args.data)
-    decoder = load_model(folder, dtype="float32").train()
+    folder, examples = load_rows(args.model, args.data, args.rows * args.steps, args.length)
+    decoder = load_model(folder, dtype=args.dtype).train()
     if args.method == "lora":
         adapt(decoder.requires_grad_(False).layers, LoraConfig(rank=8), torch.Generator().manual_seed(0))
     learner = Step(decoder, Optimiser(decoder, OptimiserConfig(weight_decay=0.0), decoder.config.head_size), LossConfig())
     reports = []
     for step in range(args.steps):
-        rows = examples[4 * step : 4 * step + 4]
+        rows = examples[args.rows * step : args.rows * (step + 1)]
         reports.append(learner([pack(rows)], step, RATE))
     seconds = sum(report.seconds for report in reports[1:])
     return {"tokens_per_s": sum(r.tokens for r in reports[1:]) / seconds, "losses": [r.loss for r in reports]}
 
 
 def run_trl(args: argparse.Namespace) -> dict:
-    """Four rows a step, padded, by TRL's SFTTrainer."""
+    """So many rows a step, padded, by TRL's SFTTrainer."""
     import torch
     from datasets import Dataset
     from datasets.table import InMemoryTable
     from peft import LoraConfig
     from pyarrow import Table
+    from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -75,12 +84,12 @@ def run_trl(args: argparse.Namespace) -> dict:
             self.ends.append(time.perf_counter())
 
     torch.set_num_threads(args.threads)
-    folder, examples = load_rows(args.model, args.data)
-    examples = examples[: 4 * args.steps]
+    folder, examples = load_rows(args.model, args.data, args.rows * args.steps, args.length)
+    examples = examples[: args.rows * args.steps]
     rows = [{"input_ids": list(e.ids), "labels": list(e.labels)} for e in examples]
     settings = SFTConfig(
         output_dir=str(Path(args.scratch)),
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=args.rows,
         max_steps=args.steps,
         learning_rate=RATE,
         lr_scheduler_type="constant",
@@ -90,21 +99,22 @@ def run_trl(args: argparse.Namespace) -> dict:
         report_to="none",
         save_strategy="no",
         use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
+        bf16=args.autocast,
+        activation_checkpointing=False,
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
         disable_tqdm=True,
     )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM") if args.method == "lora" else None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="<|im_end|>", eos_token="<|im_end|>")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))  # the rows hold ids already, but TRL asks for a tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a", eos_token="b", unk_token="a")
     clock = Clock()
     data = Dataset(InMemoryTable(Table.from_pylist(rows)), fingerprint="rows")
     trainer = SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer, peft_config=lora, callbacks=[clock])
     trainer.train()
-    tokens = sum(len(e.ids) for e in examples[4:])  # without padding: the same tokens on both sides
+    tokens = sum(len(e.ids) for e in examples[args.rows :])  # without padding: the same tokens on both sides
     losses = [line["loss"] for line in trainer.state.log_history if "grad_norm" in line]
     return {"tokens_per_s": tokens / (clock.ends[-1] - clock.ends[0]), "losses": losses}
 
@@ -114,7 +124,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=["lora", "full"], default="lora")
     parser.add_argument("--model", default="starter")
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--rows", type=int, default=4, help="rows a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a random row")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--autocast", action="store_true", help="TRL's own bf16 setting, over the weights' dtype")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scratch", default="benchmarks/results/trl")
