@@ -19,7 +19,7 @@ from ernie45 import ops
 from ernie45.config import Environment
 from ernie45.engine.answer import Answer, Completion
 from ernie45.engine.core import Engine, EngineConfig
-from ernie45.engine.draft_model import load_draft
+from ernie45.engine.draft_model import check_draft, load_draft
 from ernie45.engine.output import Output
 from ernie45.engine.request import PlacedPicture, Request, SamplingParams
 from ernie45.engine.scheduler import Load, SchedulerConfig
@@ -191,11 +191,8 @@ class LLM:
             free = available - self.plan.fixed
             decoder, self.compute, self.name = loaded.decoder, str(loaded.compute), str(model)
             self._read_text_side(loaded.opened, chat_format)
-            if decoder.sight is not None:
-                vision = decoder.sight.config
-                rules = read_pixel_rules(loaded.opened.path, PixelRules(patch=vision.patch_size, merge=vision.merge))
-        if draft is not None:
-            draft.check(self.tokenizer)
+            rules = _pixel_rules(decoder, loaded.opened, rules)
+            check_draft(draft, self.tokenizer)
         self.seating = None if crew is None else crew.after_loading(decoder, "" if isinstance(model, Decoder) else str(model))
         self._engine = Engine(decoder, config, adapters=folder, rules=rules, available=free, draft=draft)
         # the files are the caller's own: any path may be read
@@ -398,3 +395,11 @@ class LLM:
                 self.template = self.template or load_template(folder, self.tokenizer, chat_format)
             except CheckpointError as error:
                 self._without_template = str(error)
+
+
+def _pixel_rules(decoder: Decoder, opened: OpenModel, given: PixelRules | None) -> PixelRules | None:
+    """How pictures are made for a model that sees, as its folder says; what was given for one that does not."""
+    if decoder.sight is None:
+        return given
+    vision = decoder.sight.config
+    return read_pixel_rules(opened.path, PixelRules(patch=vision.patch_size, merge=vision.merge))

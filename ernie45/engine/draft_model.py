@@ -79,6 +79,12 @@ def load_draft(name: str, environment: Environment, dtype: str = "auto") -> Draf
     return Draft(loaded.decoder, load_tokenizer(path))
 
 
+def check_draft(draft: Draft | None, tokenizer: Tokenizer | None) -> None:
+    """As `Draft.check`, where there is a draft model."""
+    if draft is not None:
+        draft.check(tokenizer)
+
+
 def _named(tokenizer: Tokenizer, id: int) -> str:
     return repr(tokenizer.token_of(id)) if id < tokenizer.vocab_size else "none"
 

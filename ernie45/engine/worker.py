@@ -238,7 +238,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
 
     shorten_thread_waits()
     from ernie45.engine.core import Engine
-    from ernie45.engine.draft_model import load_draft
+    from ernie45.engine.draft_model import check_draft, load_draft
     from ernie45.engine.threads import Crew
     from ernie45.models.adapter_folder import AdapterFolder
     from ernie45.models.load import find_model
@@ -273,8 +273,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
     seating = crew.after_loading(loaded.decoder, str(path))
     folder = text_folder(loaded.opened, Path(spec.text_folder))
     tokenizer = load_tokenizer(folder)
-    if draft is not None:
-        draft.check(tokenizer)
+    check_draft(draft, tokenizer)
     rules = None
     if loaded.decoder.sight is not None:
         vision = loaded.decoder.sight.config
