@@ -120,6 +120,8 @@ class LearningConfig:
             raise ConfigError(f"keep_gb must be a number of gigabytes of at least 0, not {self.keep_gb}")
         if self.keep_gb is not None and self.recompute:
             raise ConfigError("recompute keeps nothing but the inputs of layers, and keep_gb says how much to keep; give one of the two")
+        if self.keep_gb is not None and self.shard != "none":
+            raise ConfigError("keep_gb is measured on a whole model, and ranks that share the weights have none; take --recompute there")
         if self.offload != "none" and self.shard != "none":
             raise ConfigError(f"offload {self.offload} is for ranks that have the whole model; take --shard none, or --offload none")
         if not (math.isfinite(self.rank_timeout) and self.rank_timeout > 0):

@@ -195,6 +195,9 @@ def test_mistakes_are_named(model, rows, pairs, tmp_path):
     for flag in ("--steps", "--epochs", "--batch-tokens", "--accumulate", "--save-every"):
         with pytest.raises(ConfigError, match=f"{flag[2:].replace('-', '_')} must be at least"):
             ernie("sft", model, "--data", rows, "--out", out, flag, 0)
+    for flags in (("--keep-gb", 1), ("--offload", "both")):
+        with pytest.raises(ConfigError, match=r"--recompute there|--shard none"):
+            ernie("sft", model, "--data", rows, "--out", out, "--shard", "weights", *flags)
     with pytest.raises(DataError, match="prepare"):
         ernie("pretrain", model, "--data", tmp_path / "corpus", "--out", out)
 
