@@ -26,7 +26,7 @@ from ernie45.machine import Topology, ask_huge_pages, huge_pages_allowed, keep_t
 from ernie45.models.text import Decoder
 
 _SECONDS = 1.0  # of probing
-_PROMPT, _ANSWER = 48, 6  # tokens of a trial
+_PROMPT, _ANSWER = 32, 3  # tokens of a trial
 _BUSY = 0.15  # of the usable cores' time, taken by others: then a measurement says nothing
 _EQUAL = 0.03  # within which more threads win: they read prompts faster
 _MOST_KEPT = 200  # choices in the file
@@ -169,13 +169,13 @@ def measure_threads(decoder: Decoder, most: int, seconds: float = _SECONDS) -> M
     counts = sorted({most, most - 1, most // 2, most // 4} - {0}, reverse=True)
     took: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
     torch.set_num_threads(most)
-    slow = Measured(None, f"a trial of each number of threads takes more than {seconds:g} s")
+    slow = Measured(None, f"a trial of each number of threads takes more than {2 * seconds:g} s")
     _trial(decoder)  # to warm up: first calls take long
     began = time.perf_counter()
     _trial(decoder)
     now = time.perf_counter()
     end = now + seconds
-    if (now - began) * len(counts) > seconds:
+    if (now - began) * len(counts) > 2 * seconds:
         return slow
     busy = _OthersTime()
     while not took[counts[-1]] or time.perf_counter() < end:
