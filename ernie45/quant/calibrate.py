@@ -236,3 +236,15 @@ def advance(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor) -> None:
     """Replace every sequence by the block's output for it, in place, a few at a time."""
     for part in _parts(x_SLD):
         x_SLD[part] = _through(block, x_SLD[part], turns_LP)
+
+
+def advance_original(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor, where: str) -> None:
+    """`advance` for a block of the original model, called `where`.
+
+    Raises `CheckpointError` when a hidden state then has no finite energy: everything measured against it would be NaN.
+    """
+    advance(block, x_SLD, turns_LP)
+    if not bool(x_SLD.square().sum(dtype=torch.float64).isfinite()):
+        raise CheckpointError(
+            f"'{where}' gives NaN, infinities or values too large to square on plain text; the checkpoint is damaged, download it again"
+        )

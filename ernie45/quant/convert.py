@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ernie45.config import from_mapping
+from ernie45.errors import CheckpointError
 from ernie45.nn.block import Block
 from ernie45.nn.rope import turns
-from ernie45.quant.calibrate import advance, token_weights
+from ernie45.quant.calibrate import advance, advance_original, token_weights
 from ernie45.quant.measure import LayerReport, Quality, QualityCounter
 from ernie45.quant.methods import MatrixReport, Method, Streams, quantise_block
 from ernie45.quant.model import quantisable, quantise_model
@@ -173,19 +174,19 @@ class _Walk:
     @torch.inference_mode()
     def pass_layer(self, layer: int, schemes: Mapping[str, AnyScheme | None]) -> None:
         """Quantise one layer, move all streams past it, and put shard and streams on the disk."""
-        block = self.source.block(layer)
-        advance(block, self.streams["reference"], self._turns("reference"))
+        block, where = self.source.block(layer), f"layers.{layer}"
+        advance_original(block, self.streams["reference"], self._turns("reference"), where)
         seen: Streams | None = None
         if self.plan.method.needs_text:
             before = self.streams["calibration_reference"].clone()
-            advance(block, self.streams["calibration_reference"], self._turns("calibration"))
+            advance_original(block, self.streams["calibration_reference"], self._turns("calibration"), where)
             weights_SL = token_weights(self.streams["calibration_reference"])
             seen = Streams(self.streams["calibration"], before, self._turns("calibration"), self.plan.least_expert_tokens, weights_SL)
-        packed, matrices = quantise_block(block, f"layers.{layer}", schemes, self.plan.method, seen)
+        packed, matrices = quantise_block(block, where, schemes, self.plan.method, seen)
         for name in self.streams.keys() & {"calibration", "quantised"}:
             advance(packed, self.streams[name], self._turns(name))
         self.reports.append(LayerReport(layer, _drift(self.streams), tuple(matrices)))
-        _write_shard(self.work, layer + 1, self.source.num_layers, {f"layers.{layer}.{k}": v for k, v in packed.state_dict().items()})
+        _write_shard(self.work, layer + 1, self.source.num_layers, {f"{where}.{k}": v for k, v in packed.state_dict().items()})
         self.done = layer + 1
         self._keep()
 
@@ -199,9 +200,7 @@ class _Walk:
         specs = [TensorSpec(name, stream.dtype, tuple(stream.shape)) for name, stream in self.streams.items()]
         write_safetensors(place, specs, self.streams.__getitem__)
         state = {"fingerprint": self.plan.fingerprint, "done": self.done, "reports": [asdict(report) for report in self.reports]}
-        partial = self.work / f"{_STATE}.partial"
-        partial.write_text(json.dumps(state), encoding="utf-8")
-        partial.replace(self.work / _STATE)
+        _write_text(self.work / _STATE, json.dumps(state))
         shutil.rmtree(self.work / f"{_STREAMS}-{self.done - 1}", ignore_errors=True)
 
     def _take_up(self) -> bool:
@@ -273,8 +272,19 @@ def _write_index(work: Path, num_layers: int) -> int:
             listed |= dict.fromkeys(files, name)
             total += sum(files.info(tensor).nbytes for tensor in files)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))}
-    (work / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _write_text(work / INDEX_NAME, json.dumps(index, indent=2) + "\n")
     return total
+
+
+def _write_text(path: Path, text: str) -> None:
+    """The file, whole or as it was before. Raises `CheckpointError` when the disk refuses."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}; free some room and run again to go on") from error
 
 
 def leave_only_model(work: Path) -> None:

@@ -40,7 +40,7 @@ def made(experts: bool = False, bias: bool = False, tied: bool = True, seed: int
     return decoder.eval().requires_grad_(False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """Makes small decoders: see `made`."""
     return made
