@@ -56,7 +56,14 @@ def shard_weights(decoder: Decoder, ranks: Ranks) -> Run:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             module.set_reduce_scatter_unused_params(True)
+    run.register_forward_hook(_take_apart)
     return run
+
+
+def _take_apart(run: nn.Module, inputs: object, output: object) -> None:
+    """FSDP2 leaves the weights outside of the layers together for the backward pass; after a pass without gradient none comes."""
+    if not torch.is_grad_enabled():
+        cast(FSDPModule, run).reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
@@ -10,7 +11,8 @@ from ernie45.errors import RunError
 from ernie45.models.released import tiny
 from ernie45.nn.lora import LoraConfig, adapt, without_adapters
 from ernie45.parallel.ranks import ALONE
-from ernie45.parallel.shard import plainly, shard_weights
+from ernie45.parallel.shard import own_bytes, plainly, shard_weights
+from ernie45.recipes.learning import put_together
 from ernie45.tokens.template import IGNORED
 from ernie45.train.batch import pack
 from ernie45.train.comparison import ComparisonStep
@@ -48,6 +50,11 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def share_held(decoder):
+    """Of the decoder's numbers, how many this rank holds."""
+    return sum(own_bytes(p) for p in decoder.parameters()) / sum(p.numel() * p.element_size() for p in decoder.parameters())
+
+
 def moe():
     """A tiny mixture of experts with a multi-token predictor."""
     return make_decoder(replace(tiny(experts=True), num_mtp=1))
@@ -79,6 +86,15 @@ def held_out(ranks):
     decoder = moe()
     way = spread(decoder, ranks)
     return HeldOut(decoder, [pack(make_examples(lengths, seed)) for seed, lengths in enumerate(MICRO)], ranks=ranks, run=way)()
+
+
+def finished(ranks):
+    """The share a rank holds after a measure of the held-out loss; on the first rank also the model as it is written then."""
+    decoder = moe()
+    HeldOut(decoder, [pack(make_examples(MICRO[0]))], ranks=ranks, run=shard_weights(decoder, ranks))()
+    held = share_held(decoder)
+    put_together(SimpleNamespace(decoder=decoder, ranks=ranks), dict(decoder.named_parameters()))
+    return held, decoder.state_dict() if ranks.is_first else None
 
 
 def preference(ranks, even=False):
@@ -164,13 +180,13 @@ def shares(ranks, folder):
     """The facts of weights in shares; also how many numbers this rank holds."""
     decoder = moe()
     shard_weights(decoder, ranks)
-    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in decoder.parameters())
     return {
         "language": language(ranks, even=True),
         "recompute": language(ranks, even=True, recompute=True)[:2],
         "preference": preference(ranks, even=True),
         "run": run(ranks, folder / "run", 2, kind="muon", accumulate=6),
-        "held": held / sum(p.numel() for p in moe().parameters()),
+        "held": share_held(decoder),
+        "finished": finished(ranks),
     }
 
 

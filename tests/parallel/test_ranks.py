@@ -86,6 +86,12 @@ def test_the_held_out_loss_is_that_of_one_process(two):
     assert [rank["held_out"] for rank in two[1]] == [pytest.approx([whole, whole], abs=1e-6)] * 2
 
 
+def test_a_model_can_be_written_after_its_held_out_loss(two):
+    for rank in two[1]:
+        assert rank["shares"]["finished"][0] == rank["shares"]["held"]  # nothing stays put together
+    assert_same(two[1][0]["shares"]["finished"][1], facts.moe().state_dict(), atol=0, rtol=0)
+
+
 def test_numbers_and_digests_meet(two):
     assert [rank["sums"] for rank in two[1]] == [[2.0, 1.0]] * 2
     assert [rank["order"] for rank in two[1]] == [[bytes([n]) * 32 for n in range(3)]] * 2
