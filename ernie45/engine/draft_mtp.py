@@ -79,5 +79,9 @@ class MtpDrafter:
         """The block over all parts; its states at the ends of those that sample."""
         batch = self._batches.build(Plan(tuple(parts)))
         attend = self._cache.attend(batch)
-        m_TD = self._decoder.predict_after_next(batch.tokens_T, h_TD, batch.positions_T, lambda _, q, k, v: attend(0, q, k, v))
+
+        def alone(layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+            return attend(0, q_TNH, k_TKH, v_TKH)  # whatever its number in the model, the block is the only layer of this cache
+
+        m_TD = self._decoder.predict_after_next(batch.tokens_T, h_TD, batch.positions_T, alone)
         return m_TD[[span.end - 1 for part, span in zip(parts, batch.spans, strict=True) if part.samples]]

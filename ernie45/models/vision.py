@@ -55,6 +55,11 @@ class TowerAttention(nn.Module):
         self.out = Linear(size, size, bias=True)
 
 
+def _matrix(layer: Linear) -> TowerMatrix:
+    assert layer.bias is not None, "every layer of the tower has a bias"
+    return TowerMatrix(layer.weight, layer.bias)
+
+
 class TowerBlock(nn.Module):
     """`h = x + attn(norm(x))`, then `h + down(quick_gelu(up(norm(h))))`."""
 
@@ -92,7 +97,7 @@ class TowerBlock(nn.Module):
         if not torch.is_inference_mode_enabled() or ops.KERNELS is None:
             return self
         norms = (TowerNorm(norm.weight, norm.bias, norm.eps) for norm in (self.attn_norm, self.ffn_norm))
-        qkv, out, up, down = (TowerMatrix(x.weight, x.bias) for x in (self.attn.qkv, self.attn.out, self.up, self.down))
+        qkv, out, up, down = (_matrix(layer) for layer in (self.attn.qkv, self.attn.out, self.up, self.down))
         block = TowerWeights(self.attn.num_heads, next(norms), qkv, out, next(norms), up, down)
         return NativeTowerBlock(ops.KERNELS, block) if takes(ops.KERNELS, block) else self
 

@@ -45,7 +45,7 @@ def _block(block: TowerBlock, x_GPD: Tensor, turns_PQ: Tensor, rows: int) -> Gen
     """One block, in place."""
     frames, P, D = x_GPD.shape
     calls = block.calls()
-    space, inner = calls.space(frames, P), len(block.up.bias)
+    space, inner = calls.space(frames, P), block.up.out_size
     for some, part in _frame_parts(frames, P, rows):
         calls.heads(x_GPD[some, part], turns_PQ[part], space[some], P, part.start)
         yield 3 * x_GPD[some, part].numel() * D

@@ -61,9 +61,20 @@ class LoraConfig:
 class FrozenLayer(Protocol):
     """A linear layer that stays as it is beside its adapter: `nn.layers.Linear`, or one of `quant` whose matrix is packed."""
 
-    in_size: int
-    out_size: int
-    bias: Tensor | None
+    @property
+    def bias(self) -> Tensor | None:
+        """[O], where there is one."""
+        ...
+
+    @property
+    def in_size(self) -> int:
+        """I."""
+        ...
+
+    @property
+    def out_size(self) -> int:
+        """O."""
+        ...
 
     @property
     def weight(self) -> Tensor | PackedWeight:

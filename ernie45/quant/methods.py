@@ -304,8 +304,8 @@ def _search(
     readers: list[awq.Reader] = []
     for name in names:
         scheme, seen, module = schemes[name], statistics[name], block.get_submodule(name)
-        if scheme is None or isinstance(scheme, Fp8Scheme):
-            continue  # floats of a scale of their own: widening moves their exponents only
+        if scheme is None or isinstance(scheme, Fp8Scheme) or (smooth and scheme.code):
+            continue  # of floats with a scale of their own widening moves the exponents only, and codes are not rounded number by number
         if isinstance(seen, ExpertStatistics):
             assert isinstance(module, Experts)
             step = max(1, len(module.gate_up) // _EXPERTS_SEARCHED)

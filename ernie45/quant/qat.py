@@ -158,7 +158,8 @@ class QatEmbedding(nn.Module):
 
     def packed(self) -> QuantEmbedding:
         """The packed embedding."""
-        made = QuantEmbedding(*self.latent.shape, self.matrix.scheme, self.dtype)
+        tokens, width = self.latent.shape
+        made = QuantEmbedding(tokens, width, self.matrix.scheme, self.dtype)
         made.fill(self.matrix.packed(self.latent, self.scales()))
         return made
 
@@ -204,8 +205,13 @@ def prepare_training(network: nn.Module, spec: QuantSpec) -> None:
                 f"'{name}' is {scheme}: training through FP8 rounding is not part of this; take whole numbers, such as w4a8-g64"
             )
         module = network.get_submodule(name)
-        kind = QatLinear if isinstance(module, Linear) else QatEmbedding if isinstance(module, Embedding) else QatExperts
-        replace_module(network, name, kind(module, scheme))
+        if isinstance(module, Linear):
+            replace_module(network, name, QatLinear(module, scheme))
+        elif isinstance(module, Embedding):
+            replace_module(network, name, QatEmbedding(module, scheme))
+        else:
+            assert isinstance(module, Experts), f"'{name}' is no module that can be packed"
+            replace_module(network, name, QatExperts(module, scheme))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ernie45 import ops
+from ernie45.ops import PackedWeight
 from ernie45.quant import awq
 from ernie45.quant.rtn import round_to_nearest
 
@@ -48,5 +49,6 @@ def search(
 def rounded_error(reader: awq.Reader, inputs_SI: Tensor, factors_I: Tensor) -> float:
     """Energy that the outputs lose when W s is rounded and reads x / s, rounded as the scheme says."""
     packed = round_to_nearest(reader.weight_OI * factors_I, reader.scheme)
+    assert isinstance(packed, PackedWeight), "whoever searches leaves out codes, which are not rounded number by number"
     lost_SO = ops.packed_linear(inputs_SI / factors_I, packed) - inputs_SI @ reader.weight_OI.t()
     return float(lost_SO.square().sum(dtype=torch.float64))

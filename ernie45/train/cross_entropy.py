@@ -118,8 +118,10 @@ class _Gradients:
             self.bias_V += outer_RV.sum(0)
         outer_RV = outer_RV.to(chunk.h_RD.dtype)
         if self.h_TD is not None:
-            packed = isinstance(self.weight_VD, PackedWeight)
-            self.h_TD[chunk.rows_R] = pulled_back(outer_RV, self.weight_VD, self.h_TD.shape[1]) if packed else outer_RV @ self.weight_VD
+            if isinstance(self.weight_VD, PackedWeight):
+                self.h_TD[chunk.rows_R] = pulled_back(outer_RV, self.weight_VD, self.h_TD.shape[1])
+            else:
+                self.h_TD[chunk.rows_R] = outer_RV @ self.weight_VD
         if self.matrix_VD is not None:
             if chunk.h_RD.dtype == torch.float32:
                 self.matrix_VD.addmm_(outer_RV.t(), chunk.h_RD)
