@@ -15,7 +15,7 @@ from ernie45.train.reward import HEAD, RewardJudge, RewardModel, load_reward_mod
 from ernie45.weights.safetensors_write import save_safetensors
 from tests.train.conftest import make_decoder
 from tests.train.test_preference import make_pair
-from tests.train.test_trl import RATE, STEPS, rows_of, tokenizer_of_words
+from tests.train.test_trl import RATE, STEPS, rows_of, tokenizer_of_words, trl_settings
 
 PAIRS = [make_pair(seed, prompt=4 + seed, chosen=3 + seed, rejected=6) for seed in range(4)]
 
@@ -53,22 +53,10 @@ def test_losses_are_those_of_trl(tmp_path):
     ours = make_model()
     rows = [{"chosen_ids": [*p.prefix, *p.chosen], "rejected_ids": [*p.prefix, *p.rejected], "margin": 0.2 * p.gap} for p in PAIRS]
     settings = RewardConfig(
-        output_dir=str(tmp_path / "out"),
+        **trl_settings(tmp_path / "out"),
         center_rewards_coefficient=0.05,
         per_device_train_batch_size=4,
-        max_steps=STEPS,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
         weight_decay=0.0,
-        adam_beta2=0.95,
-        optim="adamw_torch",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
-        disable_tqdm=True,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

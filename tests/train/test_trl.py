@@ -42,32 +42,39 @@ def trl_losses(model, examples, config, folder):
 
     rows = [{"input_ids": list(e.ids), "labels": list(e.labels)} for e in examples]
     settings = SFTConfig(
-        output_dir=str(folder),
+        **trl_settings(folder, config.beta2),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
-        max_steps=STEPS,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
         weight_decay=config.weight_decay,
         adam_beta1=config.beta1,
-        adam_beta2=config.beta2,
         adam_epsilon=config.eps,
         max_grad_norm=config.clip,
-        optim="adamw_torch",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
-        disable_tqdm=True,
     )
     trainer = SFTTrainer(model, settings, train_dataset=rows_of(rows), processing_class=tokenizer_of_words())
     trainer.train()
     logged = [line for line in trainer.state.log_history if "grad_norm" in line]
     return [line["loss"] for line in logged], [line["grad_norm"] for line in logged]
+
+
+def trl_settings(folder, beta2=0.95):
+    """What all of TRL's trainers are told: a constant rate, our second moment, one line a step, nothing kept, no progress bar."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "adam_beta2": beta2,
+        "optim": "adamw_torch",
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "disable_tqdm": True,
+    }
 
 
 def tokenizer_of_words():
@@ -124,23 +131,11 @@ def test_preference_losses_are_those_of_trl(tmp_path, ours, theirs):
     save_model(make_decoder(), tmp_path / "base")
     rows = [{"prompt_ids": [*p.prefix, p.chosen[0]], "chosen_ids": list(p.chosen[1:]), "rejected_ids": list(p.rejected[1:])} for p in pairs]
     settings = DPOConfig(
-        output_dir=str(tmp_path / "out"),
+        **trl_settings(tmp_path / "out"),
         loss_type=theirs,
         beta=0.3,
         per_device_train_batch_size=4,
-        max_steps=STEPS,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        optim="adamw_torch",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
         train_sampling_strategy="sequential",
-        disable_tqdm=True,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

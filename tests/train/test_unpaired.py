@@ -18,7 +18,7 @@ from ernie45.train.records import as_record
 from ernie45.train.unpaired import JudgedExample, UnpairedJudge, as_judged, pack_judged
 from tests.tokens.conftest import PLACEHOLDERS, TAGS, write_pieces_folder
 from tests.train.conftest import make_decoder
-from tests.train.test_trl import RATE, STEPS, rows_of, tokenizer_of_words
+from tests.train.test_trl import RATE, STEPS, rows_of, tokenizer_of_words, trl_settings
 
 
 def make_judged(seed, prompt, answer, good):
@@ -42,24 +42,12 @@ def test_losses_are_those_of_trl(tmp_path):
         ids = {"prompt_ids": [*own.prefix, own.answer[0]], "completion_ids": list(own.answer[1:]), "label": own.good}
         rows.append({**ids, "KL_completion_ids": list(JUDGED[n - 1].answer[1:])})
     settings = KTOConfig(
-        output_dir=str(tmp_path / "out"),
+        **trl_settings(tmp_path / "out"),
         beta=0.3,
         desirable_weight=0.7,
         undesirable_weight=1.5,
         per_device_train_batch_size=4,
-        max_steps=STEPS,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        optim="adamw_torch",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
         train_sampling_strategy="sequential",
-        disable_tqdm=True,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
