@@ -8,33 +8,15 @@
 #include <immintrin.h>
 
 #include "rows.h"
+#include "tiles.h"
 
 namespace ernie {
 namespace attention_amx {
 
+using tiles::TileShape;
+using tiles::transpose;
+
 constexpr int64_t kBlock = 128;
-
-struct alignas(64) TileShape {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {0};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// 16 x 16 numbers of 32 bits turned over.
-static inline void transpose(__m512i* r) {
-  __m512i t[16], u[16];
-  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  for (int i = 0; i < 16; i += 4) {
-    u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int j = 0; j < 4; j++) {
-    const __m512i a = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0x88);
-    const __m512i c = _mm512_shuffle_i32x4(u[j], u[4 + j], 0xdd), d = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0xdd);
-    r[j] = _mm512_shuffle_i32x4(a, b, 0x88), r[8 + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    r[4 + j] = _mm512_shuffle_i32x4(c, d, 0x88), r[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
-  }
-}
 
 // 16 rows of queries on their way: tiles of the turned queries, running maximum and sum, and what was gathered so far.
 struct Tile {

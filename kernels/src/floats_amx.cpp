@@ -9,9 +9,13 @@
 #include <immintrin.h>
 
 #include "rows.h"
+#include "tiles.h"
 
 namespace ernie {
 namespace amx_tiles {
+
+using tiles::TileShape;
+using tiles::transpose;
 
 constexpr int64_t kRows = 32;        // of the weight, in one panel: two tiles
 constexpr int64_t kDepth = 32;       // inputs of one tile
@@ -36,30 +40,6 @@ struct Shape {
 static size_t packed_size(Type type, int64_t T, int64_t I) {
   const Shape s(type, T);
   return size_t(s.blocks * steps(I) * s.terms * s.tile()) * sizeof(uint16_t);
-}
-
-// 16 x 16 words: row and column change places
-static inline void transpose(__m512i* r) {
-  __m512i s[16];
-  for (int i = 0; i < 16; i += 2) {
-    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(s[i + j], s[i + j + 2]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(s[i + j], s[i + j + 2]);
-    }
-  // r[4b + j]: words j, j + 4, ... of the rows 4b .. 4b + 3
-  for (int j = 0; j < 4; j++) {
-    const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-    s[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-    s[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    s[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-    s[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-  for (int i = 0; i < 16; i++) r[i] = s[i];
 }
 
 static inline __m512i words(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
@@ -250,12 +230,6 @@ static void many(const uint16_t* w, int64_t I, int64_t row, int64_t end, const u
 }
 
 static size_t product_scratch(int64_t I) { return size_t(kPanels * 2 * steps(I) * kTile) * sizeof(uint16_t); }
-
-struct alignas(64) TileShape {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {0};
-  uint16_t bytes[16] = {0};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 static void product(const uint16_t* w, int64_t I, int64_t row, int64_t end, const void* x, Type type, int64_t T, const Output& out, void* scratch) {
   const Shape s(type, T);

@@ -6,17 +6,14 @@
 #include <immintrin.h>
 
 #include "panel.h"
+#include "tiles.h"
 
 namespace ernie {
 namespace amx {
 
-constexpr int64_t kSmallGroup = 128;  // larger ones gain more from tiles that are used twice
+using tiles::TileShape;
 
-struct alignas(64) TileShape {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {0};
-  uint16_t bytes[16] = {0};
-  uint8_t rows[16] = {0};
-};
+constexpr int64_t kSmallGroup = 128;  // larger ones gain more from tiles that are used twice
 
 struct Micro {
   static constexpr int rows_at_once = 32;
