@@ -43,8 +43,8 @@ chat: $(VENV)/.run native  ## set everything up, then talk to the starter model 
 serve: $(VENV)/.run native  ## set everything up, then serve the starter model on http://127.0.0.1:8000 (others: ARGS='MODEL --port ...')
 	@$(BIN)/ernie serve $(ARGS)
 
-test: $(VENV)/.test $(NATIVE) browser  ## set up what the tests need, then run all of them
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.test $(NATIVE) browser  ## set up what the tests need, then run all of them, one process a core
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.lint  ## style, types, import contracts and the house rules
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ UNFIT = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}  # built for anoth
 
 # The archive of ik_llama.cpp lacks the file that writes its version; the four symbols are all that the programs read.
 BUILD_INFO = """
-file(WRITE "${CMAKE_CURRENT_SOURCE_DIR}/build-info.cpp" "int LLAMA_BUILD_NUMBER = 0;
+file(WRITE "${CMAKE_CURRENT_SOURCE_DIR}/common/build-info.cpp" "int LLAMA_BUILD_NUMBER = 0;
 char const *LLAMA_COMMIT = \\"sdist\\"; char const *LLAMA_COMPILER = \\"c++\\"; char const *LLAMA_BUILD_TARGET = \\"native\\";
 ")
 """

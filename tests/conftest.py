@@ -12,6 +12,10 @@ from ernie45.config import shorten_thread_waits
 # Before any test imports torch, and inherited by every process a test starts: other work on the machine must not stall them.
 shorten_thread_waits()
 
+# Tests run side by side (pytest -n): each has its share of the cores, and so has every process it starts.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 # Shared machines stall for seconds: a deadline would report that as a failure. Under CI the examples are the same in every run.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True, database=None, print_blob=True)
