@@ -96,7 +96,7 @@ def train(
             f"{ranks.world} ranks that share the weights must run equally many batches, and accumulate is {config.accumulate}; set it to a "
             "multiple, or let every rank have the whole model (--shard none)"
         )
-    with ExitStack() as held, _naming_full_disks(folder):
+    with _naming_full_disks(folder), ExitStack() as held:
         ranks.once(lambda: held.enter_context(_folder(folder, config)))
         checkpoints = Checkpoints(folder / "checkpoints", fingerprint, config.keep, ranks)
         held.callback(checkpoints.close)
