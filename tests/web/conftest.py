@@ -85,7 +85,7 @@ class Visit:
     def __init__(self, browser, address, **options):
         self.address = address
         self.context = browser.new_context(**{"viewport": {"width": 1180, "height": 820}, **options})
-        self.context.set_default_timeout(8000)
+        self.context.set_default_timeout(30_000)  # patience with a machine that does other work, not a claim about speed
         self.context.add_init_script(WATCH)
         self.problems = []
         self.outside = []
@@ -170,7 +170,7 @@ def say():
         page.press("#message", "Enter")
         answer = page.locator("article.assistant").nth(count)
         if wait:
-            expect(answer).to_have_attribute("aria-busy", "false", timeout=10_000)
+            expect(answer).to_have_attribute("aria-busy", "false", timeout=30_000)
         return answer
 
     return send
