@@ -33,7 +33,6 @@ from ernie45.engine.wire import (
 from ernie45.errors import CheckpointError
 from ernie45.models.memory import MemoryPlan
 
-_READ = 1 << 20
 _STOP_SECONDS = 5.0
 
 Listener = Callable[[Stepped | Refused | Embedded | Chosen], None]
@@ -41,6 +40,23 @@ Listener = Callable[[Stepped | Refused | Embedded | Chosen], None]
 
 class EngineDied(Exception):
     """The engine's process ended, or was ended because it stood still."""
+
+
+class _Link(asyncio.Protocol):
+    """Our end of the pair of sockets. take: is given each message; lost: called when the other end is closed, or no longer makes sense."""
+
+    def __init__(self, take: Callable[[FromEngine], None], lost: Callable[[], None]) -> None:
+        self._take, self._lost = take, lost
+        self._unpacker = Unpacker(FromEngine)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came."""
+        for message in self._unpacker.feed(data):
+            self._take(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """No more will."""
+        self._lost()
 
 
 class EngineProcess:
@@ -72,7 +88,8 @@ class EngineProcess:
         self._on_planned = on_planned
         self._stuck_seconds = stuck_seconds
         self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._link: asyncio.WriteTransport | None = None
+        self._started: asyncio.Future[EngineInfo]
         self._tasks: list[asyncio.Task[None]] = []
         self._alive: set[str] = set()
         self._heard = 0.0
@@ -96,28 +113,18 @@ class EngineProcess:
                 env=self._environment,
                 stdin=asyncio.subprocess.DEVNULL,
             )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+        loop = asyncio.get_running_loop()
+        self._started = loop.create_future()
+        self._link, _ = await loop.create_connection(lambda: _Link(self._take, self._lost), sock=ours)
         self._send(self._spec)
-        unpacker = Unpacker(FromEngine)
-        while data := await self._read(reader):
-            for message in unpacker.feed(data):
-                if isinstance(message, Loading):
-                    self._on_loading(message.stage, message.done, message.total)
-                elif isinstance(message, Planned):
-                    try:
-                        self._send(Grant(await self._on_planned(message.plan)))
-                    except BaseException:
-                        await self.stop()
-                        raise
-                elif isinstance(message, LoadFailed):
-                    await self.stop()
-                    raise CheckpointError(message.text)
-                elif isinstance(message, Ready):
-                    loop = asyncio.get_running_loop()
-                    self._heard = loop.time()
-                    self._tasks = [loop.create_task(self._listen(reader, unpacker)), loop.create_task(self._watch())]
-                    return message.info
-        raise EngineDied(f"the engine ended while loading, with code {await self._process.wait()}")
+        try:
+            info = await self._started
+        except BaseException:
+            await self.stop()
+            raise
+        self._heard = loop.time()
+        self._tasks.append(loop.create_task(self._watch()))
+        return info
 
     def submit(self, request: Request) -> None:
         """Hands a request over."""
@@ -139,10 +146,8 @@ class EngineProcess:
         self._ending = True
         for task in self._tasks:
             task.cancel()
-        if self._writer is not None:
-            self._writer.close()
-            with contextlib.suppress(ConnectionError):
-                await self._writer.wait_closed()
+        if self._link is not None:
+            self._link.close()
         if self._process is not None:
             try:
                 await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
@@ -157,26 +162,53 @@ class EngineProcess:
         self._alive.add(id)
 
     def _send(self, message: Any) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(pack(message))
+        if self._link is not None and not self._link.is_closing():
+            self._link.write(pack(message))
 
-    async def _read(self, reader: asyncio.StreamReader) -> bytes:
+    def _take(self, message: FromEngine) -> None:
+        """A message of the engine, on the loop's own turn: no task is woken for it."""
+        if isinstance(message, Stepped):
+            for output in message.outputs:
+                if output.finish is not None:
+                    self._alive.discard(output.request_id)
+        elif isinstance(message, Refused | Embedded):
+            self._alive.discard(message.id)
+        elif not isinstance(message, Chosen):
+            self._load(message)
+            return
+        self._heard = asyncio.get_running_loop().time()
+        self._on_message(message)
+
+    def _load(self, message: Loading | Planned | Ready | LoadFailed) -> None:
+        if isinstance(message, Loading):
+            self._on_loading(message.stage, message.done, message.total)
+        elif isinstance(message, Planned):
+            self._tasks.append(asyncio.ensure_future(self._grant(message.plan)))
+        elif self._started.done():  # who waited for the start has given up
+            return
+        elif isinstance(message, LoadFailed):
+            self._started.set_exception(CheckpointError(message.text))
+        else:
+            self._started.set_result(message.info)
+
+    async def _grant(self, plan: MemoryPlan) -> None:
         try:
-            return await reader.read(_READ)
-        except ConnectionError:
-            return b""
+            self._send(Grant(await self._on_planned(plan)))
+        except Exception as error:  # noqa: BLE001  it ends the start, whoever refused
+            if not self._started.done():
+                self._started.set_exception(error)
 
-    async def _listen(self, reader: asyncio.StreamReader, unpacker: Unpacker) -> None:
-        while data := await self._read(reader):
-            self._heard = asyncio.get_running_loop().time()
-            for message in unpacker.feed(data):
-                if isinstance(message, Stepped):
-                    self._alive.difference_update(output.request_id for output in message.outputs if output.finish is not None)
-                elif isinstance(message, Refused | Embedded):
-                    self._alive.discard(message.id)
-                self._on_message(message)
+    def _lost(self) -> None:
+        if not self._ending:
+            self._tasks.append(asyncio.ensure_future(self._mourn()))
+
+    async def _mourn(self) -> None:
         assert self._process is not None
-        await self._die(f"the engine process ended with code {await self._process.wait()}")
+        code = await self._process.wait()
+        if self._started.done():
+            await self._die(f"the engine process ended with code {code}")
+        else:
+            self._started.set_exception(EngineDied(f"the engine ended while loading, with code {code}"))
 
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()

@@ -3,6 +3,7 @@
 One thread. The socket never blocks it: what the front does not read yet waits here. It ends when the front closes the socket, or is gone.
 """
 
+import gc
 import json
 import select
 import signal
@@ -411,6 +412,7 @@ def main(fd: int) -> int:
             channel.send(LoadFailed(str(error), True))
             channel.drain(5.0)
             return 2
+        gc.freeze()  # the model stays: nobody needs to look through it again and again for what could be freed
         channel.send(Ready(info))
         Worker(engine, channel).run()
     except Gone:

@@ -6,6 +6,7 @@ ernie serve A B --api-keys keys.txt  two models, for those who have a key
 """
 
 import asyncio
+import gc
 import signal
 import sys
 from collections.abc import Callable
@@ -73,6 +74,7 @@ async def serve(config: ServeConfig, environment: Environment, started: Callable
             for name, value in first.info.settings.items():
                 print(f"  {name:<10} {value}", file=sys.stderr)
             print(f"ready: {address}/v1 for clients", file=sys.stderr, flush=True)
+        gc.freeze()  # what is there by now stays: looking through it again and again would hold up answers
         if started is not None:
             started(address)
         await running

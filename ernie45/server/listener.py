@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import ssl
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -11,6 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ernie45.errors import ConfigError
 from ernie45.server.settings import ServerSettings
+from ernie45.server.stream import CHUNKS
 
 
 def listen(settings: ServerSettings) -> socket.socket:
@@ -32,13 +33,31 @@ def listen(settings: ServerSettings) -> socket.socket:
     return made
 
 
+class _Chunks:
+    """`stream.Chunks` of one request: HTTP/1.1's framing, written here. h11 writes the head and the end, and keeps no count of what is
+    between them."""
+
+    def __init__(self, protocol: H11Protocol) -> None:
+        self._cycle, self._flow, self._transport = protocol.cycle, protocol.flow, protocol.transport
+
+    @property
+    def ready(self) -> bool:
+        """Whether the connection is there and its buffer has room."""
+        return not (self._flow.write_paused or self._cycle.disconnected)
+
+    def write(self, data: bytes) -> None:
+        """Sends a part of the body, not empty; behind the head of a response without a length."""
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
 def make_server(app: ASGIApp, settings: ServerSettings) -> uvicorn.Server:
     """uvicorn with our patience, for `serve(sockets=[...])`. Raises `ConfigError` for a certificate that is none."""
     _check_certificate(settings)
     seconds = settings.limits.read_seconds
 
     class Patient(H11Protocol):
-        """uvicorn's protocol, which by itself waits for ever for a header. Subclassed because uvicorn takes a class and calls it."""
+        """uvicorn's protocol, which by itself waits for ever for a header; and a short way for streams. Subclassed because uvicorn takes a
+        class and calls it."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -49,7 +68,10 @@ def make_server(app: ASGIApp, settings: ServerSettings) -> uvicorn.Server:
             self._impatience = self.loop.call_later(seconds, transport.abort)
 
         def data_received(self, data: bytes) -> None:
+            before = self.cycle
             super().data_received(data)
+            if self.cycle is not before and self.scope["http_version"] == "1.1":  # the application begins with the loop's next turn
+                self.scope["extensions"] = cast(dict[str, Any], {CHUNKS: _Chunks(self)})
             busy = self.cycle is not None and not self.cycle.response_complete
             if busy and self._impatience is not None:
                 self._impatience.cancel()

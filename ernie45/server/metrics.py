@@ -2,11 +2,13 @@
 
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from ernie45.engine.request import FinishReason
 from ernie45.server.recent import Recent
@@ -19,17 +21,23 @@ _FIRST = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _EACH = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 _WHOLE = (0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _SIZES = (16, 64, 256, 1024, 4096, 16384, 65536, 131072)
+_AT_ONCE = 100  # steps
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """One registry for one server; told what happens by the models and the door. recent: the last minutes, for the page of the state."""
+    """One registry for one server; told what happens by the models and the door.
+
+    Steps are counted many at a time, or when somebody asks: each brings its own time along, and what is done for one alone, with nothing of
+    it in the processor's caches, would be paid by every token.
+    """
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.recent = Recent()
+        self._registry = CollectorRegistry()
+        self._recent = Recent()
+        self._uncounted: list[tuple[str, Step]] = []
         label = ["model_name"]
-        made = {"registry": self.registry}
+        made = {"registry": self._registry}
         self._http = Counter("ernie_http_requests", "HTTP requests by route and status.", ["route", "status"], **made)
         self._failures = Counter("ernie_request_failures", "Answers that ended with a failure, by its code.", [*label, "code"], **made)
         self._finished = Counter("vllm:request_success", "Answers by why they ended.", [*label, "finished_reason"], **made)
@@ -48,16 +56,21 @@ class Metrics:
         self._each = Histogram(
             "vllm:request_time_per_output_token_seconds", "Seconds per token after the first, by answer.", label, buckets=_EACH, **made
         )
-        self._gaps = Histogram(
-            "vllm:inter_token_latency_seconds", "Seconds between a token of an answer and the one before.", label, buckets=_EACH, **made
-        )
+        self._gaps: dict[str, _Gaps] = {}
         self._whole = Histogram("vllm:e2e_request_latency_seconds", "Seconds from asking to the end.", label, buckets=_WHOLE, **made)
         self._prompt_sizes = Histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", label, buckets=_SIZES, **made)
         self._sizes = Histogram("vllm:request_generation_tokens", "Tokens of an answer.", label, buckets=_SIZES, **made)
 
     def watch(self, models: "Sequence[ServedModel]") -> None:
         """Reads how busy these models are whenever it is asked."""
-        self.registry.register(_Gauges(models))
+        self._registry.register(_Gauges(models))
+        self._registry.register(_InterToken(self._gaps))
+
+    @property
+    def recent(self) -> Recent:
+        """The last minutes, for the page of the state."""
+        self._count()
+        return self._recent
 
     def answered(self, route: str, status: int) -> None:
         """An HTTP request has been answered."""
@@ -65,17 +78,22 @@ class Metrics:
 
     def stepped(self, model: str, step: "Step") -> None:
         """The engine made a step."""
-        message = step.message
-        self.recent.stepped(step.written, step.read, step.gaps, step.now)
-        if step.gaps:
-            observe = self._gaps.labels(model).observe
-            for gap in step.gaps:
-                observe(gap)
-        if message.seconds:
-            self._steps.labels(model).inc()
-            self._step_time.labels(model).inc(message.seconds)
-        if message.broke:
-            self._broken.labels(model).inc()
+        self._uncounted.append((model, step))
+        if len(self._uncounted) >= _AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        steps, self._uncounted = self._uncounted, []
+        for model, step in steps:
+            message = step.message
+            self._recent.stepped(step.written, step.read, step.gaps, step.now)
+            for gap, count in step.gaps.items():
+                self._gaps.setdefault(model, _Gaps()).add(gap, count)
+            if message.seconds:
+                self._steps.labels(model).inc()
+                self._step_time.labels(model).inc(message.seconds)
+            if message.broke:
+                self._broken.labels(model).inc()
 
     def finished(self, model: str, ticket: Ticket) -> None:
         """An answer is over."""
@@ -101,7 +119,8 @@ class Metrics:
 
     def text(self) -> bytes:
         """The page."""
-        return generate_latest(self.registry)
+        self._count()
+        return generate_latest(self._registry)
 
 
 def _times(ticket: Ticket) -> dict[str, float]:
@@ -114,6 +133,44 @@ def _times(ticket: Ticket) -> dict[str, float]:
         if (tokens := len(ticket.answer.ids)) > 1:
             times["tpot"] = (ticket.ended - ticket.first) / (tokens - 1)
     return times
+
+
+class _Gaps:
+    """Seconds between tokens, by class of length. Told of every token of every answer: the client library's own takes a lock for each."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_EACH) + 1)
+        self._sum = 0.0
+
+    def add(self, seconds: float, count: int) -> None:
+        """So many answers waited so long for a token."""
+        self._counts[bisect_left(_EACH, seconds)] += count
+        self._sum += seconds * count
+
+    @property
+    def buckets(self) -> list[tuple[str, float]]:
+        """How many were at most so long, as Prometheus has it."""
+        return list(zip([*map(str, map(float, _EACH)), "+Inf"], map(float, accumulate(self._counts)), strict=True))
+
+    @property
+    def sum(self) -> float:
+        """All of them together."""
+        return self._sum
+
+
+class _InterToken:
+    """The gaps of all models, as one family."""
+
+    def __init__(self, gaps: Mapping[str, _Gaps]) -> None:
+        self._gaps = gaps
+
+    def collect(self) -> Iterator[Metric]:
+        """The family."""
+        what = "Seconds between a token of an answer and the one before."
+        family = HistogramMetricFamily("vllm:inter_token_latency_seconds", what, labels=["model_name"])
+        for model, gaps in self._gaps.items():
+            family.add_metric([model], gaps.buckets, gaps.sum)
+        yield family
 
 
 class _Gauges:

@@ -79,14 +79,14 @@ class Step:
     """What a step of the engine came to, at `now` seconds of the loop's clock.
 
     written   tokens of answers;  read: tokens of prompts that were computed
-    gaps      for each answer that grew and had begun before: seconds since it last grew
+    gaps      of the answers that grew and had begun before: seconds since they last grew -> how many
     """
 
     message: Stepped
     now: float
     written: int
     read: int
-    gaps: tuple[float, ...]
+    gaps: Mapping[float, int]
 
 
 class Observer(Protocol):
@@ -370,7 +370,7 @@ class ServedModel:
         self.load = message.load
         self._deaths = 0 if message.outputs else self._deaths
         now = asyncio.get_running_loop().time()
-        gaps: list[float] = []
+        gaps: dict[float, int] = {}  # answers that grow together have the same
         before = self.written
         for output in message.outputs:
             self.written += len(output.tokens)
@@ -380,10 +380,10 @@ class ServedModel:
             assert self._engine is not None
             ticket.feed(output, now, self._engine.submit, lambda ticket=ticket: self._stop(ticket))
             if output.tokens and ticket.gap is not None:
-                gaps.append(ticket.gap)
+                gaps[ticket.gap] = gaps.get(ticket.gap, 0) + 1
             if ticket.state is State.over:
                 self._end(ticket)
-        self._observer.stepped(self.name, Step(message, now, self.written - before, max(0, read), tuple(gaps)))
+        self._observer.stepped(self.name, Step(message, now, self.written - before, max(0, read), gaps))
         self._fill()
 
     def _stop(self, ticket: Ticket) -> None:

@@ -12,13 +12,12 @@ from ernie45.server.model import ServedModel
 from ernie45.server.openapi import body_of
 from ernie45.server.prepare import CHAT_FIELDS, chat_jobs, completion_jobs
 from ernie45.server.protocol import REFUSED, ChatRequest, CompletionRequest, check_counts, read_fields
-from ernie45.server.reply import Writer, new_id, usage
+from ernie45.server.reply import DONE, Writer, new_id, usage
 from ernie45.server.resume import HeldStream
 from ernie45.server.service import Service
 from ernie45.server.stream import EventStream, event, unless_gone
 from ernie45.server.ticket import Job, Ticket
 
-DONE = event("[DONE]")
 _LAST_EVENT = {"name": "Last-Event-ID", "in": "header", "required": True, "schema": {"type": "string"}}
 
 
@@ -129,14 +128,9 @@ def _streamed(
     model: ServedModel,
     jobs: Sequence[Job],
     writer: Writer,
-    write: Callable[[list[Ticket]], AsyncIterator[dict[str, Any]]],
+    write: Callable[[list[Ticket]], AsyncIterator[bytes]],
 ) -> Response:
     tickets = service.admit(model, jobs, writer.id)
-
-    async def events() -> AsyncIterator[bytes]:
-        async for chunk in write(tickets):
-            yield event(chunk)
-        yield DONE
 
     def on_failure(failure: Failure) -> bytes:
         request.state.told.update(code=failure.code)
@@ -146,7 +140,7 @@ def _streamed(
         tell(request, model, tickets)
         service.release(model, tickets, writer.id)
 
-    return stream_response(service, request, events(), on_failure, on_end)
+    return stream_response(service, request, write(tickets), on_failure, on_end)
 
 
 def stream_response(

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 WINDOW = 300.0
@@ -25,12 +25,12 @@ class Times:
     def __init__(self) -> None:
         self._slices: deque[tuple[int, Counter[int]]] = deque(maxlen=round(WINDOW / _SLICE))
 
-    def add(self, seconds: float, now: float) -> None:
-        """One more of them."""
+    def add(self, seconds: float, now: float, count: int = 1) -> None:
+        """One more of them, or several that were equally long."""
         number = int(now // _SLICE)
         if not self._slices or self._slices[-1][0] != number:
             self._slices.append((number, Counter()))
-        self._slices[-1][1][round(math.log(max(seconds, _SHORTEST) / _SHORTEST) / math.log(_RATIO))] += 1
+        self._slices[-1][1][round(math.log(max(seconds, _SHORTEST) / _SHORTEST) / math.log(_RATIO))] += count
 
     def percentiles(self, now: float) -> dict[str, float | int]:
         """`p50`, `p90`, `p95`, `p99` in seconds by the nearest rank, and their `count`; empty when nothing happened."""
@@ -84,12 +84,12 @@ class Recent:
         self._written, self._read = Pace(), Pace()
         self.totals = {"requests": 0, "errors": 0, "cancelled": 0}
 
-    def stepped(self, written: int, read: int, gaps: Iterable[float], now: float) -> None:
-        """A step brought so many tokens of answers and read so many of prompts; gaps: since each answer's last token."""
+    def stepped(self, written: int, read: int, gaps: Mapping[float, int], now: float) -> None:
+        """A step brought so many tokens of answers and read so many of prompts; gaps: since so many answers' last tokens."""
         self._written.add(written, now)
         self._read.add(read, now)
-        for gap in gaps:
-            self._times["itl"].add(gap, now)
+        for gap, count in gaps.items():
+            self._times["itl"].add(gap, now, count)
 
     def finished(self, end: str, times: Mapping[str, float], now: float) -> None:
         """An answer is over. end: "" or the kind of total it belongs to beside requests."""

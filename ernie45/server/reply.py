@@ -9,10 +9,12 @@ from typing import Any, Literal
 from ernie45.engine.output import TokenLogprobs
 from ernie45.server.merge import Merged, merged
 from ernie45.server.protocol import ChatRequest, CompletionRequest
+from ernie45.server.stream import Mould, event
 from ernie45.server.ticket import Piece, Ticket
 from ernie45.tokens.parse import Delta
 from ernie45.tokens.tokenizer import Tokenizer
 
+DONE = event("[DONE]")
 ReasoningField = Literal["reasoning_content", "reasoning", "both"]
 
 
@@ -56,30 +58,49 @@ class Writer:
         whole = self._head("chat.completion") | {"choices": choices, "usage": usage(tickets)}
         return whole | self._prompt_extras(request.return_token_ids, tickets, request.prompt_logprobs is not None)
 
-    async def chat_chunks(self, request: ChatRequest, tickets: Sequence[Ticket]) -> AsyncIterator[dict[str, Any]]:
-        """A `chat.completion.chunk` for each piece. Raises `Failure` when the engine broke."""
+    async def chat_chunks(self, request: ChatRequest, tickets: Sequence[Ticket]) -> AsyncIterator[bytes]:
+        """An event with a `chat.completion.chunk` for each piece. Raises `Failure` when the engine broke."""
         counts = request.stream_options is not None and request.stream_options.continuous_usage_stats
         head = self._head("chat.completion.chunk")
         names: dict[tuple[int, int], str] = {}
         for index, ticket in enumerate(tickets):
-            first: dict[str, Any] = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
+            first = _chunk(index, {"role": "assistant", "content": ""})
             if request.return_token_ids:
                 first["prompt_token_ids"] = list(ticket.job.request.prompt)
-            yield head | {"choices": [first]} | ({"usage": usage(tickets)} if counts else {})
+            yield event(head | {"choices": [first]} | ({"usage": usage(tickets)} if counts else {}))
+        bare = not (counts or request.logprobs or request.return_token_ids)  # then nothing but the text differs
+        moulds: dict[tuple[int, str], Mould] = {}
         async for item in merged(tickets):
+            if bare and item.piece is not None and all(delta.kind != "tool_call" for delta in item.piece.deltas):
+                for delta in item.piece.deltas:
+                    if delta.text:
+                        yield self._mould(moulds, head, item.index, delta.kind).fill(delta.text)
+                continue
             for choice in self._chat_choices(request, item, names):
-                yield head | {"choices": [choice]} | ({"usage": usage(tickets)} if counts else {})
+                yield event(head | {"choices": [choice]} | ({"usage": usage(tickets)} if counts else {}))
         if request.stream_options is not None and request.stream_options.include_usage:
-            yield head | {"choices": [], "usage": usage(tickets)}
+            yield event(head | {"choices": [], "usage": usage(tickets)})
+        yield DONE
+
+    def _mould(self, moulds: dict[tuple[int, str], Mould], head: dict[str, Any], index: int, kind: str) -> Mould:
+        """For chunks of one answer's content, or of its reasoning."""
+        if (made := moulds.get((index, kind))) is None:
+
+            def shape(text: str) -> dict[str, Any]:
+                delta = {"content": text} if kind == "content" else self._reasoned(text)
+                return head | {"choices": [_chunk(index, delta)]}
+
+            made = moulds[index, kind] = Mould(shape)
+        return made
 
     def _chat_choices(self, request: ChatRequest, item: Merged, names: dict[tuple[int, int], str]) -> list[dict[str, Any]]:
         if item.piece is None:
-            return [{"index": item.index, "delta": {}, "finish_reason": finish_word(item.ticket), "logprobs": None}]
+            return [_chunk(item.index, {}, finish_word(item.ticket))]
         deltas = [self._delta(delta, item.index, names) for delta in item.piece.deltas if delta.text or delta.name or delta.arguments]
         wants_ids = request.return_token_ids or (request.logprobs and item.piece.logprobs)
         if not deltas and wants_ids:
             deltas = [{"content": ""}]
-        choices: list[dict[str, Any]] = [{"index": item.index, "delta": delta, "finish_reason": None, "logprobs": None} for delta in deltas]
+        choices = [_chunk(item.index, delta) for delta in deltas]
         if choices and request.logprobs:
             choices[0]["logprobs"] = {"content": self.chat_logprobs(item.piece.logprobs), "refusal": None}
         if choices and request.return_token_ids:
@@ -134,24 +155,31 @@ class Writer:
             choices.append(choice)
         return self._head("text_completion") | {"choices": choices, "usage": usage(tickets, per_prompt=request.n)}
 
-    async def completion_chunks(self, request: CompletionRequest, tickets: Sequence[Ticket]) -> AsyncIterator[dict[str, Any]]:
-        """A `text_completion` for each piece. Raises `Failure` when the engine broke."""
+    async def completion_chunks(self, request: CompletionRequest, tickets: Sequence[Ticket]) -> AsyncIterator[bytes]:
+        """An event with a `text_completion` for each piece. Raises `Failure` when the engine broke."""
         counts = request.stream_options is not None and request.stream_options.continuous_usage_stats
         head = self._head("text_completion")
         shown = dict.fromkeys(range(len(tickets)), 0)
         if request.echo:
             for index, ticket in enumerate(tickets):
-                echo = {"index": index, "text": self._echo(ticket), "finish_reason": None, "logprobs": None}
-                yield head | {"choices": [echo]} | ({"usage": usage(tickets, per_prompt=request.n)} if counts else {})
+                echo = _plain_chunk(index, self._echo(ticket))
+                yield event(head | {"choices": [echo]} | ({"usage": usage(tickets, per_prompt=request.n)} if counts else {}))
+        bare = not (counts or request.logprobs is not None or request.return_token_ids)  # then nothing but the text differs
+        moulds = [_plain_mould(head, index) for index in range(len(tickets))] if bare else []
         async for item in merged(tickets):
+            if bare and item.piece is not None:
+                if text := _text(item.piece):
+                    yield moulds[item.index].fill(text)
+                continue
             choice = self._plain_choice(request, item, shown)
             if choice is not None:
-                yield head | {"choices": [choice]} | ({"usage": usage(tickets, per_prompt=request.n)} if counts else {})
+                yield event(head | {"choices": [choice]} | ({"usage": usage(tickets, per_prompt=request.n)} if counts else {}))
         if request.stream_options is not None and request.stream_options.include_usage:
-            yield head | {"choices": [], "usage": usage(tickets, per_prompt=request.n)}
+            yield event(head | {"choices": [], "usage": usage(tickets, per_prompt=request.n)})
+        yield DONE
 
     def _plain_choice(self, request: CompletionRequest, item: Merged, shown: dict[int, int]) -> dict[str, Any] | None:
-        choice: dict[str, Any] = {"index": item.index, "text": "", "finish_reason": None, "logprobs": None}
+        choice = _plain_chunk(item.index, "")
         if item.piece is None:
             return choice | {"finish_reason": finish_word(item.ticket)}
         choice["text"] = _text(item.piece)
@@ -202,8 +230,23 @@ class Writer:
         return found
 
 
+def _chunk(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    """The choice of a chat's chunk."""
+    return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None}
+
+
+def _plain_chunk(index: int, text: str) -> dict[str, Any]:
+    """The choice of a completion's chunk."""
+    return {"index": index, "text": text, "finish_reason": None, "logprobs": None}
+
+
+def _plain_mould(head: dict[str, Any], index: int) -> Mould:
+    return Mould(lambda text: head | {"choices": [_plain_chunk(index, text)]})
+
+
 def _text(piece: Piece) -> str:
-    return "".join(delta.text for delta in piece.deltas)
+    deltas = piece.deltas
+    return deltas[0].text if len(deltas) == 1 else "".join([delta.text for delta in deltas])
 
 
 def finish_word(ticket: Ticket) -> str:

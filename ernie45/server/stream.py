@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import json
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,12 +15,40 @@ from ernie45.server.failures import Failure
 
 T = TypeVar("T")
 _COMMENT = b": keep-alive\n\n"
+_HOLE = secrets.token_hex(16)  # stands for the text that a mould is filled with; nobody who names a model or a request can write it
+CHUNKS = "ernie45.chunks"
+"""The extension of a request's scope under which a listener offers `Chunks`."""
+
+_as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def event(data: Any, name: str | None = None) -> bytes:
     """One event. data: a text as it is, or a JSON value."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = data if isinstance(data, str) else _as_json(data)
     return (f"event: {name}\n" if name else "").encode() + b"data: " + text.encode() + b"\n\n"
+
+
+class Mould:
+    """Events that differ in one text alone: what is the same in all of them is written once."""
+
+    def __init__(self, shape: Callable[[str], Any], name: str | None = None) -> None:
+        """shape: the event's JSON value around a text, which it may hold in several places."""
+        self._parts = event(shape(_HOLE), name).split(_as_json(_HOLE).encode())
+
+    def fill(self, text: str) -> bytes:
+        """The event with this text."""
+        return _as_json(text).encode().join(self._parts)
+
+
+class Chunks(Protocol):
+    """A short way to the client for parts of a body, past middleware and the HTTP library: both only look at how an answer begins and ends.
+
+    ready   whether the client takes what is written; where it does not, the long way, `send`, waits for it
+    """
+
+    @property
+    def ready(self) -> bool: ...
+    def write(self, data: bytes) -> None: ...
 
 
 class EventStream(Response):
@@ -58,7 +87,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends until the events end, the client is gone, or it takes nothing for too long."""
         self._sent = asyncio.get_running_loop().time()
-        writing, *others = tasks = [asyncio.ensure_future(work) for work in (self._write(send), _gone(receive), self._watch(send))]
+        chunks: Chunks | None = scope.get("extensions", {}).get(CHUNKS)
+        writing, *others = tasks = [asyncio.ensure_future(work) for work in (self._write(send, chunks), _gone(receive), self._watch(send))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
@@ -73,12 +103,17 @@ class EventStream(Response):
             if close is not None:
                 await close()
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, chunks: Chunks | None) -> None:
+        now = asyncio.get_running_loop().time
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._sent_headers.items()]
         with contextlib.suppress(OSError):  # the client is gone
             await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
             try:
                 async for data in self._events:
+                    if chunks is not None and chunks.ready:
+                        chunks.write(data)
+                        self._sent = now()
+                        continue
                     await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
             except Failure as failure:
                 await self._send(send, {"type": "http.response.body", "body": self._on_failure(failure), "more_body": True})

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from ernie45.engine.answer import Answer
 from ernie45.engine.output import Output, TokenLogprobs
@@ -21,8 +22,7 @@ class State(Enum):
     over = "over"
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What is new of an answer: text, the ids and log probabilities behind it, and the tokens so far. Pieces may have no text."""
 
     deltas: tuple[Delta, ...]
@@ -76,7 +76,9 @@ class Ticket:
         self._fed: float | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.counted = False
-        self._news = asyncio.Event()
+        self._news = False  # something came that was not told
+        self._reader: asyncio.Future[None] | None = None  # who waits for news, or for the end alone
+        self._patient = False
         self._told_ids = 0
         self._told_logprobs = 0
 
@@ -99,7 +101,7 @@ class Ticket:
         for single in output.one_by_one():
             if not self._take(single, now, resubmit, stop):
                 break
-        self._news.set()
+        self._tell()
 
     def _take(self, output: Output, now: float, resubmit: Callable[[Request], None], stop: Callable[[], None]) -> bool:
         """Takes in at most one token; True when the one behind it counts."""
@@ -127,13 +129,28 @@ class Ticket:
             self.answer.cancel()
             if self.timer is not None:
                 self.timer.cancel()
-            self._news.set()
+            self._tell()
+
+    def _tell(self) -> None:
+        self._news = True
+        if self._reader is not None and not self._reader.done() and (self.state is State.over or not self._patient):
+            self._reader.set_result(None)
+
+    async def _wait(self, patient: bool = False) -> None:
+        """Until there is news; patient: until it is over."""
+        assert self._reader is None, "a ticket has one reader"
+        self._patient = patient
+        self._reader = asyncio.get_running_loop().create_future()
+        try:
+            await self._reader
+        finally:
+            self._reader = None
 
     async def next(self) -> Piece | None:
         """What came since the last call, waiting for it; None when the answer is over and told. Raises `Failure`."""
         while True:
-            if self._news.is_set():
-                self._news.clear()
+            if self._news:
+                self._news = False
                 piece = self._piece()
                 if piece.deltas or piece.ids:
                     return piece
@@ -141,13 +158,12 @@ class Ticket:
                 raise self.failure
             if self.state is State.over:
                 return None
-            await self._news.wait()
+            await self._wait()
 
     async def wait(self) -> None:
         """Until it is over. Raises `Failure`."""
-        while self.state is not State.over:
-            self._news.clear()
-            await self._news.wait()
+        if self.state is not State.over:
+            await self._wait(patient=True)
         if self.failure is not None:
             raise self.failure
 

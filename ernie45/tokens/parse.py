@@ -139,6 +139,7 @@ class ReplyParser:
                 field="starts_in",
             )
         self._patterns = {name: _tag_pattern(block.tags) for name, block in self.format.blocks.items()}
+        self._openers = {name: _opener_pattern(block.tags) for name, block in self.format.blocks.items()}
         self._held = ""
         self._calls = 0
         self._call: CallScanner | None = None
@@ -155,6 +156,10 @@ class ReplyParser:
 
     def push(self, text: str) -> list[Delta]:
         """What these further characters settle. Neighbours of the same kind come as one delta."""
+        kind = self._block.kind
+        if text and kind != "call" and not (self._held or self._to_drop or self._openers[self._name].search(text)):
+            self._at_start = False  # most pieces are words within a block: nothing is held, and no tag can begin in them
+            return [Delta(kind, text)]
         deltas: list[Delta] = []
         for at in range(0, len(text), _STEP):  # what is held stays short, so that cutting it costs nothing
             self._held += text[at : at + _STEP]
@@ -297,6 +302,13 @@ def _joined(deltas: Iterator[Delta]) -> list[Delta]:
         else:
             joined.append(delta)
     return joined
+
+
+def _opener_pattern(tags: Mapping[str, Tag]) -> re.Pattern[str]:
+    """Finds what could be the beginning of a tag, or of the newlines before one."""
+    newline = "\n" if any(tag.drop for tag in tags.values()) else ""
+    openers = "".join({re.escape(tag[0]) for tag in tags} | {newline})
+    return re.compile(f"[{openers}]" if openers else r"(?!)")
 
 
 def _tag_pattern(tags: Iterable[str]) -> re.Pattern[str]:

@@ -142,9 +142,9 @@ class TextStream:
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that is complete after these ids; may be empty. Raises TokenizerError when an id is out of range."""
-        read = [(id, self._tokenizer.bytes_of(id)) for id in ids]
-        data = b"".join(piece for id, piece in read if id not in self._hide)
-        return self._emit(self._decoder.decode(data))
+        bytes_of, hide = self._tokenizer.bytes_of, self._hide
+        read = [(id, bytes_of(id)) for id in ids]  # all of them first: an id out of range must leave nothing behind
+        return self._emit(self._decoder.decode(b"".join([piece for id, piece in read if id not in hide])))
 
     def finish(self) -> str:
         """The rest: U+FFFD when the ids end inside a character, else nothing. The stream is then at its beginning again."""
