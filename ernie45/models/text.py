@@ -52,13 +52,14 @@ class Decoder(nn.Module):
         `positions` are [T], or [T, 3] (time, row, column) where tokens of pictures are among them; three equal numbers are the same as one.
         `vision` says which tokens go to the vision experts, bool [T]; None, or no such token, is the text path.
         """
-        turns_TP = self._turns(positions_T)
+        turns_TP = self.turns(positions_T)
         modality = Modality.of(vision_T)
         for layer in self.layers:
             x_TD = layer(x_TD, turns_TP, attend) if modality is None else layer(x_TD, turns_TP, attend, modality)
         return x_TD
 
-    def _turns(self, positions_T: Tensor) -> Tensor:
+    def turns(self, positions_T: Tensor) -> Tensor:
+        """The rotary turns of positions [T] or [T, 3], complex64 [T, P]; every layer of a pass takes the same."""
         if positions_T.dim() == 1:
             return turns(positions_T, self.frequencies_P)
         return turns_of_places(positions_T, self.frequencies_P, self.axes_P)
@@ -80,7 +81,7 @@ class Decoder(nn.Module):
         `h` is what `forward` returned and `positions` are those of the next tokens. Only models with `config.num_mtp` have the block.
         """
         assert self.mtp is not None, "this model has no multi-token prediction block"
-        return self.mtp(self.embed(next_tokens_T), h_TD, self._turns(positions_T), attend)
+        return self.mtp(self.embed(next_tokens_T), h_TD, self.turns(positions_T), attend)
 
     @torch.inference_mode()
     def prompt_logits(self, tokens: Sequence[int], pixels: Sequence[tuple[Tensor, Sequence[int]]] = ()) -> Tensor:

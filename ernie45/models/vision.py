@@ -50,7 +50,7 @@ class TowerAttention(nn.Module):
 
     def __init__(self, size: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.head_size = num_heads, size // num_heads
         self.qkv = Linear(size, 3 * size, bias=True)
         self.out = Linear(size, size, bias=True)
 
@@ -125,12 +125,15 @@ class Tower(nn.Module):
 
     def forward(self, patches_SC: Tensor, grids: Sequence[Grid]) -> Tensor:
         """[S, C] -> [S, D]. Frames of one size that follow each other are computed together."""
-        sizes = [(size, sum(t for t, _, _ in same)) for size, same in groupby(grids, key=lambda grid: grid[1:])]
-        runs = [Run(frames, turns_of_patches(size, self.merge, self.frequencies_Q)) for size, frames in sizes]
-        x_SD = self.patches(patches_SC)
+        x_SD, runs = self.patches(patches_SC), self.runs(grids)
         for block in self.blocks:
             x_SD = block(x_SD, runs)
         return self.norm(x_SD)
+
+    def runs(self, grids: Sequence[Grid]) -> list[Run]:
+        """Frames of one size that follow each other, together."""
+        sizes = [(size, sum(t for t, _, _ in same)) for size, same in groupby(grids, key=lambda grid: grid[1:])]
+        return [Run(frames, turns_of_patches(size, self.merge, self.frequencies_Q)) for size, frames in sizes]
 
 
 class Joint(nn.Module):

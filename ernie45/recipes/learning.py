@@ -27,6 +27,7 @@ from ernie45.models.load import LoadedModel, load
 from ernie45.models.on_the_fly import completed
 from ernie45.models.save import save_model, save_packed
 from ernie45.models.text import Decoder
+from ernie45.models.vision_config import VisionConfig
 from ernie45.nn.attention import PackedCausal
 from ernie45.nn.lora import LoraConfig, adapt, merge
 from ernie45.parallel.ranks import ALONE, Ranks
@@ -35,11 +36,17 @@ from ernie45.quant.frozen import freeze, thaw
 from ernie45.quant.qat import pack_trained, prepare_training
 from ernie45.quant.spec import QuantSpec, Rule
 from ernie45.recipes.events import Events
+from ernie45.recipes.seeing import open_gallery
 from ernie45.tokens.template import ChatTemplate, load_template
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
+from ernie45.train.batch import Example
+from ernie45.train.examples import Batch
+from ernie45.train.forward import with_pictures
 from ernie45.train.optim import OptimiserConfig
 from ernie45.train.recompute import Offload, choose, computed_again, measure
 from ernie45.train.schedule import ScheduleConfig
+from ernie45.train.sighted import Gallery, PictureConfig
+from ernie45.train.stages import Stage, choose_learning
 from ernie45.train.step import LossConfig, StepReport
 
 WITHOUT_EFFECT = (
@@ -57,6 +64,7 @@ WITHOUT_EFFECT = (
     "offload",
     "held_out",
     "eval_every",
+    "shelf_mb",
 )
 """Settings that do not change what is learned: a run may go on with others."""
 _QUIET_STEPS = 10
@@ -88,8 +96,14 @@ class LearningConfig:
     for a second, until the rest fits. By default all is kept."""
     offload: Literal["none", "activations", "optimiser", "both"] = "none"
     """What lies in files in the run's folder instead of in memory: intermediate values, or masters and state of the optimiser."""
+    stage: Stage = "joint"
+    """Which weights learn: `text` the language model, `sight` vision tower and resampler, `vision` the vision experts too, `joint` all."""
+    freeze: tuple[str, ...] = ()
+    """Names of weights that do not learn, as patterns: `embed.*`, `sight.tower.*`, `layers.[0-3].*`."""
     save_every: int = 500
     """Steps between checkpoints."""
+    shelf_mb: int = 256
+    """Megabytes of pictures that are kept between batches; others are read again from their files."""
     skip_bad: bool = False
     """Count rows that cannot be learned from instead of ending."""
     samples: tuple[str, ...] = ()
@@ -110,9 +124,12 @@ class LearningConfig:
     """The learning rate over the run."""
     losses: LossConfig = field(default_factory=LossConfig)
     """What is learned beside the next token."""
+    pictures: PictureConfig = field(default_factory=PictureConfig)
+    """How the pictures of rows are read."""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("epochs", 1), ("batch_tokens", 2), ("accumulate", 1), ("save_every", 1), ("sample_tokens", 1)):
+        least_of = {"steps": 1, "epochs": 1, "batch_tokens": 2, "accumulate": 1, "save_every": 1, "sample_tokens": 1, "shelf_mb": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, not {value}")
@@ -148,9 +165,18 @@ class Pupil:
         """Where it came from."""
         return self.loaded.opened.path
 
+    @property
+    def vision(self) -> VisionConfig | None:
+        """Its seeing half; None for a text model."""
+        return self.decoder.sight.config if self.decoder.sight is not None else None
+
     def template(self, chat_format: str | None) -> ChatTemplate:
         """How its conversations are written."""
         return load_template(self.folder, self.tokenizer, chat_format)
+
+    def gallery(self, config: LearningConfig) -> Gallery | None:
+        """What reads the pictures of its rows; None for a text model."""
+        return open_gallery(self.folder, self.vision, config.pictures, config.shelf_mb)
 
 
 def open_pupil(model: str, dtype: str, environment: Environment, ranks: Ranks = ALONE) -> Pupil:
@@ -160,8 +186,7 @@ def open_pupil(model: str, dtype: str, environment: Environment, ranks: Ranks = 
         raise CheckpointError(f"{loaded.opened.path}: training needs a model folder with its tokenizer, not a single file")
     decoder = loaded.decoder.train()
     freeze(decoder)
-    for name, parameter in decoder.named_parameters():
-        parameter.requires_grad_(not name.endswith("selection_bias"))
+    choose_learning(decoder, "joint")
     return Pupil(loaded, load_tokenizer(loaded.opened.path), ranks, loaded.opened.spec)
 
 
@@ -204,16 +229,22 @@ def keeping(config: LearningConfig, pupil: Pupil) -> Callable[[], AbstractContex
 
 
 @contextmanager
-def within_memory(config: LearningConfig, pupil: Pupil, way: Run, tokens_T: Tensor) -> Iterator[float]:
-    """While it lasts, the pupil's layers keep no more for backward than `config.keep_gb`, measured on these tokens as one document.
+def within_memory(config: LearningConfig, pupil: Pupil, way: Run, batch: Batch) -> Iterator[float]:
+    """While it lasts, the pupil's layers keep no more for backward than `config.keep_gb`, measured on the batch's tokens as one document.
 
     Gives the share of the layers' forward pass that is computed a second time.
     """
     if config.keep_gb is None:
         yield float(config.recompute)
         return
-    decoder, places_T = pupil.decoder, torch.arange(len(tokens_T))
-    parts = measure(decoder, lambda: way(lambda: decoder(decoder.embed(tokens_T), places_T, PackedCausal([len(tokens_T)]))))
+    decoder, tokens_T, seen = pupil.decoder, batch.tokens_T, batch.seen
+
+    def forward() -> Tensor:
+        x_TD = with_pictures(decoder, decoder.embed(tokens_T), tokens_T, seen, recompute=False)
+        vision_T = None if seen is None else seen.vision_T
+        return decoder(x_TD, torch.arange(len(tokens_T)), PackedCausal([len(tokens_T)]), vision_T)
+
+    parts = measure(decoder, lambda: way(forward))
     again = choose(parts, int(config.keep_gb * 1e9))
     if pupil.ranks.is_first:
         size, left = sum(part.bytes for part in parts), sum(part.bytes for part in parts if part not in again)
@@ -321,6 +352,11 @@ def prepare(out: Path, settings: Mapping[str, Any]) -> None:
 def plain_settings(config: Any, *without: str) -> dict[str, Any]:
     """A config as plain data, paths as texts, without the settings that do not change what is learned."""
     return {name: value for name, value in json.loads(json.dumps(asdict(config), default=str)).items() if name not in without}
+
+
+def ids_of(example: Example) -> tuple[int, ...]:
+    """What the fingerprint of a run knows of an example: its ids, and its pictures by their digests."""
+    return (*example.ids, *(int.from_bytes(picture.digest) for picture in example.pictures))
 
 
 def digest_of_ids(rows: Iterable[tuple[int, ...]]) -> str:

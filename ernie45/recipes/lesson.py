@@ -9,6 +9,7 @@ import tyro
 from torch import nn
 
 from ernie45.config import Environment
+from ernie45.errors import ConfigError
 from ernie45.nn.lora import LoraConfig
 from ernie45.parallel.ranks import Ranks
 from ernie45.parallel.shard import Run
@@ -34,6 +35,7 @@ from ernie45.recipes.samples import Samples
 from ernie45.train.checkpoint import fingerprint
 from ernie45.train.examples import B, Batches
 from ernie45.train.loop import Learner, RunConfig, train
+from ernie45.train.stages import choose_learning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,9 @@ def open_lesson(config: LessonConfig, environment: Environment, ranks: Ranks) ->
     pupil = open_pupil(config.model, config.dtype, environment, ranks)
     if not config.lora.rank:
         refuse_packed(pupil, "train adapters beside them (--lora.rank 8), or the original model")
+        choose_learning(pupil.decoder, config.stage, config.freeze)
+    elif config.stage != "joint" or config.freeze:
+        raise ConfigError("stage and freeze choose among whole weights, and adapters leave all of them as they are; add --lora.rank 0")
     return pupil
 
 
@@ -94,10 +99,12 @@ def teach(
     """
     same = plain_settings(config, *WITHOUT_EFFECT) | {"steps": steps, "ids": ids}
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every, eval_every=eval_every)
-    samples = Samples(pupil.decoder, pupil.tokenizer, pupil.template(config.chat_format), config.out, config.samples, config.sample_tokens)
+    template, gallery = pupil.template(config.chat_format), pupil.gallery(config)
+    rules = gallery.rules if gallery is not None else None
+    samples = Samples(pupil.decoder, pupil.tokenizer, template, config.out, config.samples, config.sample_tokens, rules)
     learns = pupil.decoder if whole is None else whole
     events = Events(config.out) if config.tensorboard else None
-    with Watcher(steps, events) as watcher, within_memory(config, pupil, way, data.batch(0).tokens_T) as again:
+    with Watcher(steps, events) as watcher, within_memory(config, pupil, way, data.batch(0)) as again:
         progress = train(
             learner,
             learns,

@@ -21,6 +21,8 @@ from ernie45.recipes.learning import (
     LearningConfig,
     Pupil,
     Watcher,
+    digest_of_ids,
+    ids_of,
     keeping,
     open_pupil,
     plain_settings,
@@ -34,16 +36,21 @@ from ernie45.recipes.learning import (
     write_result,
 )
 from ernie45.recipes.samples import Samples
+from ernie45.recipes.seeing import picture_facts
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
+from ernie45.train.batch import Example
 from ernie45.train.checkpoint import fingerprint
 from ernie45.train.evaluate import HeldOut
+from ernie45.train.examples import PackedExamples, as_document, checked_examples
 from ernie45.train.loop import RunConfig, train
 from ernie45.train.optim import MovingAverage, Optimiser
-from ernie45.train.records import Document, read_records
+from ernie45.train.picture_rows import Interleaved
+from ernie45.train.records import SUFFIXES, Document, Record, read_records
 from ernie45.train.schedule import ScheduleConfig
 from ernie45.train.shards import open_corpus, write_corpus
+from ernie45.train.stages import choose_learning
 from ernie45.train.step import LossConfig, Step
-from ernie45.train.stream import Source, Stream
+from ernie45.train.stream import RowSource, Source, Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +60,11 @@ class PretrainConfig(LearningConfig):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "starter"
     """Folder, Hub name, or `starter`: its tokenizer, its shape, and unless `fresh` its weights."""
     data: tuple[Path, ...]
-    """Corpora, named without suffix; with `prepare` the texts to make one of (.jsonl, .json, .csv, .txt)."""
+    """Corpora, named without suffix, and files, folders or patterns of rows with pictures; with `prepare` the texts to make a corpus of."""
     weights: tuple[float, ...] = ()
-    """Share of each corpus in the rows; by default in proportion to their tokens."""
+    """Share of each source in the batches; by default in proportion to their tokens."""
     held_out: tuple[Path, ...] = ()
-    """Corpora that are not learned from: their loss is measured beside the training."""
+    """Sources that are not learned from: their loss is measured beside the training."""
     eval_every: int = 100
     """Steps between two measurements of the held-out loss."""
     prepare: Path | None = None
@@ -98,7 +105,8 @@ def _prepare(config: PretrainConfig, environment: Environment, target: Path) -> 
 def _documents(config: PretrainConfig, tokenizer: Tokenizer, bad: BadRows) -> Iterator[list[int]]:
     for record in read_records(config.data, bad if config.skip_bad else None):
         if not isinstance(record, Document):
-            error = DataError(f"{record.where}: is a conversation; a corpus is made of texts (`text`, or `tgt` alone)")
+            what = "has pictures; name its file in `data` beside the corpora" if isinstance(record, Interleaved) else "is a conversation"
+            error = DataError(f"{record.where}: {what}; a corpus is made of texts (`text`, or `tgt` alone)")
             if not config.skip_bad:
                 raise error
             bad(error)
@@ -128,13 +136,17 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
     refuse_packed(pupil, "take the original model")
     if config.fresh:
         pupil.decoder.initialise(torch.Generator().manual_seed(config.seed))
-    sources = _sources(config, pupil)
-    tokens = sum(source.corpus.facts.tokens for source in sources)
+    choose_learning(pupil.decoder, config.stage, config.freeze)
+    bad = BadRows(ranks)
+    sources = _sources(config, pupil, bad)
+    tokens = sum(source.room(config.batch_tokens) for source in sources)
     stream = Stream(sources, config.batch_tokens, config.seed)
     steps = config.steps if config.steps is not None else max(1, config.epochs * tokens // (config.batch_tokens * config.accumulate))
     facts = {
         "computed in": f"{pupil.loaded.compute.dtype}".removeprefix("torch."),
-        "corpora": ", ".join(f"{source.name} ({source.corpus.facts.tokens:,} tokens, weight {source.weight:g})" for source in sources),
+        "sources": ", ".join(f"{source.name} ({source.tokens:,} tokens, weight {source.weight:g})" for source in sources),
+        "left out": len(bad.errors),
+        **picture_facts([e for source in sources if isinstance(source, RowSource) for e in source.rows.examples], pupil.vision),
         "steps": f"{steps:,} of {config.accumulate} x {config.batch_tokens:,} tokens",
         "epochs": f"{steps * config.accumulate * config.batch_tokens / tokens:.2f}",
     }
@@ -146,13 +158,15 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
     optimiser = Optimiser(pupil.decoder, config.optimiser, pupil.decoder.config.head_size, state_folder(config))
     average = MovingAverage(optimiser, config.average_tokens) if config.average_tokens else None
     learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, ranks=ranks, run=way, keep=keeping(config, pupil))
-    digests = [source.corpus.facts.sha256_tokens for source in sources]
+    digests = [_digest(source) for source in sources]
     same = plain_settings(config, *WITHOUT_EFFECT, "prepare", "epochs") | {"steps": steps, "corpora": digests}
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every, eval_every=config.eval_every)
     held_out = _held_out(config, pupil, way)
-    samples = Samples(pupil.decoder, pupil.tokenizer, None, config.out, config.samples, config.sample_tokens)
+    gallery = pupil.gallery(config)
+    rules = gallery.rules if gallery is not None else None
+    samples = Samples(pupil.decoder, pupil.tokenizer, None, config.out, config.samples, config.sample_tokens, rules)
     events = Events(config.out) if config.tensorboard else None
-    with Watcher(steps, events) as watcher, within_memory(config, pupil, way, stream.batch(0).tokens_T) as again:
+    with Watcher(steps, events) as watcher, within_memory(config, pupil, way, stream.batch(0)) as again:
         progress = train(
             learner,
             pupil.decoder,
@@ -184,28 +198,68 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
 
 
 def _held_out(config: PretrainConfig, pupil: Pupil, way: Run) -> HeldOut | None:
-    """The loss of every whole row of the held-out corpora."""
+    """The loss of every whole row of the held-out corpora, and of all rows with pictures."""
     if not config.held_out:
         return None
-    sources = _sources(replace(config, data=config.held_out, weights=()), pupil)
-    rows = max(1, sum(source.corpus.facts.tokens for source in sources) // config.batch_tokens)
-    stream = Stream(sources, config.batch_tokens, config.seed)
-    return HeldOut(pupil.decoder, [stream.batch(number) for number in range(rows)], ranks=pupil.ranks, run=way)
+    sources = _sources(replace(config, data=config.held_out, weights=(), skip_bad=False), pupil, BadRows(pupil.ranks))
+    corpora = [source for source in sources if isinstance(source, Source)]
+    batches = [source.rows.batch(n) for source in sources if isinstance(source, RowSource) for n in range(source.rows.count(1))]
+    if corpora:
+        stream = Stream(corpora, config.batch_tokens, config.seed)
+        batches += map(stream.batch, range(max(1, sum(source.tokens for source in corpora) // config.batch_tokens)))
+    return HeldOut(pupil.decoder, batches, ranks=pupil.ranks, run=way)
 
 
-def _sources(config: PretrainConfig, pupil: Pupil) -> list[Source]:
-    """The corpora, checked against the model."""
-    corpora = [open_corpus(path) for path in config.data]
-    if config.weights and len(config.weights) != len(corpora):
-        raise ConfigError(f"weights has {len(config.weights)} numbers for {len(corpora)} corpora; give one for each")
+def _digest(source: Source | RowSource) -> str:
+    if isinstance(source, Source):
+        return source.corpus.facts.sha256_tokens
+    return digest_of_ids(ids_of(example) for example in source.rows.examples)
+
+
+def _sources(config: PretrainConfig, pupil: Pupil, bad: BadRows) -> list[Source | RowSource]:
+    """The corpora and files of rows, checked against the model."""
+    if config.weights and len(config.weights) != len(config.data):
+        raise ConfigError(f"weights has {len(config.weights)} numbers for {len(config.data)} sources; give one for each")
     if config.batch_tokens > pupil.decoder.config.max_positions:
         room = pupil.decoder.config.max_positions
         raise ConfigError(f"batch_tokens is {config.batch_tokens:,}, more than the model's {room:,} positions")
-    for corpus in corpora:
-        if corpus.facts.vocabulary > pupil.decoder.config.vocab_size:
+    sources = [_row_source(path, config, pupil, bad) if _holds_rows(path) else _corpus(path, pupil) for path in config.data]
+    weights = config.weights or tuple(float(source.room(config.batch_tokens)) for source in sources)
+    return [replace(source, weight=weight) for source, weight in zip(sources, weights, strict=True)]
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a name in `data` leads to rows, and not to a corpus, whose files are `NAME.tokens`, `NAME.ends` and `NAME.json`."""
+    if path.with_suffix(".tokens").is_file():
+        return False
+    return path.is_dir() or path.suffix in SUFFIXES or any(sign in str(path) for sign in "*?[")
+
+
+def _corpus(path: Path, pupil: Pupil) -> Source:
+    corpus = open_corpus(path)
+    if corpus.facts.vocabulary > pupil.decoder.config.vocab_size:
+        raise DataError(
+            f"{corpus.path}: was made with a vocabulary of {corpus.facts.vocabulary:,} words, the model has "
+            f"{pupil.decoder.config.vocab_size:,}; prepare it with this model's tokenizer"
+        )
+    return Source(corpus.path.name, corpus)
+
+
+def _row_source(path: Path, config: PretrainConfig, pupil: Pupil, bad: BadRows) -> RowSource:
+    """Rows with pictures (texts without pictures may be among them), packed whole."""
+    gallery = pupil.gallery(config)
+    if gallery is None:
+        raise DataError(
+            f"{path}: holds rows, and a model that reads text alone learns from a corpus; make one with `ernie pretrain --prepare`"
+        )
+
+    def make(record: Record) -> Example:
+        if not isinstance(record, Document | Interleaved):
             raise DataError(
-                f"{corpus.path}: was made with a vocabulary of {corpus.facts.vocabulary:,} words, the model has "
-                f"{pupil.decoder.config.vocab_size:,}; prepare it with this model's tokenizer"
+                f"{record.where}: is a conversation; pre-training reads texts and rows with pictures (conversations: `ernie sft`)"
             )
-    weights = config.weights or tuple(float(corpus.facts.tokens) for corpus in corpora)
-    return [Source(corpus.path.name, corpus, weight) for corpus, weight in zip(corpora, weights, strict=True)]
+        return as_document(record, pupil.tokenizer, gallery)
+
+    on_bad = bad if config.skip_bad else None
+    examples = checked_examples(read_records([path], on_bad), make, config.batch_tokens, on_bad)
+    return RowSource(path.name, PackedExamples(examples, config.batch_tokens, config.seed, gallery.pack))

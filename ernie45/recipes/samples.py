@@ -7,6 +7,7 @@ from pathlib import Path
 from ernie45.engine.client import LLM
 from ernie45.engine.request import SamplingParams
 from ernie45.models.text import Decoder
+from ernie45.tokens.pictures import PixelRules
 from ernie45.tokens.template import ChatTemplate
 from ernie45.tokens.tokenizer import Tokenizer
 from ernie45.train.checkpoint import Progress
@@ -18,12 +19,19 @@ class Samples:
     """Writes `{step, prompt, text}` lines into a run's folder. With a template prompts are questions, without one they are continued."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, template: ChatTemplate | None, folder: Path, prompts: Sequence[str], tokens: int
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        folder: Path,
+        prompts: Sequence[str],
+        tokens: int,
+        rules: PixelRules | None = None,
     ) -> None:
-        """Raises RequestError for a prompt that does not fit the model. tokens: most of an answer."""
+        """Raises RequestError for a prompt that does not fit the model. tokens: most of an answer; rules: of a model that sees."""
         self.path, self.prompts, self.chats = folder / SAMPLES, prompts, template is not None
         self._params = SamplingParams(max_tokens=tokens, temperature=0.0)
-        self._parts = (decoder, tokenizer, template)
+        self._parts, self._rules = (decoder, tokenizer, template), rules
 
     def __call__(self, progress: Progress) -> None:
         """Take the samples of one checkpoint. The engine lives only as long, so that its cache is not held while the model learns."""
@@ -33,7 +41,7 @@ class Samples:
         learning = decoder.training
         decoder.eval()
         try:
-            llm = LLM(decoder, tokenizer=tokenizer, template=template)
+            llm = LLM(decoder, tokenizer=tokenizer, template=template, rules=self._rules)
             answers = (
                 [llm.chat(prompt, self._params) for prompt in self.prompts] if self.chats else llm.generate(self.prompts, self._params)
             )

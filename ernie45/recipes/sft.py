@@ -1,21 +1,23 @@
 """`ernie sft MODEL --data FILES --out FOLDER`: teach a model from conversations, all weights or low-rank adapters."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ernie45.config import Environment
-from ernie45.errors import ConfigError
+from ernie45.errors import ConfigError, DataError
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
 from ernie45.quant.spec import Scheme
-from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, keeping, spread, state_folder, through_rounding
+from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, ids_of, keeping, spread, state_folder, through_rounding
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
-from ernie45.train.batch import TrainBatch
+from ernie45.recipes.seeing import picture_facts
+from ernie45.train.batch import TrainBatch, pack
 from ernie45.train.evaluate import HeldOut
 from ernie45.train.examples import PackedExamples, make_examples
 from ernie45.train.noise import EmbeddingNoise
 from ernie45.train.optim import Optimiser
-from ernie45.train.records import read_weighted
+from ernie45.train.records import Record, read_weighted
 from ernie45.train.step import Step
 
 
@@ -70,6 +72,7 @@ def sft(config: SftConfig, environment: Environment, ranks: Ranks = ALONE) -> Pa
         "examples": len(data.examples),
         "tokens": sum(len(example.ids) for example in data.examples),
         "learned": sum(example.learned for example in data.examples),
+        **picture_facts(data.examples, pupil.vision),
         "steps": f"{steps:,} of {config.accumulate} x at most {config.batch_tokens:,} tokens; {data.count(1):,} batches an epoch",
     }
     announce(config, pupil, bad, facts)
@@ -81,7 +84,7 @@ def sft(config: SftConfig, environment: Environment, ranks: Ranks = ALONE) -> Pa
     learner = Step(
         pupil.decoder, optimiser, config.losses, recompute=config.recompute, noise=noise, ranks=ranks, run=way, keep=keeping(config, pupil)
     )
-    ids = digest_of_ids(example.ids for example in data.examples)
+    ids = digest_of_ids(ids_of(example) for example in data.examples)
     target = teach(
         config,
         pupil,
@@ -100,19 +103,24 @@ def sft(config: SftConfig, environment: Environment, ranks: Ranks = ALONE) -> Pa
 
 def _data(config: SftConfig, pupil: Pupil) -> tuple[PackedExamples, BadRows]:
     """The examples, checked against the model's limits."""
-    limit = min(pupil.decoder.config.max_positions, config.batch_tokens)
     bad = BadRows(pupil.ranks)
     on_bad = bad if config.skip_bad else None
     records = read_weighted(config.data, config.weights, config.seed, on_bad)
-    examples = make_examples(records, pupil.template(config.chat_format), pupil.tokenizer, limit, on_bad=on_bad)
-    return PackedExamples(examples, config.batch_tokens, config.seed), bad
+    return _packed(config, pupil, records, config.seed, on_bad), bad
 
 
 def _held_out(config: SftConfig, pupil: Pupil) -> list[TrainBatch]:
     """The batches whose loss is measured beside the training; a bad row among them always ends the run."""
     if not config.held_out:
         return []
-    limit = min(pupil.decoder.config.max_positions, config.batch_tokens)
-    records = read_weighted(config.held_out, (), config.seed, None)
-    examples = PackedExamples(make_examples(records, pupil.template(config.chat_format), pupil.tokenizer, limit), config.batch_tokens, 0)
+    examples = _packed(config, pupil, read_weighted(config.held_out, (), config.seed, None), 0, None)
     return [examples.batch(number) for number in range(examples.count(1))]
+
+
+def _packed(
+    config: SftConfig, pupil: Pupil, records: Iterable[Record], seed: int, on_bad: Callable[[DataError], None] | None
+) -> PackedExamples:
+    limit = min(pupil.decoder.config.max_positions, config.batch_tokens)
+    gallery = pupil.gallery(config)
+    examples = make_examples(records, pupil.template(config.chat_format), pupil.tokenizer, limit, on_bad=on_bad, gallery=gallery)
+    return PackedExamples(examples, config.batch_tokens, seed, pack if gallery is None else gallery.pack)

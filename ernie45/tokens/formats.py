@@ -241,7 +241,8 @@ def _ernie_thinking_answer(chat: Chat, index: int) -> Iterator[Segment]:
 # ---- ERNIE VL models, and their Thinking sort ----------------------------------------------------------------------------------
 
 
-def _media(part: Image | Video, number: int) -> Iterator[Segment]:
+def media_segments(part: Image | Video, number: int) -> Iterator[Segment]:
+    """How the VL models' prompts hold a picture: its number of its kind, from 1, the markers, and the placeholder between them."""
     word, name = ("Picture", "IMAGE") if isinstance(part, Image) else ("Video", "VIDEO")
     yield Segment(f"{word} {number}:")
     yield _control(f"<|{name}_START|>")
@@ -290,7 +291,7 @@ def _ernie_vl(chat: Chat, break_line: bool) -> Iterator[Segment]:
                     yield Segment(part.text, trusted=message.trusted)
                 else:
                     counts[type(part)] += 1
-                    yield from _media(part, counts[type(part)])
+                    yield from media_segments(part, counts[type(part)])
     if chat.generate:
         yield Segment("\nAssistant: ")
         yield from _vl_opening(chat.thinking, break_line)

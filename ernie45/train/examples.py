@@ -5,24 +5,28 @@ state of a run over examples is therefore one integer.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from ernie45.errors import DataError, ErnieError
-from ernie45.tokens.template import ChatTemplate, Prompt
+from ernie45.tokens.formats import Segment, media_segments
+from ernie45.tokens.messages import Image, Part, Text, Video
+from ernie45.tokens.template import ChatTemplate, Prompt, compile_segments
 from ernie45.tokens.tokenizer import Tokenizer
-from ernie45.train.batch import Example, TrainBatch, pack, plan_packs
+from ernie45.train.batch import Example, Seen, TrainBatch, pack, plan_packs
+from ernie45.train.picture_rows import Interleaved
 from ernie45.train.records import Conversation, Document, Record
+from ernie45.train.sighted import Gallery
 
 WINDOW = 512
 """Examples that are packed together: best fit looks no further, so its cost does not grow with the data."""
 
 
 class Batch(Protocol):
-    """What every kind of batch has: the ids the model sees and those it learns, int64 [T] each."""
+    """What every kind of batch has: the ids the model sees and those it learns, int64 [T] each, and its pictures."""
 
     @property
     def tokens_T(self) -> Tensor:  # noqa: N802
@@ -32,6 +36,11 @@ class Batch(Protocol):
     @property
     def labels_T(self) -> Tensor:  # noqa: N802
         """What each row learns."""
+        ...
+
+    @property
+    def seen(self) -> Seen | None:
+        """What placeholders among the ids stand for."""
         ...
 
 
@@ -46,24 +55,73 @@ class Batches(Protocol[B]):
         ...
 
 
-def as_example(record: Record, template: ChatTemplate, tokenizer: Tokenizer, thinking: bool | None = None) -> Example:
-    """What the model sees of a record and what it learns. Raises DataError naming the row."""
+def as_example(
+    record: Record, template: ChatTemplate, tokenizer: Tokenizer, thinking: bool | None = None, gallery: Gallery | None = None
+) -> Example:
+    """What the model sees of a record and what it learns. Raises DataError naming the row.
+
+    gallery: reads the pictures of rows, for a model that sees; without one a row with pictures is refused.
+    """
     if isinstance(record, Document):
-        eos = tokenizer.eos_ids[:1]
-        ids = (*tokenizer.encode(record.text), *eos)
-        return Example(ids, ids)
+        return as_document(record, tokenizer)
+    if isinstance(record, Interleaved):
+        record = Conversation(record.where, record.messages(), record.tools)
     if not isinstance(record, Conversation):
         raise DataError(f"{record.where}: is a preference pair; this training reads conversations (pairs are for `ernie align`)")
+    messages, pictures = record.messages, ()
+    if any(message.media for message in messages):
+        messages, pictures = _seeing(gallery, record.where).look(messages, record.where)
     try:
         # reasoning in the data means that the model is to think
-        thinks = thinking if thinking is not None or not any(m.reasoning for m in record.messages) else _may_think(template)
-        prompt: Prompt = template.render(record.messages, tools=record.tools or None, thinking=thinks, add_generation_prompt=False)
+        thinks = thinking if thinking is not None or not any(m.reasoning for m in messages) else _may_think(template)
+        prompt: Prompt = template.render(messages, tools=record.tools or None, thinking=thinks, add_generation_prompt=False)
     except ErnieError as error:
         raise DataError(f"{record.where}: {error}") from None
-    example = Example(prompt.ids, prompt.labels)
+    example = Example(prompt.ids, prompt.labels, pictures)
     if not example.learned:
         raise DataError(f"{record.where}: nothing in it is learned: it has no answer, or every answer is labelled 0")
     return example
+
+
+def as_document(record: Document | Interleaved, tokenizer: Tokenizer, gallery: Gallery | None = None) -> Example:
+    """A text, with pictures in it or without, as pre-training sees it: no chat format around it, the learned texts learned, then the end.
+
+    Raises DataError naming the row.
+    """
+    if isinstance(record, Document):
+        ids = (*tokenizer.encode(record.text), *tokenizer.eos_ids[:1])
+        return Example(ids, ids)
+    parts, pictures = tuple(passage.part for passage in record.passages), ()
+    if any(not isinstance(part, Text) for part in parts):
+        parts, pictures = _seeing(gallery, record.where).look_at(parts, record.where)
+    try:
+        prompt = compile_segments(_written(record, parts), tokenizer, lambda turn: True)
+    except ErnieError as error:
+        raise DataError(f"{record.where}: {error}") from None
+    end = tokenizer.eos_ids[:1] if record.passages[-1].learned else ()
+    example = Example((*prompt.ids, *end), (*prompt.labels, *end), pictures)
+    if not example.learned:
+        raise DataError(f"{record.where}: nothing in it is learned: every text has the tag mask")
+    return example
+
+
+def _written(record: Interleaved, parts: Sequence[Part]) -> Iterator[Segment]:
+    """The segments of a text with pictures; what is learned stands as an answer's."""
+    if record.system:
+        yield Segment(f"{record.system}\n")
+    counts: dict[type, int] = {Image: 0, Video: 0}
+    for part, passage in zip(parts, record.passages, strict=True):
+        if isinstance(part, Text):
+            yield Segment(part.text, turn=0 if passage.learned else None)
+        else:
+            counts[type(part)] += 1
+            yield from media_segments(part, counts[type(part)])
+
+
+def _seeing(gallery: Gallery | None, where: str) -> Gallery:
+    if gallery is None:
+        raise DataError(f"{where}: has pictures, and this model reads text alone, or was loaded without its vision tower")
+    return gallery
 
 
 def _may_think(template: ChatTemplate) -> bool | None:
@@ -78,15 +136,23 @@ def make_examples(
     *,
     thinking: bool | None = None,
     on_bad: Callable[[DataError], None] | None = None,
+    gallery: Gallery | None = None,
 ) -> list[Example]:
     """Every record as an example of at most `limit` tokens.
 
     One that is longer, or cannot be rendered, raises DataError or is handed to `on_bad` and left out; nothing is cut in silence.
     """
+    return checked_examples(records, lambda record: as_example(record, template, tokenizer, thinking, gallery), limit, on_bad)
+
+
+def checked_examples(
+    records: Iterable[Record], make: Callable[[Record], Example], limit: int, on_bad: Callable[[DataError], None] | None = None
+) -> list[Example]:
+    """As `make_examples`, by any rule of making an example."""
     made = []
     for record in records:
         try:
-            example = as_example(record, template, tokenizer, thinking)
+            example = make(record)
             if len(example.ids) > limit:
                 raise DataError(
                     f"{record.where}: has {len(example.ids):,} tokens, more than the limit of {limit:,}; raise it, or leave the row out"
@@ -110,12 +176,15 @@ def permutation(count: int, *key: object) -> np.ndarray:
 
 
 class PackedExamples:
-    """Examples, epoch after epoch in a new order, as batches of at most `limit` tokens. Order and packing are keyed by (seed, epoch)."""
+    """Examples, epoch after epoch in a new order, as batches of at most `limit` tokens. Order and packing are keyed by (seed, epoch).
 
-    def __init__(self, examples: Sequence[Example], limit: int, seed: int) -> None:
+    pack: makes a batch of examples; that of a gallery, where they have pictures.
+    """
+
+    def __init__(self, examples: Sequence[Example], limit: int, seed: int, pack: Callable[[Sequence[Example]], TrainBatch] = pack) -> None:
         if not examples:
             raise DataError("there is not one example to learn from; is the data empty, or was every row left out?")
-        self.examples, self.limit, self.seed = examples, limit, seed
+        self.examples, self.limit, self.seed, self._pack = examples, limit, seed, pack
         self._epochs: list[list[list[int]]] = []
 
     def packs(self, epoch: int) -> list[list[int]]:
@@ -140,12 +209,13 @@ class PackedExamples:
         while index >= len(self.packs(epoch)):
             index -= len(self.packs(epoch))
             epoch += 1
-        return pack([self.examples[n] for n in self.packs(epoch)[index]])
+        return self._pack([self.examples[n] for n in self.packs(epoch)[index]])
 
 
 def digest_of(batch: Batch) -> bytes:
-    """The SHA-256 of the ids and labels of one batch."""
-    return hashlib.sha256(batch.tokens_T.numpy().tobytes() + batch.labels_T.numpy().tobytes()).digest()
+    """The SHA-256 of the ids, labels and pixels of one batch."""
+    pixels = b"" if batch.seen is None else batch.seen.digest
+    return hashlib.sha256(batch.tokens_T.numpy().tobytes() + batch.labels_T.numpy().tobytes() + pixels).digest()
 
 
 def digest_after(before: str, digests: Iterable[bytes]) -> str:

@@ -1,7 +1,8 @@
 """AdamW and Muon over one model: which parameter gets which rule, float32 masters, clipping, and a moving average of the weights.
 
-The rules by name (they hold on every layer): norms and biases do not decay; routers learn at `router_rate` times the rate; with Muon, all
-matrices but embedding, head and routers are orthogonalised, each head and each half of a fused matrix by itself.
+The rules by name (they hold on every layer): norms and biases do not decay; routers, of both modalities, learn at `router_rate` times the
+rate, the vision tower at `tower_rate` times; with Muon, all matrices but embedding, head, routers and the tower's first are orthogonalised,
+each head and each half of a fused matrix by itself.
 State is a flat mapping from names to tensors, so that a checkpoint is one file without pickles.
 """
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie45.errors import CheckpointError, ConfigError
+from ernie45.models.vision import TowerAttention
 from ernie45.parallel.shard import clip, of_matrices, total_norm
 from ernie45.train.recompute import filed
 
@@ -41,6 +43,8 @@ class OptimiserConfig:
     """Largest norm of all gradients together; 0 switches clipping off."""
     router_rate: float = 1.0
     """Learning rate of the routers, as a multiple."""
+    tower_rate: float = 1.0
+    """Learning rate of the vision tower, as a multiple."""
     b_rate: float = 1.0
     """Learning rate of the B matrices of LoRA adapters, as a multiple (LoRA+)."""
     momentum: float = 0.95
@@ -50,7 +54,7 @@ class OptimiserConfig:
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimiser.{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        for name in ("eps", "weight_decay", "clip", "router_rate", "b_rate"):
+        for name in ("eps", "weight_decay", "clip", "router_rate", "tower_rate", "b_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"optimiser.{name} must be a number of at least 0, not {value}")
@@ -61,7 +65,8 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not name.endswith(("norm.weight", "bias", ".magnitude", ".log_scale"))
 
 
-_NO_HIDDEN_MATRIX = ("embed.weight", "head.weight", "router.weight", ".adapter_a", ".adapter_b", ".magnitude", ".latent", ".log_scale")
+_NO_HIDDEN_MATRIX = ("embed.weight", "head.weight", "router.weight", "tower.patches.weight")
+_NO_HIDDEN_MATRIX += (".adapter_a", ".adapter_b", ".magnitude", ".latent", ".log_scale")
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -88,6 +93,8 @@ class Optimiser:
             for name, p in self.parameters.items()
         }
         muon = {name for name, p in self.parameters.items() if config.kind == "muon" and is_hidden_matrix(name, p)}
+        towers = {name: part for name, part in model.named_modules() if isinstance(part, TowerAttention)}
+        self._tower_heads = {f"{name}.qkv.weight": part.head_size for name, part in towers.items()}
         self._muon = {name: self._zeros(name) for name in self.parameters if name in muon}
         groups = [
             {"params": [self.masters[name]], "lr": 0.0, "weight_decay": self._decay(name), "name": name}
@@ -110,12 +117,9 @@ class Optimiser:
     def _rate(self, name: str, rate: float) -> float:
         if name.endswith("router.weight"):
             return rate * self.config.router_rate
+        if "sight.tower." in name:
+            rate *= self.config.tower_rate
         return rate * self.config.b_rate if name.endswith(".adapter_b") else rate
-
-    @property
-    def trains_weights(self) -> bool:
-        """Whether matrices of the model learn, and not adapters beside them alone."""
-        return not any(name.endswith((".adapter_a", ".adapter_b")) for name in self.parameters)
 
     def gradient_norm(self) -> float:
         """Norm of all gradients together; not a number or infinite when any of them is."""
@@ -150,7 +154,7 @@ class Optimiser:
             return
         momentum.lerp_(master.grad, 1 - self.config.momentum)
         ahead = master.grad.lerp(momentum, self.config.momentum)
-        rows = matrix_rows(name, tuple(ahead.shape), self.head_size)
+        rows = matrix_rows(name, tuple(ahead.shape), self._tower_heads.get(name, self.head_size))
         update = of_matrices(lambda whole: orthogonalised(whole.unflatten(-2, (-1, rows))).flatten(-3, -2), ahead)
         # 0.2 sqrt(max side) gives the update the root mean square that AdamW's has, so one learning rate serves both
         master.mul_(1 - rate * self._decay(name)).add_(update, alpha=-rate * 0.2 * math.sqrt(max(rows, ahead.shape[-1])))

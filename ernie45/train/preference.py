@@ -17,13 +17,13 @@ from ernie45.models.text import Decoder
 from ernie45.nn.attention import BranchedCausal
 from ernie45.parallel.shard import Run, plainly
 from ernie45.tokens.template import IGNORED, ChatTemplate
-from ernie45.train.batch import plan_packs
+from ernie45.train.batch import Seen, plan_packs
 from ernie45.train.comparison import Compared
 from ernie45.train.cross_entropy import token_log_probs
 from ernie45.train.examples import Batch, permutation
+from ernie45.train.forward import trunk
 from ernie45.train.preference_losses import Pairs, PreferenceConfig, preference_loss
 from ernie45.train.records import Preference, Record
-from ernie45.train.step import trunk
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class PreferenceBatch:
     groups: tuple[tuple[int, int, int], ...]
     gap_P: Tensor
     good_P: Tensor | None = None
+    seen: Seen | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -1,8 +1,9 @@
 """What a forward pass keeps for its backward: everything, each layer's input, or what is dearest to compute again; in memory or on disk.
 
-A layer has two parts, attention and feed-forward. `measure` finds in one pass what each part keeps and how long it takes; `choose` gives
-up first what frees most bytes for a second of computing, until the rest fits; `computed_again` makes it so. All three ways give the same
-gradients to the bit, since the second computation is the first one over again.
+A layer has two parts, attention and feed-forward; each block of a vision tower is one more, and so is the resampler. `measure` finds in one
+pass what each part keeps and how long it takes; `choose` gives up first what frees most bytes for a second of computing, until the rest
+fits; `computed_again` makes it so. All three ways give the same gradients to the bit, since the second computation is the first one over
+again.
 """
 
 import os
@@ -143,7 +144,11 @@ def filed(tensor: Tensor, folder: Path) -> Tensor:
 
 
 def _parts(decoder: Decoder) -> dict[tuple[int, str], nn.Module]:
-    return {(layer, name): getattr(block, name) for layer, block in enumerate(decoder.layers) for name in PARTS}
+    parts = {(layer, name): getattr(block, name) for layer, block in enumerate(decoder.layers) for name in PARTS}
+    if decoder.sight is not None:
+        parts |= {(number, "tower"): block for number, block in enumerate(decoder.sight.tower.blocks)}
+        parts[0, "resampler"] = decoder.sight.resampler
+    return parts
 
 
 @contextmanager

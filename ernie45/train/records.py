@@ -9,7 +9,11 @@
 | ERNIEKit preferences | `src`, `tgt`, `response` (two continuations), `sort` (the larger number marks the better) |
 | pairs | `prompt`, `chosen`, `rejected` (texts or lists of messages) |
 | judged | `prompt`, `completion` (texts or lists of messages), `label` (true: good, false: bad), optional `tools` |
+| ERNIEKit pictures | `text_info` (`text`, `tag`), with `image_info`, `video_info`, optional `system`, `tools`, `order` |
 | plain text | `text`, or `tgt` alone |
+
+Pictures: parts of messages in OpenAI's form; or `images`, `videos` beside `messages`, `conversations` or `text`, whose texts say `<image>`
+and `<video>` where each stands. A relative path is taken from the folder of the file it stands in.
 
 Files: `.jsonl`, `.json` (a list of rows), `.csv` (a header and texts), `.parquet`, `.txt` (the whole file is one text), folders and
 patterns of these.
@@ -25,7 +29,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ernie45.errors import DataError, MissingExtra, TokenizerError, did_you_mean
-from ernie45.tokens.messages import Message, as_messages
+from ernie45.tokens.messages import Message, Text, as_messages
+from ernie45.train.picture_rows import Interleaved, Passage, answer, beside, listed_media, put_in_messages, put_in_text, read_interleaved
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 MAX_ROW = 64 << 20
@@ -72,7 +77,7 @@ class Document:
     text: str
 
 
-Record = Conversation | Preference | Judgement | Document
+Record = Conversation | Preference | Judgement | Document | Interleaved
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
@@ -100,7 +105,7 @@ def read_records(paths: Sequence[Path], on_bad: Callable[[DataError], None] | No
     for file in find_files(paths):
         for where, row in _rows(file):
             try:
-                yield as_record(row(), where)
+                yield _beside(as_record(row(), where), file.parent)
             except DataError as error:
                 if on_bad is None:
                     raise
@@ -128,6 +133,21 @@ def read_weighted(
             drawn = int.from_bytes(hashlib.sha256(f"{seed} {path.name} {n}".encode()).digest()[:8], "little") / 2**64
             for _ in range(int(weight) + (drawn < weight % 1)):
                 yield record
+
+
+def _beside(record: Record, folder: Path) -> Record:
+    """The record with its pictures' relative paths taken from `folder` on."""
+    if isinstance(record, Document):
+        return record
+    if isinstance(record, Interleaved):
+        return replace(record, passages=tuple(replace(passage, part=beside(passage.part, folder)) for passage in record.passages))
+
+    def placed(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        return tuple(replace(m, content=tuple(beside(part, folder) for part in m.parts)) if m.media else m for m in messages)
+
+    if isinstance(record, Conversation):
+        return replace(record, messages=placed(record.messages))
+    return replace(record, prompt=placed(record.prompt))
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -229,17 +249,9 @@ def _text(row: Mapping[str, Any], key: str, where: str, default: str | None = No
 
 def _turns(users: Sequence[str], answers: Sequence[str], learned: Sequence[bool | None]) -> list[Message]:
     messages: list[Message] = []
-    for user, answer, learn in zip(users, answers, learned, strict=True):
-        messages += [Message("user", user), _answer(answer, learn)]
+    for user, said, learn in zip(users, answers, learned, strict=True):
+        messages += [Message("user", user), answer(said, learn)]
     return messages
-
-
-def _answer(text: str, learned: bool | None = None) -> Message:
-    """An assistant message; a leading `<think>` block is its reasoning."""
-    if text.startswith("<think>") and "</think>" in text:
-        reasoning, _, content = text.removeprefix("<think>").partition("</think>")
-        return Message("assistant", content.lstrip("\n"), reasoning=reasoning.strip("\n"), learned=learned)
-    return Message("assistant", text, learned=learned)
 
 
 def _system(row: Mapping[str, Any], where: str) -> list[Message]:
@@ -273,7 +285,7 @@ def _erniekit_preference(row: Mapping[str, Any], where: str) -> Preference:
         turns = [response] if isinstance(response, str) else response
         if not isinstance(turns, list) or len(turns) % 2 == 0 or not all(isinstance(turn, str) for turn in turns):
             raise DataError(f"{where}: a continuation in 'response' must be an odd number of texts: answer, then user and answer by turns")
-        ways.append(tuple(_answer(turn) if n % 2 == 0 else Message("user", turn) for n, turn in enumerate(turns)))
+        ways.append(tuple(answer(turn) if n % 2 == 0 else Message("user", turn) for n, turn in enumerate(turns)))
     better = 0 if sort[0] > sort[1] else 1
     prompt = [*_system(row, where), *_turns(users[:-1], answers, [False] * len(answers)), Message("user", users[-1])]
     return Preference(where, tuple(prompt), ways[better], ways[1 - better], gap=float(abs(sort[0] - sort[1])))
@@ -305,7 +317,7 @@ def _messages(value: Any, where: str, key: str) -> tuple[Message, ...]:
 
 def _split_thinking(message: Message) -> Message:
     if message.role == "assistant" and message.reasoning is None and isinstance(message.content, str):
-        split = _answer(message.content)
+        split = answer(message.content)
         return replace(message, content=split.content, reasoning=split.reasoning)
     return message
 
@@ -320,7 +332,7 @@ def _tools(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
-    messages = _messages(row["messages"], where, "messages")
+    messages = put_in_messages(_messages(row["messages"], where, "messages"), listed_media(row, where), where)
     return Conversation(where, tuple(_system(row, where)) + messages, _tools(row, where))
 
 
@@ -336,7 +348,8 @@ def _sharegpt(row: Mapping[str, Any], where: str) -> Conversation:
                 f"{where}: conversations[{n}] is a function_call, which this form writes as free text; use 'messages' with tool_calls"
             )
         messages.append({"role": roles.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")})
-    return Conversation(where, tuple(_system(row, where)) + _messages(messages, where, "conversations"), _tools(row, where))
+    checked = put_in_messages(_messages(messages, where, "conversations"), listed_media(row, where), where)
+    return Conversation(where, tuple(_system(row, where)) + checked, _tools(row, where))
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> Conversation:
@@ -352,7 +365,7 @@ def _side(row: Mapping[str, Any], where: str, key: str, role: Literal["user", "a
     """One side of a comparison: a text, or messages."""
     value = row[key]
     if isinstance(value, str):
-        return (_answer(value) if role == "assistant" else Message(role, value),)
+        return (answer(value) if role == "assistant" else Message(role, value),)
     return _messages(value, where, key)
 
 
@@ -370,11 +383,18 @@ def _judgement(row: Mapping[str, Any], where: str) -> Judgement:
     return Judgement(where, *sides, bool(row["label"]), _tools(row, where))
 
 
-def _document(row: Mapping[str, Any], where: str) -> Document:
+def _document(row: Mapping[str, Any], where: str) -> Document | Interleaved:
     text = _text(row, "text", where) if "text" in row else "".join(_texts(row, "tgt", where))
     if not text:
         raise DataError(f"{where}: its text is empty")
-    return Document(where, text)
+    media = listed_media(row, where)
+    if not any(media.values()):
+        return Document(where, text)
+    return Interleaved(where, tuple(Passage(part, learned=isinstance(part, Text)) for part in put_in_text(text, media, where)))
+
+
+def _pictures(row: Mapping[str, Any], where: str) -> Interleaved:
+    return read_interleaved(row, where, _tools(row, where))
 
 
 # The first whose keys a row has says what the row is.
@@ -386,6 +406,7 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any], str], Record]]
     (("prompt", "chosen", "rejected"), _pair),
     (("prompt", "completion", "label"), _judgement),
     (("instruction", "output"), _alpaca),
+    (("text_info",), _pictures),
     (("text",), _document),
     (("tgt",), _document),
 )

@@ -16,9 +16,9 @@ from ernie45.models.text import Decoder, check_tokens
 from ernie45.nn.attention import BranchedCausal, PackedCausal
 from ernie45.nn.layers import Linear
 from ernie45.train.comparison import Compared
+from ernie45.train.forward import trunk
 from ernie45.train.preference import PreferenceBatch
 from ernie45.train.preference_losses import PreferenceConfig
-from ernie45.train.step import trunk
 from ernie45.weights.safetensors import open_safetensors
 from ernie45.weights.safetensors_write import save_safetensors
 

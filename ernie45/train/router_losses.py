@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ernie45.nn.moe import Router
+from ernie45.nn.moe import Bank, Router
 from ernie45.ops import Routing
 
 EPS = 1e-12
@@ -46,21 +46,25 @@ def moved_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
 
 
 class RouterPass(NamedTuple):
-    """One router in one forward pass: its logits [T, E] with gradient, and how many experts a token takes."""
+    """One router in one forward pass: its logits [T, E] with gradient, experts a token takes, whether it is for seen tokens."""
 
     logits_TE: Tensor
     top_k: int
+    sees: bool = False
 
 
 class RouterWatch:
     """Looks at every router of a module from outside, by forward hooks: the model's own code has no training in it.
 
     Only what happens inside `recording()` is counted, so a layer that is computed again in backward is counted once. `load_LE` adds up over
-    the passes of an optimiser step until `take_load`.
+    the passes of an optimiser step until `take_load`. A router of a second bank hears seen tokens alone, so its load, losses and bias are
+    those of its modality; `sees` says which routers these are.
     """
 
     def __init__(self, module: nn.Module, *, want_logits: bool) -> None:
         self.routers = [part for part in module.modules() if isinstance(part, Router)]
+        banks = {id(part.router) for part in module.modules() if isinstance(part, Bank)}
+        self.sees = [id(router) in banks for router in self.routers]
         self.want_logits = want_logits
         self._recording = False
         self._passes: list[RouterPass] = []
@@ -74,7 +78,7 @@ class RouterWatch:
             if self._recording:
                 self._loads[index] += torch.bincount(output.experts.flatten(), minlength=router.weight.shape[0]).cpu()
                 if logits_TE is not None:
-                    self._passes.append(RouterPass(logits_TE, router.top_k))
+                    self._passes.append(RouterPass(logits_TE, router.top_k, self.sees[index]))
 
         return seen
 

@@ -2,13 +2,15 @@
 
 Row i of the sequence is `length` tokens of one source. Which source is decided by the largest deficit against the weights; where in the
 source follows from how many of its rows came before. Inside a source, documents stand in an order keyed by (seed, epoch, source) and are
-cut where rows end; epochs follow each other without a gap, so no token is lost. The state is one integer, and any row can be asked for.
+cut where rows end; epochs follow each other without a gap, so no token is lost. A source of rows with pictures is not cut: its examples are
+packed whole, and a batch of them stands for a row. The state is one integer, and any row can be asked for.
 Letters: T tokens.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ import torch
 from ernie45.errors import ConfigError, DataError
 from ernie45.tokens.template import IGNORED
 from ernie45.train.batch import TrainBatch
-from ernie45.train.examples import permutation
+from ernie45.train.examples import PackedExamples, permutation
 from ernie45.train.shards import Corpus
 
 
@@ -27,6 +29,50 @@ class Source:
     name: str
     corpus: Corpus
     weight: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an epoch."""
+        return self.corpus.facts.tokens
+
+    def room(self, length: int) -> int:
+        """Tokens that an epoch takes in rows of `length`."""
+        return self.tokens
+
+    def line(self, length: int, seed: int) -> "Line":
+        """Its rows."""
+        return _Ordered(self, length, seed)
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Examples that are packed whole, and their share of the rows, as a weight among the others."""
+
+    name: str
+    rows: PackedExamples
+    weight: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an epoch."""
+        return sum(len(example.ids) for example in self.rows.examples)
+
+    def room(self, length: int) -> int:
+        """Tokens that an epoch takes in rows of `length`: what a batch leaves empty counts."""
+        return self.rows.count(1) * length
+
+    def line(self, length: int, seed: int) -> "Line":
+        """Its rows, which are batches already."""
+        assert self.rows.limit == length, "the batches of a source are as long as rows"
+        return self.rows
+
+
+class Line(Protocol):
+    """One source as an endless sequence of rows."""
+
+    def batch(self, index: int) -> TrainBatch:
+        """Row `index` of this source."""
+        ...
 
 
 class Mixture:
@@ -53,10 +99,10 @@ class Mixture:
 
 
 class _Ordered:
-    """One source as an endless line of tokens: its documents in the order of each epoch."""
+    """One corpus as an endless line of tokens: its documents in the order of each epoch."""
 
-    def __init__(self, source: Source, seed: int) -> None:
-        self.source, self.seed = source, seed
+    def __init__(self, source: Source, length: int, seed: int) -> None:
+        self.source, self.length, self.seed = source, length, seed
         self.lengths = source.corpus.document_length()
         if int(self.lengths.min()) < 1:
             raise DataError(f"{source.corpus.path}: document {int(self.lengths.argmin())} is empty; write the corpus again")
@@ -85,23 +131,9 @@ class _Ordered:
             start, length = start + taken, length - taken
         return pieces
 
-
-class Stream:
-    """Rows of `length` tokens from weighted sources. `batch(i)` is row i of the global sequence, whoever asks."""
-
-    def __init__(self, sources: Sequence[Source], length: int, seed: int) -> None:
-        if length < 2:
-            raise ConfigError(f"a row must have at least 2 tokens, not {length}")
-        names = [source.name for source in sources]
-        if len(set(names)) != len(names):
-            raise ConfigError(f"two sources have one name: {', '.join(names)}")
-        self.mixture = Mixture([source.weight for source in sources])
-        self.lines, self.length = [_Ordered(source, seed) for source in sources], length
-
     def batch(self, index: int) -> TrainBatch:
         """Row `index`, documents apart; the last token of a cut document learns the token that follows the cut."""
-        source, before = self.mixture.row(index)
-        pieces = self.lines[source].pieces(before * self.length, self.length)
+        pieces = self.pieces(index * self.length, self.length)
         labels = [np.append(tokens[1:].astype(np.int64), IGNORED if follows is None else follows) for tokens, follows in pieces]
         return TrainBatch(
             torch.from_numpy(np.concatenate([tokens for tokens, _ in pieces]).astype(np.int64)),
@@ -109,3 +141,21 @@ class Stream:
             torch.cat([torch.arange(len(tokens)) for tokens, _ in pieces]),
             tuple(np.cumsum([len(tokens) for tokens, _ in pieces]).tolist()),
         )
+
+
+class Stream:
+    """Rows of `length` tokens from weighted sources. `batch(i)` is row i of the global sequence, whoever asks."""
+
+    def __init__(self, sources: Sequence[Source | RowSource], length: int, seed: int) -> None:
+        if length < 2:
+            raise ConfigError(f"a row must have at least 2 tokens, not {length}")
+        names = [source.name for source in sources]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"two sources have one name: {', '.join(names)}")
+        self.mixture = Mixture([source.weight for source in sources])
+        self.lines = [source.line(length, seed) for source in sources]
+
+    def batch(self, index: int) -> TrainBatch:
+        """Row `index`."""
+        source, before = self.mixture.row(index)
+        return self.lines[source].batch(before)
