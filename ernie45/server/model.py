@@ -10,7 +10,8 @@ import itertools
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -378,13 +379,21 @@ class ServedModel:
             if ticket is None:  # it was cancelled while the step ran
                 continue
             assert self._engine is not None
-            ticket.feed(output, now, self._engine.submit, lambda ticket=ticket: self._stop(ticket))
+            ticket.feed(output, now, partial(self._resubmit, ticket), partial(self._stop, ticket))
             if output.tokens and ticket.gap is not None:
                 gaps[ticket.gap] = gaps.get(ticket.gap, 0) + 1
             if ticket.state is State.over:
                 self._end(ticket)
         self._observer.stepped(self.name, Step(message, now, self.written - before, max(0, read), gaps))
         self._fill()
+
+    def _resubmit(self, ticket: Ticket, request: Request) -> None:
+        """Goes on with another request. Under another id: what the engine wrote before it heard of the end is still on its way here."""
+        assert self._engine is not None
+        del self._running[ticket.id]
+        ticket.id = self.number()
+        self._running[ticket.id] = ticket
+        self._engine.submit(replace(request, id=ticket.id))
 
     def _stop(self, ticket: Ticket) -> None:
         if self._engine is not None:

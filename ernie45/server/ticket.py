@@ -58,6 +58,7 @@ def _failure(finish: FinishReason, id: str) -> Failure | None:
 class Ticket:
     """All methods are for the event loop's thread.
 
+    id        the engine's name for it; another one when it goes on behind a closed thinking
     failure   why it ended without an answer
     came, began, first, ended   seconds of the loop's clock: put in line, handed to the engine, first token, over
     gap       seconds between its last two outputs with tokens
@@ -66,6 +67,7 @@ class Ticket:
 
     def __init__(self, job: Job, now: float) -> None:
         self.job = job
+        self.id = job.request.id
         self.state = State.waiting
         self.failure: Failure | None = None
         self.came = now
@@ -81,11 +83,6 @@ class Ticket:
         self._patient = False
         self._told_ids = 0
         self._told_logprobs = 0
-
-    @property
-    def id(self) -> str:
-        """The engine's name for it."""
-        return self.job.request.id
 
     @property
     def answer(self) -> Answer:

@@ -1,10 +1,12 @@
 """Thinking, responses and tool calls of the ERNIE formats over HTTP: streamed and whole alike, forced, forbidden, budgeted."""
 
+import asyncio
 import json
 
 import pytest
 
 from ernie45.engine.scheduler import SchedulerConfig
+from ernie45.engine.wire import Stepped
 
 ROOMY = SchedulerConfig(token_budget=256, max_running=4, page_size=16, num_pages=512, max_length=4096)
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
@@ -175,6 +177,24 @@ def test_a_budget_closes_the_thinking_and_the_answer_goes_on(switch):
     assert 20 <= body["usage"]["completion_tokens_details"]["reasoning_tokens"] <= 26
     free = switch.chat(said, enable_thinking=True).json()
     assert free["usage"]["completion_tokens_details"]["reasoning_tokens"] > 100
+
+
+def test_what_the_engine_wrote_behind_the_budget_is_not_taken_for_the_answer(switch, monkeypatch):
+    """The engine is a step ahead when it hears that the thinking is over: that step's token is on its way while the answer is begun."""
+    engine, late = switch.engine, []
+
+    def cancel(request_id):
+        outputs = engine.fake.step()
+        late.extend(output for output in outputs if output.request_id == request_id)
+        asyncio.get_running_loop().call_soon(engine.tell, Stepped(outputs, engine.fake.load, 0.001))
+        engine.fake.cancel(request_id)
+
+    monkeypatch.setattr(engine, "cancel", cancel)
+    said = "«" + "long thoughts " * 10 + "</think>\n\nthe answer»"
+    message = switch.chat(said, reasoning_max_tokens=20, enable_thinking=True).json()["choices"][0]["message"]
+    assert [len(output.tokens) for output in late] == [1]
+    assert message["content"] == "the answer"
+    assert message["reasoning"] == ("long thoughts " * 2)[:20]
 
 
 def test_a_shape_is_kept_behind_a_budget_too(switch):
