@@ -36,6 +36,26 @@ def noise(rows, columns, seed=0, frames=1):
     return Picture("image" if frames == 1 else "video", frames, rows * size, columns * size, rgb.tobytes(), RULES.patch)
 
 
+def noise_batch(*documents):
+    """Documents of ids and pictures of noise as a packed batch for training; every id behind the first is learned."""
+    from ernie45.tokens.template import IGNORED
+    from ernie45.train.batch import Example, KnownPicture
+    from ernie45.train.sighted import Gallery
+
+    gallery, rows = Gallery(RULES, VISION), []
+    for parts in documents:
+        ids, labels, known = [], [], []
+        for part in parts:
+            here = [part] if isinstance(part, int) else [START, *[SEEN] * part.tokens, END]
+            if not isinstance(part, int):
+                gallery._put(part)
+                known.append(KnownPicture(None, part.grid, part.digest, "row"))
+            labels += [part] if isinstance(part, int) and ids else [IGNORED] * len(here)
+            ids += here
+        rows.append(Example(tuple(ids), tuple(labels), tuple(known)))
+    return gallery.pack(rows)
+
+
 def placed(*parts):
     """A prompt of token ids and pictures: ids, and the pictures with their places."""
     ids, pictures = [], []

@@ -25,6 +25,7 @@ from ernie45.train.preference import PairExample, PairJudge, Reference, pack_pai
 from ernie45.train.preference_losses import PreferenceConfig
 from ernie45.train.schedule import ScheduleConfig
 from ernie45.train.step import LossConfig, Step
+from tests.sighted import noise, noise_batch, sighted_decoder
 from tests.train.conftest import make_decoder, make_examples
 
 LOSSES = LossConfig(balance=0.1, z=0.1, orthogonal=0.1, mtp=0.3, bias_rate=0.125)
@@ -76,6 +77,25 @@ def language(ranks, even=False, recompute=False):
     optimiser = Keep(decoder, OptimiserConfig(), 16)
     step = Step(decoder, optimiser, LOSSES, recompute=recompute, noise=EmbeddingNoise(1.0, seed=7), ranks=ranks, run=way)
     batches = [pack(make_examples(lengths, seed)) for seed, lengths in enumerate(EVEN if even else MICRO)]
+    report = step([batches[n] for n in ranks.share(len(batches))], 0, 1e-3)
+    step.watch.close()
+    return report, optimiser.grads, biases(decoder)
+
+
+def pictures(ranks, even=False):
+    """Report, gradients and moved biases of one step over rows of which some have pictures, so that ranks differ in what they see."""
+    decoder = sighted_decoder().train()
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_(not name.endswith("selection_bias"))
+    way = spread(decoder, ranks)
+    optimiser = Keep(decoder, OptimiserConfig(), 32)
+    step = Step(decoder, optimiser, LOSSES, ranks=ranks, run=way)
+    batches = [
+        noise_batch((5, noise(2, 3), 7, 8), (4, 6, 3)),
+        noise_batch((4, 9, 11, 3)),
+        noise_batch((9, noise(1, 2, 1), 3, noise(3, 1, 2), 5)),
+    ]
+    batches += [noise_batch((6, 3, 8))] if even else []
     report = step([batches[n] for n in ranks.share(len(batches))], 0, 1e-3)
     step.watch.close()
     return report, optimiser.grads, biases(decoder)
@@ -165,6 +185,7 @@ def everything(ranks, folder):
     """All facts, in one start of the processes."""
     return {
         "language": language(ranks),
+        "pictures": pictures(ranks),
         "preference": preference(ranks),
         "refused": refused(ranks),
         "told": told(ranks),
@@ -182,6 +203,7 @@ def shares(ranks, folder):
     shard_weights(decoder, ranks)
     return {
         "language": language(ranks, even=True),
+        "pictures": pictures(ranks, even=True),
         "recompute": language(ranks, even=True, recompute=True)[:2],
         "preference": preference(ranks, even=True),
         "run": run(ranks, folder / "run", 2, kind="muon", accumulate=6),
@@ -215,5 +237,5 @@ def dies(ranks, folder):
 
 def alone():
     """`everything` without others, but for what needs them."""
-    even = {"language": language(ALONE, even=True), "preference": preference(ALONE, even=True)}
-    return {"language": language(ALONE), "preference": preference(ALONE), "even": even}
+    even = {"language": language(ALONE, even=True), "pictures": pictures(ALONE, even=True), "preference": preference(ALONE, even=True)}
+    return {"language": language(ALONE), "pictures": pictures(ALONE), "preference": preference(ALONE), "even": even}

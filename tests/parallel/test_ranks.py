@@ -51,6 +51,28 @@ def test_a_step_of_two_ranks_is_the_step_of_one(two, one, shares):
     assert any(bias.any() for bias in biases.values())
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_step_with_pictures_is_that_of_one_process(two, one, shares):
+    """Of two ranks one sees pictures and the other does not: losses, loads and biases of both modalities are those of all."""
+    report, grads, biases = (one["even"] if shares else one)["pictures"]
+    assert report.vision_tokens == (6 + 2) + (2 + 2) + (3 + 2)
+    for rank in two[1]:
+        ours, our_grads, our_biases = (rank["shares"] if shares else rank)["pictures"]
+        names = ("loss", "picture_loss", "text_loss", "balance_loss", "z_loss", "orthogonal_loss")
+        for name in (*names, "vision_balance_loss", "vision_z_loss", "vision_orthogonal_loss"):
+            assert getattr(ours, name) == pytest.approx(getattr(report, name), abs=1e-6), name
+        assert ours.norm == pytest.approx(report.norm, rel=1e-5)
+        assert (ours.tokens, ours.vision_tokens, ours.load, ours.vision_load) == (
+            report.tokens,
+            report.vision_tokens,
+            report.load,
+            report.vision_load,
+        )
+        assert_same(our_grads, grads)
+        assert_same(our_biases, biases, atol=0, rtol=0)
+    assert any(bias.any() for name, bias in biases.items() if ".vision." in name)
+
+
 def test_recompute_in_shares_changes_nothing(two):
     for rank in two[1]:
         report, grads = rank["shares"]["recompute"]

@@ -11,35 +11,18 @@ from ernie45.tokens.template import IGNORED
 from ernie45.train.batch import Example, pack
 from ernie45.train.optim import Optimiser, OptimiserConfig, matrix_rows
 from ernie45.train.router_losses import RouterWatch, load_balance_loss, orthogonal_loss, z_loss
-from ernie45.train.sighted import Gallery, KnownPicture
 from ernie45.train.stages import choose_learning
 from ernie45.train.step import LossConfig, Step
 from tests.parallel.facts import Keep
-from tests.sighted import END, RULES, SEEN, START, VISION, noise, sighted_decoder
+from tests.sighted import VISION, noise, noise_batch, sighted_decoder
 from tests.train.conftest import make_decoder
 
 RATE = 2.0**-6
 """A power of two: biases move by exactly so much."""
 
 
-def batch(*documents):
-    """Documents of ids and pictures of noise; every id behind the first is learned."""
-    gallery, rows = Gallery(RULES, VISION), []
-    for parts in documents:
-        ids, labels, known = [], [], []
-        for part in parts:
-            here = [part] if isinstance(part, int) else [START, *[SEEN] * part.tokens, END]
-            if not isinstance(part, int):
-                gallery._put(part)
-                known.append(KnownPicture(None, part.grid, part.digest, "row"))
-            labels += [part] if isinstance(part, int) and ids else [IGNORED] * len(here)
-            ids += here
-        rows.append(Example(tuple(ids), tuple(labels), tuple(known)))
-    return gallery.pack(rows)
-
-
 def seeing(seed=1):
-    return batch((5, noise(2, 3, seed), 7, 8, 9), (4, 6, 3, 11), (9, noise(1, 2, seed + 1), 3))
+    return noise_batch((5, noise(2, 3, seed), 7, 8, 9), (4, 6, 3, 11), (9, noise(1, 2, seed + 1), 3))
 
 
 def words():
