@@ -17,6 +17,7 @@ from ernie45.errors import RequestError
 from ernie45.models.places import Grid, Places, check_grid, is_placeholder, is_vision, place
 from ernie45.models.vision_config import VisionConfig
 from ernie45.nn.layers import LayerNorm, Linear, RMSNorm
+from ernie45.nn.lora import adapters
 from ernie45.nn.rope import inverse_frequencies, turns_of_patches
 from ernie45.ops.tower import NativeTowerBlock, TowerMatrix, TowerNorm, TowerWeights, takes
 
@@ -94,7 +95,7 @@ class TowerBlock(nn.Module):
 
     def calls(self) -> BlockCalls:
         """What computes the block: the kernels where they take it and nobody wants a gradient."""
-        if not torch.is_inference_mode_enabled() or ops.KERNELS is None:
+        if not torch.is_inference_mode_enabled() or ops.KERNELS is None or adapters(self):
             return self
         norms = (TowerNorm(norm.weight, norm.bias, norm.eps) for norm in (self.attn_norm, self.ffn_norm))
         qkv, out, up, down = (_matrix(layer) for layer in (self.attn.qkv, self.attn.out, self.up, self.down))

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from ernie45 import ops
 from ernie45.errors import ConfigError
 from ernie45.nn.attention import Attention
-from ernie45.nn.layers import SwiGLU
-from ernie45.nn.moe import MixtureOfExperts
+from ernie45.nn.layers import Linear, SwiGLU
+from ernie45.nn.moe import Bank, MixtureOfExperts
 from ernie45.ops import PackedWeight, Routing
 
 
@@ -36,6 +36,8 @@ class LoraConfig:
     """Divide alpha by the root of the rank, so that large ranks keep learning."""
     targets: Literal["all", "attention"] = "all"
     """Which linear layers get adapters: all of them, routed experts too, or those of attention."""
+    vision: Literal["none", "experts", "all"] = "none"
+    """In a model that sees: adapters on the vision experts too, or on these, the vision tower and the resampler."""
     dora: bool = False
     """Learn the length of every row apart from its direction (DoRA): closer to training all weights, a little slower."""
 
@@ -264,7 +266,10 @@ def _first_a(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def adapt(module: nn.Module, config: LoraConfig, generator: torch.Generator) -> None:
-    """Freeze `module` and give an adapter to every linear layer of its attention and, unless only those are wanted, of its feed-forward."""
+    """Freeze `module` and give an adapter to every linear layer of its attention and, unless only those are wanted, of its feed-forward.
+
+    Vision experts, which are feed-forward, get theirs where `config.vision` wants it, whatever the targets.
+    """
     assert config.rank > 0, "rank 0 means no adapters"
     module.requires_grad_(False)
     for name, owner in list(module.named_modules()):
@@ -273,6 +278,8 @@ def adapt(module: nn.Module, config: LoraConfig, generator: torch.Generator) -> 
             rows = owner.num_heads * owner.head_size, owner.num_kv_heads * owner.head_size
             made["qkv"] = LoraLinear(owner.qkv, (rows[0], rows[1], rows[1]), config, generator)
             made["out"] = LoraLinear(owner.out, (owner.out.out_size,), config, generator)
+        elif isinstance(owner, Bank) and config.vision != "none":
+            made["experts"] = LoraExperts(owner.experts, config, generator)
         elif config.targets == "attention":
             continue
         elif isinstance(owner, SwiGLU):
@@ -283,6 +290,14 @@ def adapt(module: nn.Module, config: LoraConfig, generator: torch.Generator) -> 
             made["experts"] = LoraExperts(owner.experts, config, generator)
         for part, layer in made.items():
             _put(module, f"{name}.{part}".lstrip("."), layer)
+
+
+def adapt_linears(module: nn.Module, config: LoraConfig, generator: torch.Generator) -> None:
+    """Freeze `module` and give an adapter to every linear layer in it, each as one matrix, as files of a vision tower have them."""
+    module.requires_grad_(False)
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, Linear):
+            _put(module, name, LoraLinear(layer, (layer.out_size,), config, generator))
 
 
 def adapters(module: nn.Module) -> dict[str, LoraLinear | LoraExperts]:

@@ -29,7 +29,7 @@ from ernie45.models.save import save_model, save_packed
 from ernie45.models.text import Decoder
 from ernie45.models.vision_config import VisionConfig
 from ernie45.nn.attention import PackedCausal
-from ernie45.nn.lora import LoraConfig, adapt, merge
+from ernie45.nn.lora import LoraConfig, merge
 from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.parallel.shard import Run, plainly, shard_weights, whole
 from ernie45.quant.frozen import freeze, thaw
@@ -267,12 +267,6 @@ def refuse_packed(pupil: Pupil, advice: str) -> None:
     """Raise ConfigError when the pupil's matrices are packed, and so cannot learn themselves."""
     if pupil.loaded.opened.spec is not None:
         raise ConfigError(f"{pupil.folder} is quantised, and packed weights do not learn; {advice}")
-
-
-def add_adapters(decoder: Decoder, config: LoraConfig, seed: int) -> None:
-    """Freeze the decoder and put fresh adapters on all its layers."""
-    decoder.requires_grad_(False)
-    adapt(decoder.layers, config, torch.Generator().manual_seed(seed))
 
 
 class BadRows:

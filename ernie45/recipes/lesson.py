@@ -10,6 +10,7 @@ from torch import nn
 
 from ernie45.config import Environment
 from ernie45.errors import ConfigError
+from ernie45.models.adapters import put_adapters
 from ernie45.nn.lora import LoraConfig
 from ernie45.parallel.ranks import Ranks
 from ernie45.parallel.shard import Run
@@ -21,7 +22,6 @@ from ernie45.recipes.learning import (
     LearningConfig,
     Pupil,
     Watcher,
-    add_adapters,
     open_pupil,
     plain_settings,
     plan_text,
@@ -70,7 +70,7 @@ def open_lesson(config: LessonConfig, environment: Environment, ranks: Ranks) ->
 def announce(config: LessonConfig, pupil: Pupil, bad: BadRows, facts: Mapping[str, object]) -> None:
     """Put adapters on where they are wanted, and print the plan."""
     if config.lora.rank:
-        add_adapters(pupil.decoder, config.lora, config.seed)
+        put_adapters(pupil.decoder, config.lora, config.seed)
     common = {"computed in": f"{pupil.loaded.compute.dtype}".removeprefix("torch."), "left out": len(bad.errors)}
     if pupil.ranks.is_first:
         print(plan_text(pupil.decoder, common | dict(facts)))

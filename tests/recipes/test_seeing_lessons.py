@@ -161,7 +161,22 @@ def test_stages_follow_each_other(seer, data, tmp_path):
 
 def test_adapters_learn_beside_pictures(seer, data, tmp_path):
     out = tmp_path / "run"
-    ernie("sft", seer, "--data", data / "rows.jsonl", "--out", out, "--batch-tokens", 512, "--steps", 12, "--schedule.peak", "1e-2")
+    ernie(
+        "sft",
+        seer,
+        "--data",
+        data / "rows.jsonl",
+        "--out",
+        out,
+        "--lora.vision",
+        "all",
+        "--batch-tokens",
+        512,
+        "--steps",
+        12,
+        "--schedule.peak",
+        "1e-2",
+    )
     assert losses(out)[-1] < losses(out)[0] - 1
     assert LLM(out / "model", dtype="float32").chat(asked(data / "coins.png"), SamplingParams(max_tokens=3)).text is not None
 
