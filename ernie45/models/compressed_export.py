@@ -160,7 +160,7 @@ def _module_of(ours: str) -> str:
 def _refuse_inexpressible(name: str, scheme: AnyScheme) -> None:
     if isinstance(scheme, Scheme) and scheme.code:
         raise ConfigError(f"'{name}' is {scheme}: codes of two bits have no word in compressed-tensors; export the model it was made from")
-    if isinstance(scheme, Scheme) and scheme.hadamard:
+    if scheme.hadamard:
         raise ConfigError(
             f"'{name}' is {scheme}: turned inputs have no word in compressed-tensors; quantise with --no-hadamard, or leave -h out"
         )

@@ -36,8 +36,11 @@ class PackedCausal:
     def __call__(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """[T, N, H] from [T, N, H] and [T, K, H] twice."""
         assert q_TNH.shape[0] == self.spans[-1][1], "document ends and tokens differ"
-        parts = [ops.causal_attention(q_TNH[a:b], k_TKH[a:b], v_TKH[a:b]) for a, b in self.spans]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(self.spans) == 1:
+            return ops.causal_attention(q_TNH, k_TKH, v_TKH)
+        lengths = [end - start for start, end in self.spans]  # split, since the gradient of a slice is as large as the whole
+        parts = [ops.causal_attention(q, k, v) for q, k, v in zip(*(x.split(lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True)]
+        return torch.cat(parts)
 
 
 class BranchedCausal:
@@ -86,7 +89,7 @@ class Attention(nn.Module):
         """[T, D] -> [T, D]; `turns` is complex64 [T, P]."""
         rotated = self.num_heads + self.num_kv_heads
         heads_TMH = self.qkv(x_TD).view(-1, rotated + self.num_kv_heads, self.head_size)
-        qk_TMH = ops.rotate_pairs(heads_TMH[:, :rotated], turns_TP)
-        q_TNH, k_TKH = qk_TMH[:, : self.num_heads], qk_TMH[:, self.num_heads :]
-        seen_TNH = attend(self.layer, q_TNH, k_TKH, heads_TMH[:, rotated:])
+        qk_TMH, v_TKH = heads_TMH.split((rotated, self.num_kv_heads), dim=1)
+        q_TNH, k_TKH = ops.rotate_pairs(qk_TMH, turns_TP).split((self.num_heads, self.num_kv_heads), dim=1)
+        seen_TNH = attend(self.layer, q_TNH, k_TKH, v_TKH)
         return self.out(seen_TNH.reshape(x_TD.shape[0], -1))

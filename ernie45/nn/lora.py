@@ -131,13 +131,11 @@ class LoraLinear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
-        inner = F.linear(x_TI, self.adapter_a.to(x_TI.dtype)).split(self.rank, dim=-1)  # every part's A in one product
-        b_parts = self.adapter_b.to(x_TI.dtype).split(self.parts)
-        added = [F.linear(i_TR, b_OR) for i_TR, b_OR in zip(inner, b_parts, strict=True)]
-        added_TO = torch.cat(added, dim=-1) if len(added) > 1 else added[0]
+        inner_TS = F.linear(x_TI, self.adapter_a.to(x_TI.dtype))  # every part's A in one product, and every part's B
+        b_SO = torch.block_diag(*self.adapter_b.to(x_TI.dtype).split(self.parts)).t()
         if self.magnitude is None:
-            return self.base(x_TI).add(added_TO, alpha=self.scale)
-        out_TO = ops.dense_linear(x_TI, self.base.weight).add(added_TO, alpha=self.scale)
+            return self.base(x_TI).addmm_(inner_TS, b_SO, alpha=self.scale)
+        out_TO = ops.dense_linear(x_TI, self.base.weight).addmm_(inner_TS, b_SO, alpha=self.scale)
         out_TO = out_TO * self.magnitude.factors(self.base.weight, self.pairs(), self.scale).to(x_TI.dtype)
         return out_TO if self.base.bias is None else out_TO + self.base.bias
 

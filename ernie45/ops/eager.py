@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ernie45.ops import learned
 from ernie45.ops.reference import Routing, quick_gelu, route
 
 __all__ = [
@@ -54,8 +55,16 @@ def _widened(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return out_TO if bias_O is None else out_TO + bias_O
 
 
+def _learned(*tensors: Tensor) -> bool:
+    """Whether a gradient is wanted, by a model that computes in a type that models are kept in (twins in float64 are autograd's)."""
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return wanted and all(tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)
+
+
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm, [T, D] -> [T, D] in the type of `x`."""
+    if _learned(x_TD, weight_D):
+        return learned.RMSNorm.apply(x_TD, weight_D, eps)
     if x_TD.dtype == torch.float32:
         return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
     # the cast stands before the weight, see the reference
@@ -83,6 +92,8 @@ def framed_attention(q_GLNH: Tensor, k_GLNH: Tensor, v_GLNH: Tensor) -> Tensor:
 
 def swiglu(gate_up_TF: Tensor) -> Tensor:
     """`silu(gate) * up` of a [T, 2F] tensor whose first half is the gate, -> [T, F]."""
+    if _learned(gate_up_TF):
+        return learned.SwiGLU.apply(gate_up_TF)
     gate, up = gate_up_TF.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -127,6 +138,8 @@ def causal_attention(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> Tensor:
         q_KGH = q_TNH.view(K, N // K, H)
         scores_KGS = torch.bmm(q_KGH, k_SKH.permute(1, 2, 0)).float() * H**-0.5
         return torch.bmm(scores_KGS.softmax(-1).to(q_TNH.dtype), v_SKH.transpose(0, 1)).view(1, N, H)
+    if S == T <= learned.CausalAttention.MOST_TOKENS and q_TNH.is_cpu and _learned(q_TNH, k_SKH, v_SKH):
+        return learned.CausalAttention.apply(q_TNH, k_SKH, v_SKH)
     group = N // K
     q = q_TNH.transpose(0, 1)[None]
     k, v = (t.transpose(0, 1)[:, None].expand(K, group, S, H).reshape(1, N, S, H) for t in (k_SKH, v_SKH))

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import ScalingType, scaled_mm
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-_SMALLEST_SCALE = 1e-30  # of a block of zeros, and so small that no block of sound weights has it
+SMALLEST_SCALE = 1e-30  # of a block of zeros, and so small that no block of sound weights has it
 
 
 class Block(NamedTuple):
@@ -47,7 +48,7 @@ def to_fp8(matrix_RC: Tensor, block: Block) -> Fp8Matrix:
     padded = torch.nn.functional.pad(matrix_RC.float(), (0, -C % columns, 0, -R % rows))
     tiles_BRDC = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
     largest_BD = tiles_BRDC.abs().amax((1, 3))
-    scales_BD = torch.where(largest_BD.isfinite(), (largest_BD / E4M3_MAX).clamp(min=_SMALLEST_SCALE), torch.nan)
+    scales_BD = torch.where(largest_BD.isfinite(), (largest_BD / E4M3_MAX).clamp(min=SMALLEST_SCALE), torch.nan)
     return Fp8Matrix(with_scale(matrix_RC, spread(scales_BD, block, matrix_RC)), scales_BD, block)
 
 
@@ -78,15 +79,51 @@ def fp8_inputs(x_TI: Tensor, block: Block, static_scale: Tensor | None = None) -
     return Fp8Matrix(values, static_scale.float().view(1, 1), WHOLE)
 
 
+def turned_over(matrix: Fp8Matrix) -> Fp8Matrix:
+    """The transposed matrix, with the same numbers and scales."""
+    return Fp8Matrix(matrix.values.t(), matrix.scales.t(), Block(matrix.block.columns, matrix.block.rows))
+
+
 def fp8_linear(inputs: Fp8Matrix, weight: Fp8Matrix) -> Tensor:
     """`x @ weight.T` of E4M3 matrices, float32 [T, O]: products exact, summed in float32, scales of weight and inputs applied.
 
-    On the CPU by multiplying what the numbers stand for. On a GPU with FP8 units (compute capability 8.9) by `torch._scaled_mm` where
-    scales go by row or matrix; blocks go the CPU's way there too. That GPU path was never run: no such machine was at hand.
+    On the CPU by multiplying what the numbers stand for. On a GPU with FP8 units by its scaled product: scales by row or matrix from
+    compute capability 8.9, whole blocks of 128 on 9.0; other shapes go the CPU's way there too. No GPU path was ever run: no such machine
+    was at hand.
     """
-    by_row = inputs.block in (ROW, WHOLE) and weight.block in (ROW, WHOLE)
-    if inputs.values.is_cuda and by_row and torch.cuda.get_device_capability(inputs.values.device) >= (8, 9):
-        T, O = len(inputs.values), len(weight.values)  # noqa: E741
-        scales = inputs.scales.expand(T, 1).contiguous(), weight.scales.expand(O, 1).t().contiguous()
-        return torch._scaled_mm(inputs.values, weight.values.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16).float()
+    if inputs.values.is_cuda:
+        capability = torch.cuda.get_device_capability(inputs.values.device)
+        if capability >= (8, 9) and inputs.block in (ROW, WHOLE) and weight.block in (ROW, WHOLE):
+            T, O = len(inputs.values), len(weight.values)  # noqa: E741
+            scales = inputs.scales.expand(T, 1).contiguous(), weight.scales.expand(O, 1).t().contiguous()
+            values = inputs.values.contiguous(), weight.values.contiguous().t()
+            return torch._scaled_mm(*values, scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16).float()
+        if capability == (9, 0) and inputs.block in _BLOCKWISE and weight.block in _BLOCKWISE and _whole_blocks(inputs, weight):
+            return _blockwise(inputs, weight).float()
     return from_fp8(inputs) @ from_fp8(weight).t()
+
+
+_BLOCKWISE = {INPUT_BLOCK: ScalingType.BlockWise1x128, WEIGHT_BLOCK: ScalingType.BlockWise128x128}
+
+
+def _whole_blocks(*matrices: Fp8Matrix) -> bool:
+    return all(extent % 128 == 0 for matrix in matrices for extent in matrix.values.shape)
+
+
+def _blockwise(inputs: Fp8Matrix, weight: Fp8Matrix) -> Tensor:
+    """The product by the units of a GPU, bfloat16 [T, O]. Never run."""
+    laid = []
+    for matrix in (inputs, weight):
+        if matrix.block == INPUT_BLOCK:  # the scales of a column lie side by side
+            laid.append(matrix.scales.t().contiguous().t())
+        else:  # filled up to four across, and turned over
+            laid.append(torch.nn.functional.pad(matrix.scales, (0, -matrix.scales.shape[1] % 4)).contiguous().t())
+    return scaled_mm(
+        inputs.values.contiguous(),
+        weight.values.contiguous().t(),
+        laid[0],
+        _BLOCKWISE[inputs.block],
+        laid[1],
+        _BLOCKWISE[weight.block],
+        output_dtype=torch.bfloat16,
+    )

@@ -28,6 +28,7 @@ from ernie45.ops.fp8 import (
     from_fp8,
     to_fp8,
 )
+from ernie45.quant.hadamard import turned, turned_back
 from ernie45.quant.spec import Fp8Scheme
 
 
@@ -55,17 +56,32 @@ def round_to_fp8(weight_OI: Tensor, scheme: Fp8Scheme, largest_input: float | No
     """
     if not bool(weight_OI.isfinite().all()):
         raise CheckpointError("a weight holds NaN or infinities and cannot be quantised; the checkpoint is damaged")
+    if scheme.static and scheme.hadamard:
+        raise ConfigError(f"{scheme} is what training through the rounding gives (ernie sft --qat {scheme}); leave -h or -static out here")
     if scheme.static and largest_input is None:
         raise ConfigError(
             f"{scheme} needs activations to be measured, and no calibration text passed this matrix; take fp8-{scheme.weights}"
         )
+    check_turn(scheme, weight_OI.shape[1])
     scale = torch.tensor([(largest_input or 1.0) / E4M3_MAX]) if scheme.static else None
-    return Fp8Weight(to_fp8(weight_OI.detach(), weight_block(scheme)), scale)
+    return Fp8Weight(to_fp8(turned(weight_OI.detach().float(), scheme), weight_block(scheme)), scale)
+
+
+def check_turn(scheme: Fp8Scheme, in_size: int) -> None:
+    """Raise `ConfigError` where inputs are to be turned that are no whole groups."""
+    if scheme.hadamard and in_size % scheme.group:
+        raise ConfigError(f"{scheme} turns {scheme.group} inputs at a time, and a matrix has {in_size}; leave -h out")
 
 
 def apply(x_TI: Tensor, weight: Fp8Weight, scheme: Fp8Scheme) -> Tensor:
     """`x @ weight.T` with both as FP8 numbers, in the type of `x`."""
-    return fp8_linear(fp8_inputs(x_TI, input_block(scheme), weight.input_scale), weight.matrix).to(x_TI.dtype)
+    inputs_TI = turned(x_TI.float(), scheme)
+    return fp8_linear(fp8_inputs(inputs_TI, input_block(scheme), weight.input_scale), weight.matrix).to(x_TI.dtype)
+
+
+def restored_from_fp8(matrix: Fp8Matrix, scheme: Fp8Scheme) -> Tensor:
+    """The float32 matrix [O, I] that `round_to_fp8` was given, as it was rounded."""
+    return turned_back(from_fp8(matrix), scheme, matrix.values.shape[1])
 
 
 class Fp8Linear(nn.Module):
@@ -97,7 +113,7 @@ class Fp8Linear(nn.Module):
     def whole(self, dtype: torch.dtype) -> Linear:
         """The float layer whose weight the numbers stand for."""
         made = Linear(self.in_size, self.out_size)
-        made.weight, made.bias = nn.Parameter(from_fp8(self.weight.matrix).to(dtype)), self.bias
+        made.weight, made.bias = nn.Parameter(restored_from_fp8(self.weight.matrix, self.scheme).to(dtype)), self.bias
         return made
 
     def extra_repr(self) -> str:
@@ -154,6 +170,6 @@ class Fp8Experts(nn.Module):
         made = Experts(self.size, self.num_experts, self.expert_size).to(dtype)
         with torch.no_grad():
             for number in range(self.num_experts):
-                gate_up, down = (from_fp8(weight.matrix) for weight in self.expert(number))
+                gate_up, down = (restored_from_fp8(weight.matrix, self.scheme) for weight in self.expert(number))
                 made.gate_up[number], made.down[number] = gate_up, down
         return made

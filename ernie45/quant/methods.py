@@ -19,11 +19,10 @@ from ernie45.nn.layers import Linear, RMSNorm, SwiGLU
 from ernie45.nn.moe import Experts, MixtureOfExperts
 from ernie45.ops import PackedWeight
 from ernie45.ops.codes import CodedWeight
-from ernie45.ops.fp8 import from_fp8
 from ernie45.quant import awq
 from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Seen, Statistics, original_inputs, reached_by_text
 from ernie45.quant.ccq import encode, feedback
-from ernie45.quant.fp8 import Fp8Experts, Fp8Linear, Fp8Weight, round_to_fp8
+from ernie45.quant.fp8 import Fp8Experts, Fp8Linear, Fp8Weight, restored_from_fp8, round_to_fp8
 from ernie45.quant.gptq import GptqSettings, corrected, gptq, output_errors, restored, round_to_nearest
 from ernie45.quant.hadamard import turned, turned_back, turned_gram
 from ernie45.quant.linear import QuantExperts, QuantLinear
@@ -214,7 +213,7 @@ def _round_matrix_to_fp8(parameter_OI: Tensor, scheme: Fp8Scheme, seen: InputSta
     usable = seen is not None and seen.tokens > 0
     gram_II = seen.gram_II if usable else torch.eye(parameter_OI.shape[1])
     made = round_to_fp8(parameter_OI.float(), scheme, float(seen.largest_I.max()) if usable else None)
-    restored_OI = from_fp8(made.matrix)
+    restored_OI = restored_from_fp8(made.matrix, scheme)
     lost = float(output_errors(parameter_OI.float() - restored_OI, gram_II).sum())
     costs = _Costs(lost, lost, float(output_errors(parameter_OI.float(), gram_II).sum()))
     parameter_OI.copy_(restored_OI)

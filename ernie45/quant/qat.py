@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ernie45 import ops
-from ernie45.errors import ConfigError
 from ernie45.nn.layers import Embedding, Linear
 from ernie45.nn.moe import Experts
 from ernie45.ops import PackedWeight, Routing
 from ernie45.ops.quantised import quantise_activations, turn_by_hadamard
+from ernie45.quant.fp8_qat import ONLINE_PASSES, QatFp8Experts, QatFp8Linear, through_fp8
 from ernie45.quant.hadamard import turned
 from ernie45.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from ernie45.quant.model import decided_modules, fuse, replace_module
@@ -197,15 +197,16 @@ class QatExperts(nn.Module):
 
 
 @torch.no_grad()
-def prepare_training(network: nn.Module, spec: QuantSpec) -> None:
-    """Put a layer that computes as the packed one in the place of every module the spec names. Raises ConfigError as `quantise_model`."""
+def prepare_training(network: nn.Module, spec: QuantSpec, *, online: int = ONLINE_PASSES) -> None:
+    """Put a layer that computes as the packed one in the place of every module the spec names. Raises ConfigError as `quantise_model`.
+
+    online: passes until static FP8 activations take the scale that was found (`quant.fp8_qat`).
+    """
     for name, scheme in decided_modules(network, spec):
-        if isinstance(scheme, Fp8Scheme):
-            raise ConfigError(
-                f"'{name}' is {scheme}: training through FP8 rounding is not part of this; take whole numbers, such as w4a8-g64"
-            )
         module = network.get_submodule(name)
-        if isinstance(module, Linear):
+        if isinstance(scheme, Fp8Scheme):
+            replace_module(network, name, through_fp8(module, name, scheme, online))
+        elif isinstance(module, Linear):
             replace_module(network, name, QatLinear(module, scheme))
         elif isinstance(module, Embedding):
             replace_module(network, name, QatEmbedding(module, scheme))
@@ -218,6 +219,6 @@ def prepare_training(network: nn.Module, spec: QuantSpec) -> None:
 def pack_trained(network: nn.Module) -> None:
     """Every layer of `prepare_training` as the packed one that it computed as: numbers and scales are taken over."""
     for name, module in list(network.named_modules()):
-        if isinstance(module, QatLinear | QatEmbedding | QatExperts):
+        if isinstance(module, QatLinear | QatEmbedding | QatExperts | QatFp8Linear | QatFp8Experts):
             replace_module(network, name, module.packed())
     fuse(network)

@@ -2,16 +2,16 @@
 
 A scheme is a word: `w4a8` (weights of 4 bits, activations of 8) or `w4a16` (activations stay as they are), with a group such as
 `w4a8-g64`, or without, a scale per channel; `-h` at its end turns the inputs by a Hadamard matrix first (`ops/quantised.py`).
-`fp8-block`, `fp8-channel` and `fp8-tensor` are E4M3 numbers (`ops/fp8.py`); `ccq2.06`, `ccq2.5` and `tcq2.06` are codes of about two
-bits (`ops/codes.py`), with `-h` or without. Rules are tried in order, the first whose pattern fits a module's name decides, and every
-matrix that can be quantised must be decided by one.
+`fp8-block`, `fp8-channel` and `fp8-tensor` are E4M3 numbers (`ops/fp8.py`), with `-static` and `-h` or without; `ccq2.06`, `ccq2.5` and
+`tcq2.06` are codes of about two bits (`ops/codes.py`), with `-h` or without. Rules are tried in order, the first whose pattern fits a
+module's name decides, and every matrix that can be quantised must be decided by one.
 """
 
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ernie45.config import from_mapping
 from ernie45.errors import ConfigError
@@ -75,26 +75,31 @@ class Fp8Scheme:
     """Weights and activations of E4M3 numbers. `weights` says what shares a scale: a "block" of 128 x 128, a "channel" or the "tensor".
 
     Activations get a scale per 128 inputs of a token where weights have blocks, else per token; with `static` one scale for all that a
-    matrix reads, measured on the calibration text.
+    matrix reads, measured on the calibration text. `hadamard`: weights and activations are turned by Hadamard matrices of `group` inputs
+    before they are rounded.
     """
 
     weights: str
     static: bool = False
+    hadamard: bool = False
+    group: ClassVar[int] = 32
 
     @classmethod
     def parse(cls, word: str) -> "Fp8Scheme":
         """Read `fp8-block`, `fp8-tensor-static` and their like. Raises `ConfigError` for anything else."""
-        found = re.fullmatch(r"fp8-(block|channel|tensor)(-static)?", word)
+        found = re.fullmatch(r"fp8-(block|channel|tensor)(-static)?(-h)?", word)
         if not found:
-            raise ConfigError(f"'{word}' is not a quantisation scheme; write fp8-block, fp8-channel or fp8-tensor, or with -static")
-        return cls(found[1], bool(found[2]))
+            raise ConfigError(
+                f"'{word}' is not a quantisation scheme; write fp8-block, fp8-channel or fp8-tensor, or with -static, and -h to turn inputs"
+            )
+        return cls(found[1], bool(found[2]), bool(found[3]))
 
     def scales(self, out_size: int, in_size: int) -> tuple[int, int]:
         """How many scales a matrix [O, I] has, down and across."""
         return {"block": (-(-out_size // 128), -(-in_size // 128)), "channel": (out_size, 1), "tensor": (1, 1)}[self.weights]
 
     def __str__(self) -> str:
-        return f"fp8-{self.weights}" + ("-static" if self.static else "")
+        return f"fp8-{self.weights}" + ("-static" if self.static else "") + ("-h" if self.hadamard else "")
 
     def bits_per_weight(self, in_size: int) -> float:
         """Bits of one weight, its share of the float32 scale included."""

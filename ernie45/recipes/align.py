@@ -10,7 +10,7 @@ import torch
 from ernie45.config import Environment
 from ernie45.nn.lora import without_adapters
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
-from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, keeping, open_pupil, spread, state_folder
+from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, in_precision, keeping, open_pupil, spread, state_folder
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
 from ernie45.train.comparison import ComparisonStep, Judge
 from ernie45.train.optim import Optimiser, OptimiserConfig
@@ -100,6 +100,7 @@ def _reference(config: AlignConfig, pupil: Pupil, environment: Environment) -> R
     if config.lora.rank:
         return Reference(pupil.decoder, lambda: without_adapters(pupil.decoder))
     frozen = open_pupil(config.model, config.dtype, environment, pupil.ranks)
+    in_precision(config, frozen)
     frozen.decoder.eval().requires_grad_(False)
     return Reference(frozen.decoder, nullcontext, spread(frozen, ()))
 

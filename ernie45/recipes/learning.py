@@ -30,8 +30,10 @@ from ernie45.models.text import Decoder
 from ernie45.models.vision_config import VisionConfig
 from ernie45.nn.attention import PackedCausal
 from ernie45.nn.lora import LoraConfig, merge
+from ernie45.nn.moe import Router
 from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.parallel.shard import Run, plainly, shard_weights, whole
+from ernie45.quant.fp8_training import train_in_fp8
 from ernie45.quant.frozen import freeze, thaw
 from ernie45.quant.qat import pack_trained, prepare_training
 from ernie45.quant.spec import QuantSpec, Rule
@@ -89,6 +91,9 @@ class LearningConfig:
     """Of the order of the data and the first values of adapters."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What is computed in."""
+    precision: Literal["dtype", "fp8"] = "dtype"
+    """In what feed-forward layers multiply, forward and backward: as `dtype` says, or FP8 numbers (E4M3) with a scale for each 128. All
+    weights learn then (`--lora.rank 0`). On a CPU it is emulated: what FP8 would learn, slowly."""
     recompute: bool = False
     """Keep only each layer's input and compute the layer again in backward: less memory, a third more work."""
     keep_gb: float | None = None
@@ -190,17 +195,18 @@ def open_pupil(model: str, dtype: str, environment: Environment, ranks: Ranks = 
     return Pupil(loaded, load_tokenizer(loaded.opened.path), ranks, loaded.opened.spec)
 
 
-def through_rounding(pupil: Pupil, layers: str, head: str) -> Pupil:
+def through_rounding(pupil: Pupil, layers: str, head: str, online: int) -> Pupil:
     """The pupil with every matrix learning through the rounding of a scheme; its result will be packed so. Raises ConfigError as specs do.
 
-    A vision tower and resampler stay whole. Schemes without a group get groups of 64 and turned inputs (`models.on_the_fly.completed`).
+    online: batches until static FP8 activations take the scale that was found. A vision tower and resampler stay whole. Schemes without a
+    group get groups of 64 and turned inputs (`models.on_the_fly.completed`).
     """
     decoder = pupil.decoder
     rules = [Rule(pattern="embed" if decoder.head is None else "head", scheme=completed(head))]
     if decoder.sight is not None:
         rules.append(Rule(pattern="sight.*", scheme=None))
     spec = QuantSpec(rules=(*rules, Rule(pattern="*", scheme=completed(layers))))
-    prepare_training(decoder, spec)
+    prepare_training(decoder, spec, online=online)
     return replace(pupil, spec=spec)
 
 
@@ -216,6 +222,13 @@ def spread(pupil: Pupil, samples: Sequence[str]) -> Run:
     if samples:
         raise ConfigError("samples are written by a whole model, and no rank has one; leave them out, or take --shard none")
     return shard_weights(pupil.decoder, pupil.ranks)
+
+
+def in_precision(config: LearningConfig, pupil: Pupil) -> None:
+    """Let the pupil's feed-forward layers learn in FP8 where `config` says so. Raises ConfigError where nothing of them would."""
+    if config.precision == "fp8":
+        refuse_packed(pupil, "take the original model")
+        train_in_fp8(pupil.decoder)
 
 
 def state_folder(config: LearningConfig) -> Path | None:
@@ -285,18 +298,21 @@ class BadRows:
             print(f"left out: {error}", file=sys.stderr)
 
 
-def plan_text(decoder: Decoder, facts: Mapping[str, object]) -> str:
-    """The plan, a fact a line: parameters, memory without activations, then `facts`."""
+def plan_text(decoder: Decoder, facts: Mapping[str, object], ranks: Ranks = ALONE) -> str:
+    """The plan, a fact a line: parameters, memory of a rank without activations, then `facts`."""
     kinds: Counter[bool] = Counter()
     held = 0
+    on_every_rank = {id(p) for part in decoder.modules() if isinstance(part, Router) or not ranks.sharded for p in part.parameters()}
     for parameter in decoder.parameters():
         kinds[parameter.requires_grad] += parameter.numel()
-        held += parameter.numel() * parameter.element_size()
+        each = parameter.element_size()
         if parameter.requires_grad:  # gradient, two float32 means, and a float32 master where the weight is not
-            held += parameter.numel() * (parameter.element_size() + 8 + (0 if parameter.dtype == torch.float32 else 4))
+            each += parameter.element_size() + 8 + (0 if parameter.dtype == torch.float32 else 4)
+        held += parameter.numel() * each / (1 if id(parameter) in on_every_rank else ranks.world)
+    shared = f" on each of {ranks.world} ranks" if ranks.sharded else ""
     lines = {
         "parameters": f"{sum(kinds.values()):,}, of which {kinds[True]:,} learn",
-        "memory": f"{held / 1e9:.2f} GB for weights, gradients and optimiser; activations come on top",
+        "memory": f"{held / 1e9:.2f} GB{shared} for weights, gradients and optimiser; activations come on top",
         **facts,
     }
     width = max(map(len, lines))

@@ -22,6 +22,7 @@ from ernie45.recipes.learning import (
     LearningConfig,
     Pupil,
     Watcher,
+    in_precision,
     open_pupil,
     plain_settings,
     plan_text,
@@ -53,6 +54,11 @@ class LessonConfig(LearningConfig):
     chat_format: str | None = None
     """How conversations are written, for a base model that has no template of its own."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precision == "fp8" and self.lora.rank:
+            raise ConfigError("precision fp8 is for weights that learn, and beside adapters they do not; add --lora.rank 0")
+
 
 def open_lesson(config: LessonConfig, environment: Environment, ranks: Ranks) -> Pupil:
     """Prepare the run's folder, unless nothing is to be done, and load the model that learns."""
@@ -64,6 +70,7 @@ def open_lesson(config: LessonConfig, environment: Environment, ranks: Ranks) ->
         choose_learning(pupil.decoder, config.stage, config.freeze)
     elif config.stage != "joint" or config.freeze:
         raise ConfigError("stage and freeze choose among whole weights, and adapters leave all of them as they are; add --lora.rank 0")
+    in_precision(config, pupil)
     return pupil
 
 
@@ -73,7 +80,7 @@ def announce(config: LessonConfig, pupil: Pupil, bad: BadRows, facts: Mapping[st
         put_adapters(pupil.decoder, config.lora, config.seed)
     common = {"computed in": f"{pupil.loaded.compute.dtype}".removeprefix("torch."), "left out": len(bad.errors)}
     if pupil.ranks.is_first:
-        print(plan_text(pupil.decoder, common | dict(facts)))
+        print(plan_text(pupil.decoder, common | dict(facts), pupil.ranks))
 
 
 def teach(

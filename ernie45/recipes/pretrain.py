@@ -23,6 +23,7 @@ from ernie45.recipes.learning import (
     Watcher,
     digest_of_ids,
     ids_of,
+    in_precision,
     keeping,
     open_pupil,
     plain_settings,
@@ -134,6 +135,7 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
         ranks.once(lambda: prepare(config.out, plain_settings(config)))
     pupil = open_pupil(config.model, config.dtype, environment, ranks)
     refuse_packed(pupil, "take the original model")
+    in_precision(config, pupil)
     if config.fresh:
         pupil.decoder.initialise(torch.Generator().manual_seed(config.seed))
     choose_learning(pupil.decoder, config.stage, config.freeze)
@@ -151,7 +153,7 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
         "epochs": f"{steps * config.accumulate * config.batch_tokens / tokens:.2f}",
     }
     if ranks.is_first:
-        print(plan_text(pupil.decoder, facts))
+        print(plan_text(pupil.decoder, facts, ranks))
     if config.dry_run:
         return None
     way = spread(pupil, config.samples)

@@ -8,7 +8,8 @@ from pathlib import Path
 from ernie45.config import Environment
 from ernie45.errors import ConfigError, DataError
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
-from ernie45.quant.spec import Scheme
+from ernie45.quant.fp8_qat import ONLINE_PASSES
+from ernie45.quant.spec import parse_scheme
 from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, ids_of, keeping, spread, state_folder, through_rounding
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
 from ernie45.recipes.seeing import picture_facts
@@ -32,9 +33,11 @@ class SftConfig(LessonConfig):
     neftune: float = 0.0
     """Noise on the embeddings while learning (NEFTune), such as 5; 0 is none."""
     qat: str | None = None
-    """Learn through the rounding of a scheme, such as w4a8 (QAT): the result is quantised. Needs `--lora.rank 0`."""
+    """Learn through the rounding of a scheme, such as w4a8 or fp8-tensor-static-h (QAT): the result is quantised. Needs `--lora.rank 0`."""
     qat_head: str = "w8a8"
     """With `qat`: scheme of the output head and an embedding tied to it."""
+    qat_online: int = ONLINE_PASSES
+    """With `qat` to static FP8 activations: batches whose own largest value scales them; from then on a moving average of these does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,8 +45,16 @@ class SftConfig(LessonConfig):
             raise ConfigError(f"neftune must be a number of at least 0, such as 5, not {self.neftune}")
         if self.qat is not None:
             for word in (self.qat, self.qat_head):
-                if Scheme.parse(word).code:
+                if getattr(parse_scheme(word), "code", ""):
                     raise ConfigError(f"qat learns through rounding to 4 or 8 bits, and {word} is a code; take w4a8, w8a8, w4a16 or w8a16")
+            if self.qat_online < 0:
+                raise ConfigError(f"qat_online must be a number of batches of at least 0, not {self.qat_online}")
+            if self.precision != "dtype":
+                raise ConfigError(
+                    f"qat rounds to what the result is packed as, and precision {self.precision} rounds otherwise; give one of the two"
+                )
+            if "-static" in self.qat and (self.stage != "joint" or self.freeze):
+                raise ConfigError(f"{self.qat} finds its scales where weights learn; train all of them (--stage joint, no --freeze)")
             if self.lora.rank:
                 raise ConfigError("qat trains all weights through their rounding; add --lora.rank 0")
 
@@ -64,7 +75,11 @@ def sft(config: SftConfig, environment: Environment, ranks: Ranks = ALONE) -> Pa
     """
     pupil = open_lesson(config, environment, ranks)
     if config.qat is not None:
-        pupil = through_rounding(pupil, config.qat, config.qat_head)
+        if ranks.world > 1 and "-static" in config.qat:
+            raise ConfigError(
+                f"{config.qat} measures activations, which every rank would do for itself; run it in one process, or leave -static out"
+            )
+        pupil = through_rounding(pupil, config.qat, config.qat_head, config.qat_online)
     data, bad = _data(config, pupil)
     held_out = _held_out(config, pupil)
     steps = config.steps if config.steps is not None else -(-data.count(config.epochs) // config.accumulate)

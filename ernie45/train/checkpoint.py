@@ -204,9 +204,12 @@ def _one_process_is_meant() -> Iterator[None]:
         yield
 
 
+_MEASURED = ("selection_bias", ".input_scale", ".passes")
+
+
 def _moving(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: parameters with a gradient, and selection biases."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or name.endswith("selection_bias")}
+    """What training changes: parameters with a gradient, and what is measured on the way."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or name.endswith(_MEASURED)}
 
 
 def _tensors(model: nn.Module, optimiser: Optimiser, average: MovingAverage | None) -> dict[str, Tensor]:

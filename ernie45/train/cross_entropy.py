@@ -24,6 +24,8 @@ from ernie45.tokens.template import IGNORED
 
 CHUNK_ELEMENTS = 1 << 26
 """Logits held at once: 268 MB in float32. Large chunks, since each adds once to the whole gradient of the matrix."""
+_FROZEN_SHARE = 2
+"""A matrix without a gradient has nothing to add to: chunks are smaller by this."""
 
 
 class SummedLoss(NamedTuple):
@@ -151,6 +153,8 @@ class _Summed(torch.autograd.Function):
         chunk_elements: int,
     ) -> tuple[Tensor, Tensor]:
         gradients = _Gradients(h_TD, weight_VD, bias_V, ctx.needs_input_grad)
+        if gradients.matrix_VD is None:
+            chunk_elements //= _FROZEN_SHARE
         nll_T = torch.zeros(labels_T.shape[0], dtype=torch.float32, device=h_TD.device)
         for chunk in _chunks(h_TD, weight_VD, bias_V, labels_T, chunk_elements):
             sums_R, nll_R = _exponentiate(chunk)

@@ -54,12 +54,12 @@ def converted(decoder, place, word, method="gptq"):
     return result, place / "packed"
 
 
-@pytest.mark.parametrize("word", [*WORDS, "fp8-channel-static"])
+@pytest.mark.parametrize("word", [*WORDS, "fp8-channel-static", "fp8-tensor-static-h"])
 def test_words_are_written_as_they_are_read(word):
     assert str(parse_scheme(word)) == word
 
 
-@pytest.mark.parametrize("word", ["fp8", "fp8-row", "fp8-block-h", "fp8-static"])
+@pytest.mark.parametrize("word", ["fp8", "fp8-row", "fp8-h-block", "fp8-static"])
 def test_other_words_are_refused(word):
     with pytest.raises(ConfigError, match="fp8-block, fp8-channel or fp8-tensor"):
         parse_scheme(word)

@@ -15,7 +15,8 @@ from ernie45.engine.request import SamplingParams
 from ernie45.errors import CheckpointError, ConfigError, DataError, RunError
 from ernie45.models.adapters import load_adapter
 from ernie45.models.load import load, load_model
-from ernie45.recipes.learning import open_pupil
+from ernie45.parallel.ranks import ALONE, Ranks
+from ernie45.recipes.learning import open_pupil, plan_text
 from ernie45.train.preference import as_pair, make_each
 from ernie45.train.records import read_records
 from ernie45.train.reward import load_reward_model
@@ -128,6 +129,50 @@ def test_a_lesson_through_the_rounding_gives_a_quantised_model(model, rows, tmp_
     for words, says in (((), "add --lora.rank 0"), (("--lora.rank", 0, "--qat-head", "w3"), "no.* quantisation scheme")):
         with pytest.raises(ConfigError, match=says):
             ernie("sft", model, "--data", rows, "--out", tmp_path / "other", "--qat", "w4a8", *words)
+
+
+def test_a_lesson_through_fp8_rounding_gives_an_fp8_model(model, rows, tmp_path):
+    out = tmp_path / "run"
+    word = "fp8-tensor-static-h"
+    ernie("sft", model, "--data", rows, "--out", out, "--lora.rank", 0, "--qat", word, "--qat-online", 4, *COMMON)
+    seen = losses(out)
+    assert sum(seen[-2:]) < 0.8 * sum(seen[:2])
+    assert [rule.scheme for rule in load(out / "model").opened.spec.rules] == ["w8a8-g64-h", word]
+    assert LLM(out / "model").chat("What is up?", SamplingParams(max_tokens=4)).text is not None
+    words = ("sft", model, "--data", rows, "--out", tmp_path / "other", "--lora.rank", 0, "--qat", word)
+    with pytest.raises(ConfigError, match="qat_online must be"):
+        ernie(*words, "--qat-online", -1)
+
+
+def test_a_lesson_in_fp8_learns_as_one_without(model, rows, pairs, tmp_path):
+    """All products of the feed-forward are of E4M3 numbers; what is written is a plain model."""
+    plain, fp8 = tmp_path / "plain", tmp_path / "fp8"
+    words = ("sft", model, "--data", rows, "--lora.rank", 0, *COMMON)
+    ernie(*words, "--out", plain)
+    ernie(*words, "--out", fp8, "--precision", "fp8")
+    seen = losses(fp8)
+    assert seen[0] != losses(plain)[0]
+    assert seen[0] == pytest.approx(losses(plain)[0], rel=0.01)  # tests/quant holds that the curve follows
+    assert sum(seen[-2:]) < 0.8 * sum(seen[:2])
+    assert load(fp8 / "model").opened.spec is None
+    assert json.loads((fp8 / "settings.json").read_text())["precision"] == "fp8"
+    ernie("align", model, "--data", pairs, "--out", tmp_path / "dpo", "--lora.rank", 0, "--precision", "fp8", *COMMON)
+    assert losses(tmp_path / "dpo")[0] == pytest.approx(0.6931, abs=1e-4)  # the reference is rounded as well
+    for more, says in (((), "add --lora.rank 0"), (("--lora.rank", 0, "--qat", "w4a8"), "give one of the two")):
+        with pytest.raises(ConfigError, match=says):
+            ernie("sft", model, "--data", rows, "--out", tmp_path / "other", "--precision", "fp8", *more)
+
+
+def test_the_plan_counts_what_a_rank_holds(model):
+    decoder = load_model(model, dtype="float32")
+    sizes = [parameter.numel() for name, parameter in decoder.named_parameters() if "router" not in name]
+    routers = sum(parameter.numel() for name, parameter in decoder.named_parameters() if "router" in name and parameter.requires_grad)
+    biases = sum(parameter.numel() for name, parameter in decoder.named_parameters() if not parameter.requires_grad)
+    whole = 16 * (sum(sizes) + routers) + 4 * biases  # weight, gradient and two means
+    for ranks, held in ((ALONE, whole), (Ranks(0, 4), whole), (Ranks(0, 4, True), 4 * sum(sizes) + 16 * routers + 4 * biases)):
+        said = next(line for line in plan_text(decoder, {}, ranks).splitlines() if line.startswith("memory"))
+        assert f"{held / 1e9:.2f} GB" in said
+        assert ("on each of 4 ranks" in said) == ranks.sharded
 
 
 def test_pretrain_prepares_a_corpus_and_learns_it(model, tmp_path, capsys):
