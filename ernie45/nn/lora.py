@@ -131,11 +131,12 @@ class LoraLinear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
-        inner_TS = F.linear(x_TI, self.adapter_a.to(x_TI.dtype))  # every part's A in one product, and every part's B
+        inner_TS = F.linear(x_TI, self.adapter_a.to(x_TI.dtype)).flatten(0, -2)  # every part's A in one product, and every part's B
         b_SO = torch.block_diag(*self.adapter_b.to(x_TI.dtype).split(self.parts)).t()
+        out_TO = self.base(x_TI) if self.magnitude is None else ops.dense_linear(x_TI, self.base.weight)
+        out_TO.flatten(0, -2).addmm_(inner_TS, b_SO, alpha=self.scale)  # in place: the product beside it is read and written once
         if self.magnitude is None:
-            return self.base(x_TI).addmm_(inner_TS, b_SO, alpha=self.scale)
-        out_TO = ops.dense_linear(x_TI, self.base.weight).addmm_(inner_TS, b_SO, alpha=self.scale)
+            return out_TO
         out_TO = out_TO * self.magnitude.factors(self.base.weight, self.pairs(), self.scale).to(x_TI.dtype)
         return out_TO if self.base.bias is None else out_TO + self.base.bias
 
