@@ -30,7 +30,7 @@ endef
 NATIVE := $(if $(shell command -v $(CXX)),$(VENV)/.kernels)
 KERNEL_FILES := $(shell find kernels -name build -prune -o -type f -print)
 
-.PHONY: help chat serve test lint kernels wheels sanitise arm count arm-tools count-tools docs bench clean native browser always
+.PHONY: help chat serve story test lint kernels wheels sanitise arm count arm-tools count-tools docs bench clean native browser always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -42,6 +42,9 @@ chat: $(VENV)/.run native  ## set everything up, then talk to the starter model 
 
 serve: $(VENV)/.run native  ## set everything up, then serve the starter model on http://127.0.0.1:8000 (others: ARGS='MODEL --port ...')
 	@$(BIN)/ernie serve $(ARGS)
+
+story: $(VENV)/.story native  ## train a small model that sees, from nothing to a served chat, in about half an hour (ARGS=--quick: minutes)
+	$(BIN)/python -m story $(if $(findstring --quick,$(ARGS))$(findstring --scale,$(ARGS)),,--publish .) $(ARGS)
 
 test: $(VENV)/.test $(NATIVE) browser  ## set up what the tests need, then run all of them, one process a core
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal $(ARGS)
@@ -138,6 +141,6 @@ $(VENV)/.kernels: $(KERNEL_FILES) $(VENV)/.run
 	$(call install,native kernels (compiling takes a minute or two),--no-build-isolation --no-deps --force-reinstall ./kernels)
 	@touch $@
 
-$(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.run
+$(VENV)/.test $(VENV)/.lint $(VENV)/.docs $(VENV)/.bench $(VENV)/.story: $(VENV)/.%: $(VENV)/.run
 	$(call install,packages for make $*,--group $*)
 	@touch $@

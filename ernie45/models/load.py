@@ -27,6 +27,7 @@ from ernie45.models.memory import Held, advice, gib
 from ernie45.models.names import FLOAT32_ENDINGS, detect_layout, has_mtp, head_name, name_table, without_head, without_mtp, without_sight
 from ernie45.models.packed import packed_dtype, packed_spec, packed_table, without_rules_for_mtp, without_rules_for_sight
 from ernie45.models.released import CHECKPOINTS, Release
+from ernie45.models.sighted import SIGHTED_NAME, sighted_folder
 from ernie45.models.starter import STARTER_NAME, starter_folder
 from ernie45.models.text import Decoder
 from ernie45.models.vision_config import ModelConfig, PositionRule, VisionConfig
@@ -216,7 +217,8 @@ def find_model(name_or_path: str | Path, environment: Environment, tell: Callabl
         if named and release.stored != "bf16":
             raise CheckpointError(f"{release.name} is stored as {release.stored}, which this version does not read; take the bf16 release")
     published = {name: repository for release in CHECKPOINTS.values() for name, repository in _names_of(release).items()}
-    return resolve(name_or_path, environment, published=published, makers={STARTER_NAME: lambda: starter_folder(environment, tell)})
+    makers = {STARTER_NAME: lambda: starter_folder(environment, tell), SIGHTED_NAME: sighted_folder}
+    return resolve(name_or_path, environment, published=published, makers=makers)
 
 
 def _names_of(release: Release) -> dict[str, str]:
