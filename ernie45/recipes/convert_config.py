@@ -19,7 +19,8 @@ from ernie45.config import Environment
 from ernie45.errors import ConfigError, did_you_mean
 from ernie45.recipes.settings import read_mapping
 
-STAGES = {"SFT": "sft", "DPO": "align", "PT": "pretrain"}
+STAGES = {"SFT": "sft", "DPO": "align", "PT": "pretrain", "VL-SFT": "sft"}
+_SEEING = ("VL-SFT",)
 
 # Where a setting of theirs goes, for every stage. A dot is a section of ours.
 _SAME: dict[str, str] = {
@@ -55,6 +56,20 @@ _ALIGN = {
     "sft_loss_ratio": "preference.answer",
     "loss_type": "preference.loss",
 }
+_VISION = {
+    "vit_lr_ratio": "optimiser.tower_rate",
+    "token_balance_loss": "losses.token_balanced",
+    "min_pixels": "pictures.min_pixels",
+    "max_pixels": "pictures.max_pixels",
+    "video_min_pixels": "pictures.video_min_pixels",
+    "video_max_pixels": "pictures.video_max_pixels",
+    "video_fps": "pictures.fps",
+    "video_min_frames": "pictures.min_frames",
+    "video_max_frames": "pictures.max_frames",
+    "render_timestamp": "pictures.timestamps",
+}
+_FROZEN = {"freeze_vision": ("freeze", ["sight.tower.*"]), "freeze_lm": ("stage", "vision")}
+"""What a word in `freeze_config` is here: the vision tower stays, or the language model does."""
 _LOSSES = {"kto_pair": "kto-pair", "sppo_hard": "sppo", "nca_pair": "nca"}
 
 _PADDLE = "a switch of Paddle's kernels or runtime; nothing here needs it"
@@ -145,6 +160,13 @@ _WITHOUT_EFFECT: dict[str, str] = (
             "packing",
             "same_data",
             "serialize_output",
+            "image_token_len",
+            "patch_size",
+            "spatial_conv_size",
+            "use_pic_id",
+            "variable_resolution",
+            "chat_template",
+            "text_use_token_type",
         ],
         _ALWAYS,
     )
@@ -160,6 +182,13 @@ _NO_EQUAL: dict[str, str] = {
     "attention_probs_dropout_prob": "the family is trained without dropout here",
     "hidden_dropout_prob": "the family is trained without dropout here",
     "dropout_warmup_steps": "the family is trained without dropout here",
+    "modality_ratio": "which source a batch comes from follows from `weights`; rows of all kinds share batches",
+    "modality_interleave": "rows of all kinds share batches",
+    "text_dataset_path": "name these files in `data` too",
+    "text_dataset_prob": "`weights` says how often an epoch holds the rows of each name in `data`",
+    "video_frames_sample": "frames are the middle ones of equal parts of the video",
+    "drop_untrainble_sample": "`--skip-bad` leaves rows out that teach nothing",
+    "one_sample_in_one_seq": "rows are packed, and none sees another",
     "mix_strategy": "every row is seen once an epoch; `weights` changes how often",
     "apply_hadamard": "belongs to FP8 training",
     "reference_free": "choose the loss simpo or orpo, which have no reference",
@@ -230,7 +259,8 @@ class _Conversion:
 
     def __init__(self, theirs: Mapping[str, Any], word: str) -> None:
         self.theirs, self.word = theirs, word
-        self.table = _SAME | (_LORA if word != "pretrain" else {}) | (_ALIGN if word == "align" else {})
+        sees = str(theirs.get("stage")) in _SEEING
+        self.table = _SAME | (_LORA if word != "pretrain" else {}) | (_ALIGN if word == "align" else {}) | (_VISION if sees else {})
         self.special: dict[str, Callable[[Any], None]] = {
             "stage": self.nothing,
             "batch_size": self.nothing,
@@ -244,11 +274,15 @@ class _Conversion:
             "lora_alpha": self.alpha,
             "compute_type": self.precision,
             "num_nextn_predict_layers": self.ahead,
+            "freeze_config": self.frozen,
         }
         self.ours: dict[str, Any] = {}
         self.dropped: dict[str, str] = {}
         self.no_equal: dict[str, str] = {}
         self.hints: list[str] = []
+        self.sees = sees
+        if sees:
+            self.ours["losses.mtp"] = 0.0
 
     def take(self, name: str, value: Any) -> None:
         """One setting of theirs."""
@@ -315,6 +349,21 @@ class _Conversion:
             self.ours["dtype"] = "bfloat16"
         else:
             self.no_equal["compute_type"] = f"{value}: training computes in float32 or bfloat16 here"
+
+    def frozen(self, value: Any) -> None:
+        """Words, apart by spaces."""
+        words = str(value or "").replace(",", " ").split()
+        if words and not self.sees:
+            self.no_equal["freeze_config"] = "is for models that see; this is no file of stage VL-SFT"
+            return
+        for word in words:
+            if word in _FROZEN and str(self.theirs.get("fine_tuning", "LoRA")).lower() == "lora":
+                self.dropped["freeze_config"] = "adapters leave all weights as they are"
+            elif word in _FROZEN:
+                setting, choice = _FROZEN[word]
+                self.ours[setting] = choice
+            else:
+                self.no_equal["freeze_config"] = f"{word} is not known; known are {', '.join(_FROZEN)}"
 
     def ahead(self, value: Any) -> None:
         """0: the multi-token prediction block is not trained."""

@@ -144,11 +144,12 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
     tokens = sum(source.room(config.batch_tokens) for source in sources)
     stream = Stream(sources, config.batch_tokens, config.seed)
     steps = config.steps if config.steps is not None else max(1, config.epochs * tokens // (config.batch_tokens * config.accumulate))
+    seen = [example for source in sources if isinstance(source, RowSource) for example in source.rows.examples]
     facts = {
         "computed in": f"{pupil.loaded.compute.dtype}".removeprefix("torch."),
         "sources": ", ".join(f"{source.name} ({source.tokens:,} tokens, weight {source.weight:g})" for source in sources),
         "left out": len(bad.errors),
-        **picture_facts([e for source in sources if isinstance(source, RowSource) for e in source.rows.examples], pupil.vision),
+        **picture_facts(seen, pupil.vision, pupil.decoder.dtype.itemsize),
         "steps": f"{steps:,} of {config.accumulate} x {config.batch_tokens:,} tokens",
         "epochs": f"{steps * config.accumulate * config.batch_tokens / tokens:.2f}",
     }

@@ -35,18 +35,28 @@ def open_gallery(folder: Path, vision: VisionConfig | None, config: PictureConfi
     return Gallery(rules, vision, config, shelf_mb)
 
 
-def picture_facts(examples: Sequence[Example], vision: VisionConfig | None) -> dict[str, str]:
-    """What the pictures of examples come to, for the plan; nothing where there are none."""
+def picture_facts(examples: Sequence[Example], vision: VisionConfig | None, number_bytes: int) -> dict[str, str]:
+    """What the pictures of examples come to, for the plan; nothing where there are none. number_bytes: of what is computed in."""
     known = [picture for example in examples for picture in example.pictures]
     if vision is None or not known:
         return {}
     patches = [t * h * w for t, h, w in (picture.grid for picture in known)]
     images = sum(isinstance(picture.part, Image) for picture in known)
     tokens = sum(sum(id in vision.placeholder_ids for id in example.ids) for example in examples)
-    largest = max(patches)
-    tower = largest * vision.size * 4 * vision.depth
+    kept, inputs = (kept_numbers(max(patches), vision, recompute=way) * number_bytes / 1e6 for way in (False, True))
     return {
         "pictures": f"{images:,} images, {len(known) - images:,} videos: {tokens:,} tokens, {sum(patches):,} patches",
-        "largest": f"{largest:,} patches, {largest * vision.patch_values * 4 / 1e6:.1f} MB of pixels; "
-        f"what its tower keeps for backward takes at least {tower / 1e6:,.1f} MB, its inputs alone with --recompute",
+        "largest": f"{max(patches):,} patches; a tower that learns keeps about {kept:,.1f} MB for backward, {inputs:,.1f} with --recompute",
     }
+
+
+def kept_numbers(patches: int, vision: VisionConfig, *, recompute: bool) -> int:
+    """About how many numbers tower and resampler keep for the backward pass of so many patches, as measured (`train.recompute.measure`).
+
+    A block keeps eleven times its width for a patch (norms, queries, keys and values before and after they turn, results) and three times
+    the inner width; the resampler ten times the tower's width. Computed again, a block keeps its input alone, and one at a time the rest.
+    """
+    block, resampler = 11 * vision.size + 3 * vision.ffn_size, 10 * vision.size
+    if recompute:
+        return patches * ((vision.depth + 1) * vision.size + max(block, resampler))
+    return patches * (vision.depth * block + resampler)

@@ -87,7 +87,7 @@ def sft(config: SftConfig, environment: Environment, ranks: Ranks = ALONE) -> Pa
         "examples": len(data.examples),
         "tokens": sum(len(example.ids) for example in data.examples),
         "learned": sum(example.learned for example in data.examples),
-        **picture_facts(data.examples, pupil.vision),
+        **picture_facts(data.examples, pupil.vision, pupil.decoder.dtype.itemsize),
         "steps": f"{steps:,} of {config.accumulate} x at most {config.batch_tokens:,} tokens; {data.count(1):,} batches an epoch",
     }
     announce(config, pupil, bad, facts)

@@ -103,23 +103,27 @@ class RunFolder:
     def report(self) -> Row:
         """Everything the page draws, but the experts' load: curves of at most `MAX_POINTS` points."""
         rows = self.rows()
-        loads = _loads(rows[-1]) if rows else []
+        seeing = next((found for row in reversed(rows) if (found := _load(row, "vision_load"))), [])
         return {
             "name": self.name,
             "state": self.state(rows),
             "steps": len(rows),
             "planned": number(self.fact(PLAN).get("steps")),
-            "last": {key: value for key, value in rows[-1].items() if key not in ("load", "memory")} if rows else {},
+            "last": {key: value for key, value in rows[-1].items() if key not in ("load", "vision_load", "memory")} if rows else {},
             "memory": next((row["memory"] for row in reversed(rows) if isinstance(row.get("memory"), dict)), {}),
             "skipped": sum(bool(row.get("skipped")) for row in rows),
             "settings": self.fact(SETTINGS),
             "curves": curves(rows),
-            "load": loads,
+            "load": _load(rows[-1], "load") if rows else [],
+            "vision_load": seeing,
             "samples": self.samples(),
         }
 
     def load_over_time(self, layer: int) -> Row:
-        """The load of each expert of one layer over the run: `{steps: [...], loads: [[...]]}`, at most `MAX_MOMENTS` moments."""
+        """The load of each expert of one layer over the run: `{steps: [...], loads: [[...]]}`, at most `MAX_MOMENTS` moments.
+
+        Layers of vision experts are counted on behind those of text experts.
+        """
         rows = [(row["step"], loads[layer]) for row in self.rows() if len(loads := _loads(row)) > layer >= 0]
         steps, moments = [], []
         for part in _parts(rows, MAX_MOMENTS):
@@ -194,8 +198,13 @@ def _parts(rows: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
 
 
 def _loads(row: Row) -> list[list[float]]:
-    """`load` of one step, one list a layer; empty when it is not of that form."""
-    loads = row.get("load")
+    """The load of one step, one list a layer: of the text experts, then of the vision experts."""
+    return _load(row, "load") + _load(row, "vision_load")
+
+
+def _load(row: Row, name: str) -> list[list[float]]:
+    """One list a layer; empty when it is not of that form."""
+    loads = row.get(name)
     if not isinstance(loads, list) or not all(
         isinstance(layer, list) and layer and all(number(value) is not None for value in layer) for layer in loads
     ):

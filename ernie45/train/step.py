@@ -72,7 +72,7 @@ class StepReport:
     orthogonal_loss: float | None = None
     z_loss: float | None = None
     load: tuple[tuple[float, ...], ...] | None = None
-    picture_loss: float | None = None
+    vision_loss: float | None = None
     """Of the labels in documents with pictures."""
     text_loss: float | None = None
     """Of the others, where there are both."""
@@ -193,7 +193,7 @@ class Step:
             z_loss=sums["z"] if self.losses.z else None,
             orthogonal_loss=orthogonal[""],
             load=_shares(self._of(load, sees=False)),
-            picture_loss=sums["pictures"] / counts.beside_pictures if counts.beside_pictures else None,
+            vision_loss=sums["pictures"] / counts.beside_pictures if counts.beside_pictures else None,
             text_loss=(sums["loss"] * counts.learned - sums["pictures"]) / text_labels if counts.seeing and text_labels else None,
             vision_tokens=counts.vision_tokens if counts.seeing else None,
             vision_balance_loss=sums["vision_balance"] if self.losses.balance and counts.seeing else None,

@@ -58,7 +58,7 @@ def test_a_step_with_pictures_is_that_of_one_process(two, one, shares):
     assert report.vision_tokens == (6 + 2) + (2 + 2) + (3 + 2)
     for rank in two[1]:
         ours, our_grads, our_biases = (rank["shares"] if shares else rank)["pictures"]
-        names = ("loss", "picture_loss", "text_loss", "balance_loss", "z_loss", "orthogonal_loss")
+        names = ("loss", "vision_loss", "text_loss", "balance_loss", "z_loss", "orthogonal_loss")
         for name in (*names, "vision_balance_loss", "vision_z_loss", "vision_orthogonal_loss"):
             assert getattr(ours, name) == pytest.approx(getattr(report, name), abs=1e-6), name
         assert ours.norm == pytest.approx(report.norm, rel=1e-5)

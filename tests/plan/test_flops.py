@@ -10,7 +10,9 @@ from ernie45.plan.flops import Learned, Passes, causal_pairs, step_work
 from ernie45.train.accounting import accounted, memory_by_kind
 from ernie45.train.batch import pack
 from ernie45.train.optim import MovingAverage, Optimiser, OptimiserConfig
+from ernie45.train.stages import choose_learning
 from ernie45.train.step import LossConfig, Step, StepReport
+from tests.sighted import VISION, noise, noise_batch, sighted_decoder
 from tests.train.conftest import make_decoder, make_examples
 
 
@@ -49,6 +51,30 @@ def test_attention_counts_pairs_that_see_each_other():
     one, two = (step_work(config, Learned(tokens=4, pairs=pairs, head_rows=0)) for pairs in (causal_pairs([4]), causal_pairs([2, 2])))
     assert one.step - two.step == 3 * 4 * config.query_size * config.num_layers * 4
     assert one.layers - two.layers == 4 * config.query_size * config.num_layers * 4
+
+
+@pytest.mark.parametrize("stage", ["joint", "vision", "sight"])
+def test_work_of_a_model_that_sees_is_what_torch_counts(stage):
+    """Tower, resampler, both banks of experts and what the language model passes on, in each stage; without the attended pairs."""
+    decoder = sighted_decoder()
+    choose_learning(decoder, stage)
+    batch = noise_batch((5, noise(8, 8), 7, 8, 9), (4, 6, 3, 11, 5))
+    step = Step(decoder, Optimiser(decoder, OptimiserConfig(), 32), LossConfig())
+    with FlopCounterMode(display=False) as counter:
+        step([batch], 0, 1e-3)
+    counted = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op) and "bmm" not in str(op))
+    rows = Learned(
+        tokens=batch.num_tokens,
+        pairs=0,
+        head_rows=batch.learned,
+        vision_tokens=batch.seen.num_vision,
+        patches=len(batch.seen.patches_SC),
+    )
+    if stage == "joint":  # the counter does not know products that are added in place, as the head's gradient is
+        counted += 2 * decoder.config.vocab_size * decoder.config.hidden_size * batch.learned
+    passes = Passes.of(name for name, p in decoder.named_parameters() if p.requires_grad)
+    # norms and biases stand among the parameters; the first matrix passes no gradient to pixels; markers count as tokens of pictures
+    assert step_work(decoder.config, rows, VISION, passes).step == pytest.approx(counted, rel=0.03)
 
 
 def test_adapters_leave_out_the_gradients_of_matrices():

@@ -71,6 +71,23 @@ EXAMPLES = {
         "attention_probs_dropout_prob": 0.1,
         "compute_type": "bf16",
     },
+    "vl": {
+        "stage": "VL-SFT",
+        "model_name_or_path": "baidu/ERNIE-4.5-VL-28B-A3B-Paddle",
+        "fine_tuning": "Full",
+        "learning_rate": 1e-5,
+        "moe_gate_lr_ratio": 0.01,
+        "vit_lr_ratio": 0.9,
+        "freeze_config": "freeze_vision",
+        "token_balance_loss": True,
+        "modality_ratio": [1, 1],
+        "max_pixels": 1003520,
+        "video_fps": 1,
+        "video_max_frames": 32,
+        "render_timestamp": True,
+        "image_token_len": 64,
+        "chat_template": "ernie_vl",
+    },
     "pt": {"stage": "PT", "model_name_or_path": "somewhere", "fine_tuning": "Full", "learning_rate": 1e-5, "max_steps": -1},
 }
 
@@ -86,10 +103,11 @@ def test_every_run_file_is_a_run(path):
 
 
 def test_every_method_has_a_file_for_every_size():
-    methods = {"pretrain", "sft", "sft-lora", "dpo", "dpo-lora"}
-    sizes = {path.parent.name for path in FILES}
-    assert len(sizes) == 3
-    assert {(path.parent.name, path.stem) for path in FILES} == {(size, method) for size in sizes for method in methods}
+    text = {"pretrain", "sft", "sft-lora", "dpo", "dpo-lora"}
+    seeing = {"pretrain-sight", "pretrain-vision", "pretrain", "sft", "sft-lora"}
+    methods = {size: seeing if size.startswith("VL-") else text for size in {path.parent.name for path in FILES}}
+    assert len(methods) == 5
+    assert {(path.parent.name, path.stem) for path in FILES} == {(size, method) for size in methods for method in methods[size]}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -98,7 +116,7 @@ def test_an_example_becomes_a_run_of_ours(name, tmp_path, capsys):
     source, target = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
     source.write_text(yaml.safe_dump(theirs))
     assert main(["convert-config", str(source), "--out", str(target)]) == 0
-    word = {"sft": "sft", "lora": "sft", "dpo": "align", "pt": "pretrain"}[name]
+    word = {"sft": "sft", "lora": "sft", "vl": "sft", "dpo": "align", "pt": "pretrain"}[name]
     assert target.read_text().startswith(f"# ernie {word} --config {target}\n")
     module = sys.modules.get(WORDS[word].module) or __import__(WORDS[word].module, fromlist=["run"])
     ours = read_yaml(getattr(module, WORDS[word].config), target, word)
@@ -110,6 +128,12 @@ def test_an_example_becomes_a_run_of_ours(name, tmp_path, capsys):
     assert "tensor_parallel_degree" in report.partition("dropped")[2]
     if name == "sft":
         assert (ours.model, ours.lora.rank, ours.seed, ours.steps) == ("baidu/ERNIE-4.5-0.3B-PT", 0, 23, 100)
+    if name == "vl":
+        assert (ours.model, ours.freeze, ours.losses.token_balanced) == ("baidu/ERNIE-4.5-VL-28B-A3B-PT", ("sight.tower.*",), True)
+        assert (ours.optimiser.router_rate, ours.optimiser.tower_rate, ours.losses.mtp) == (0.01, 0.9, 0.0)
+        assert (ours.pictures.max_pixels, ours.pictures.fps, ours.pictures.max_frames, ours.pictures.timestamps) == (1003520, 1, 32, True)
+        assert "modality_ratio" in report.partition("dropped")[0]
+        assert "image_token_len" in report.partition("dropped")[2]
     if name == "lora":
         assert (ours.model, ours.lora.rank, ours.optimiser.router_rate) == ("baidu/ERNIE-4.5-21B-A3B-PT", 32, 0.01)
         assert "wint4/8" in report
@@ -124,10 +148,16 @@ def test_what_cannot_be_converted_is_said():
     theirs = COMMON | EXAMPLES["sft"]
     made = convert(theirs | {"learning_rat": 1, "freeze_config": "freeze_vision", "layerwise_lr_decay_bound": 0.5})
     assert made.no_equal["learning_rat"] == "is not known; did you mean 'learning_rate'?"
-    assert made.no_equal["freeze_config"] == "is not known"
+    assert made.no_equal["freeze_config"] == "is for models that see; this is no file of stage VL-SFT"
+    half = convert(theirs | {"stage": "VL-SFT", "freeze_config": "freeze_lm"})
+    assert half.settings["stage"] == "vision"
+    assert convert(theirs | {"stage": "VL-SFT", "freeze_config": "freeze_lm freeze_vision"}).settings["freeze"] == ["sight.tower.*"]
+    assert (
+        convert(theirs | {"stage": "VL-SFT", "freeze_config": "freeze_al"}).no_equal["freeze_config"].startswith("freeze_al is not known")
+    )
     assert "layerwise_lr_decay_bound" in made.no_equal
-    with pytest.raises(ConfigError, match="stage VL-SFT has no equal here; stages that can be converted: SFT, DPO, PT"):
-        convert(theirs | {"stage": "VL-SFT"})
+    with pytest.raises(ConfigError, match="stage VL-DPO has no equal here; stages that can be converted: SFT, DPO, PT, VL-SFT"):
+        convert(theirs | {"stage": "VL-DPO"})
     with pytest.raises(ConfigError, match="no run file of ERNIEKit"):
         convert({"seed": 1})
     with pytest.raises(ConfigError, match="lr_scheduler_type polynomial has no equal"):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from ernie45.engine.client import LLM
 from ernie45.engine.request import SamplingParams
 from ernie45.errors import ConfigError, DataError
 from ernie45.models.load import load_model
+from ernie45.recipes.seeing import kept_numbers
 from ernie45.tokens.patches import patches
+from ernie45.train.recompute import measure
 from tests.recipes.lessons import ernie, losses
-from tests.sighted import sighted_folder
+from tests.sighted import VISION, sighted_decoder, sighted_folder
 
 CAPTIONS = {
     "astronaut.png": "a woman in a space suit",
@@ -79,7 +82,7 @@ def test_eight_pictures_are_learned_and_told_apart(taught, data):
     assert losses(taught)[0] > 5
     assert losses(taught)[-1] < 0.1
     log = [json.loads(line) for line in (taught / "log.jsonl").read_text().splitlines()]
-    assert all(line["picture_loss"] == pytest.approx(line["loss"], rel=1e-5) for line in log)
+    assert all(line["vision_loss"] == pytest.approx(line["loss"], rel=1e-5) for line in log)
     assert len(log[0]["vision_load"]) == 3
     llm = LLM(taught / "model", dtype="float32")
     answers = {name: llm.chat(asked(data / name), SamplingParams(max_tokens=30, temperature=0.0)).text for name in CAPTIONS}
@@ -205,7 +208,7 @@ def test_pretraining_mixes_texts_and_pictures(seer, data, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "8 images, 0 videos: 464 tokens" in said
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert all({"picture_loss", "text_loss", "vision_balance_loss", "vision_orthogonal_loss"} <= line.keys() for line in log)
+    assert all({"vision_loss", "text_loss", "vision_balance_loss", "vision_orthogonal_loss"} <= line.keys() for line in log)
     assert log[-1]["loss"] < log[0]["loss"] - 1
     assert log[-1]["held_out_loss"] < log[5]["held_out_loss"]
     load_model(out / "model")
@@ -231,6 +234,14 @@ def test_a_dry_run_counts_pictures(seer, data, tmp_path, capsys):
     assert "largest      256 patches" in said
     ernie("sft", seer, "--data", data / "rows.jsonl", "--out", tmp_path / "run", "--dry-run", "--pictures.max-pixels", 32 * 32)
     assert "8 images, 0 videos: 102 tokens, 408 patches" in capsys.readouterr().out
+
+
+def test_the_plan_of_memory_is_what_is_kept():
+    decoder = sighted_decoder(vision=replace(VISION, size=64, num_heads=2, ffn_size=160, depth=3))
+    parts = measure(decoder, lambda: decoder.sight(torch.randn(24 * 20, VISION.patch_values), [(1, 24, 20)]))
+    assert [part.name for part in parts] == ["tower"] * 3 + ["resampler"]
+    kept = sum(part.bytes for part in parts) / 4
+    assert kept_numbers(480, decoder.sight.config, recompute=False) == pytest.approx(kept, rel=0.1)
 
 
 def test_bad_pictures_are_named_or_counted(seer, data, tmp_path, capsys):

@@ -135,3 +135,16 @@ def test_nothing_else_is_handed_out(client, path, status):
 def test_other_sites_names_are_refused(client):
     assert client.get("/runs.json", headers={"host": "evil.example:80"}).status_code == 403
     assert client.get("/runs.json", headers={"host": "127.0.0.1:8010"}).status_code == 200
+
+
+def test_the_load_of_vision_experts_stands_behind_that_of_text_experts(tmp_path):
+    """A step without pictures has none of it, and leaves no mark in their picture."""
+    seeing = {"vision_load": [[2.0, 0.0], [0.5, 1.5]], "vision_loss": 3.0}
+    run = RunFolder(write(tmp_path, [row(0, **seeing), row(1), row(2, **seeing), row(3)]), "run")
+    report = run.report()
+    assert (report["load"], report["vision_load"]) == ([[1.5, 0.5], [1.0, 1.0]], [[2.0, 0.0], [0.5, 1.5]])
+    assert report["curves"]["load.max"] == [2.0, 1.5, 2.0, 1.5]
+    assert report["curves"]["vision_loss"] == [3.0, None, 3.0, None]
+    assert run.load_over_time(2) == {"steps": [0, 2], "loads": [[2.0, 0.0], [2.0, 0.0]]}
+    assert run.load_over_time(0)["steps"] == [0, 1, 2, 3]
+    assert "vision_load" not in report["last"]

@@ -95,7 +95,7 @@ def test_loss_by_what_stands_beside(gallery, files):
     decoder = sighted_decoder()
     seen, text = example(gallery, 5, files["cup"], 7, 9), example(gallery, 8, 9, 3, 3)
     both, _ = learn(decoder, [gallery.pack([seen, text])])
-    assert both.picture_loss == pytest.approx(learn(decoder, [gallery.pack([seen])])[0].loss, abs=1e-5)
+    assert both.vision_loss == pytest.approx(learn(decoder, [gallery.pack([seen])])[0].loss, abs=1e-5)
     assert both.text_loss == pytest.approx(learn(decoder, [pack([text])])[0].loss, abs=1e-5)
     assert both.vision_tokens == int(gallery.pack([seen]).seen.vision_T.sum())
     assert HeldOut(decoder, [gallery.pack([seen]), pack([text])])() == pytest.approx(both.loss, abs=1e-5)
@@ -169,7 +169,7 @@ def test_a_video_is_learned_from(clip, tmp_path):
     assert batch.seen.grids[0][0] == 4
     assert batch.positions_T[:, 0].max() > 2, "pairs of frames stand one behind the other in time"
     report, grads = learn(sighted_decoder(), [batch])
-    assert report.picture_loss == report.loss
+    assert report.vision_loss == report.loss
     assert all(grads[name].abs().max() > 0 for name in ("sight.tower.patches.weight", "sight.resampler.temporal.first.weight"))
 
 

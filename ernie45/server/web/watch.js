@@ -12,7 +12,8 @@ const COLOURS = 8;
 const TITLES = {
   loss: "Loss", held_out_loss: "Loss of held-out rows", text_loss: "Loss of text", vision_loss: "Loss beside images", mtp_loss: "Loss two tokens ahead", margin: "Margin of the chosen answer",
   accuracy: "Pairs that are right", rate: "Learning rate", norm: "Gradient norm", tokens_per_second: "Tokens a second", mfu: "Model FLOPs utilisation", hfu: "Hardware FLOPs utilisation", balance_loss: "Router: load balance",
-  orthogonal_loss: "Router: orthogonal", z_loss: "Router: z", "load.max": "Busiest expert, times an even share",
+  orthogonal_loss: "Router: orthogonal", z_loss: "Router: z", vision_tokens: "Tokens of vision experts",
+  vision_balance_loss: "Router of vision: load balance", vision_orthogonal_loss: "Router of vision: orthogonal", vision_z_loss: "Router of vision: z", "load.max": "Busiest expert, times an even share",
 };
 const NOT_DRAWN = new Set(["step", "tokens", "seconds", "loss.low", "loss.high"]);
 const hidden = new Set();
@@ -115,9 +116,11 @@ async function drawExperts() {
   if (!able.length) return;
   options($("experts-run"), able.map((run) => run.name), able.map((run) => run.name));
   const run = able.find((one) => one.name === $("experts-run").value) ?? able[0];
-  options($("experts-layer"), run.load.map((_, i) => String(i)), run.load.map((_, i) => String(i + 1)));
+  // layers of vision experts are counted on behind those of text experts
+  const layers = [...run.load.map((load, i) => ({ layer: i + 1, load })), ...(run.vision_load ?? []).map((load, i) => ({ layer: i + 1, bank: "vision", load }))];
+  options($("experts-layer"), layers.map((_, i) => String(i)), layers.map(({ layer, bank }) => (bank ? `${layer} (vision)` : String(layer))));
   const layer = $("experts-layer").value || "0";
-  $("load").replaceChildren(loadPicture(run.load.map((load, i) => ({ layer: i + 1, load })), Math.max(...run.load.map((load) => load.length))));
+  $("load").replaceChildren(loadPicture(layers, Math.max(...layers.map(({ load }) => load.length))));
   const wanted = `${run.name}\n${layer}\n${run.last.step}`;
   if (wanted === shownLoad) return;
   shownLoad = wanted;
