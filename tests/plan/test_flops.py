@@ -16,6 +16,11 @@ from tests.sighted import VISION, noise, noise_batch, sighted_decoder
 from tests.train.conftest import make_decoder, make_examples
 
 
+def products(counter):
+    """Operations of products with matrices of the model; those in batches are attention's."""
+    return sum(count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op) and "bmm" not in str(op))
+
+
 @pytest.mark.parametrize("mtp", [0, 1])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_products_are_those_that_torch_counts(mtp, recompute):
@@ -25,7 +30,7 @@ def test_products_are_those_that_torch_counts(mtp, recompute):
     step = Step(decoder, Optimiser(decoder, OptimiserConfig(), 16), LossConfig(), recompute=recompute)
     with FlopCounterMode(display=False) as counter:
         step([batch], 0, 1e-3)
-    counted = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    counted = products(counter)
     rows = Learned(tokens=32, pairs=0, head_rows=batch.learned, mtp_rows=batch.after_next().learned if mtp else 0)
     # the counter does not know products that are added in place, as the head's gradient is
     counted += 2 * config.vocab_size * config.hidden_size * (rows.head_rows + rows.mtp_rows)
@@ -62,7 +67,7 @@ def test_work_of_a_model_that_sees_is_what_torch_counts(stage):
     step = Step(decoder, Optimiser(decoder, OptimiserConfig(), 32), LossConfig())
     with FlopCounterMode(display=False) as counter:
         step([batch], 0, 1e-3)
-    counted = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op) and "bmm" not in str(op))
+    counted = products(counter)
     rows = Learned(
         tokens=batch.num_tokens,
         pairs=0,
