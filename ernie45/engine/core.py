@@ -198,8 +198,13 @@ class Engine:
         return replace(load, waiting=load.waiting + self._eyes.waiting) if self._eyes is not None else load
 
     def experts_load(self) -> tuple[BankLoad, ...]:
-        """As `ExpertsLoad.read`; empty for a model without experts."""
-        return self._experts.read()
+        """As `ExpertsLoad.read`; empty for a model without experts, and where they are not counted."""
+        return () if self._runner.whole else self._experts.read()
+
+    @property
+    def uncounted(self) -> bool:
+        """Whether it has experts and nobody counts which are chosen: where a whole step is one native call, no router of ours is asked."""
+        return self._runner.whole and bool(self._experts.read())
 
     def check(self, request: Request) -> int:
         """max_tokens as it would be served. Raises `RequestError` (names the field) when the request could not be."""

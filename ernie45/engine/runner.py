@@ -93,6 +93,11 @@ class Runner:
         self._states: dict[str, SampleState] = {}
         self._drafter, self._clock = drafter, clock
 
+    @property
+    def whole(self) -> bool:
+        """Whether steps of the bare decoder are computed in one native call."""
+        return self._network is not None and isinstance(self._cache, PagedCache)
+
     def admit(self, request: Request, seed: int, matcher: Matcher | None = None) -> None:
         self._states[request.id] = SampleState.of(request, seed, self._decoder.config.vocab_size, matcher)
 
@@ -171,7 +176,7 @@ class Runner:
             if look.places_F is not None and look.features_FD is not None:
                 x_TD = x_TD.index_copy(0, look.places_F, look.features_FD)
             h_TD = decoder(x_TD, look.positions, self._cache.attend(batch), look.vision_T)
-        elif self._network is not None and decoder is self._decoder and isinstance(self._cache, PagedCache):
+        elif self._network is not None and isinstance(self._cache, PagedCache) and decoder is self._decoder:
             done = self._network.step(batch.tokens_T, batch.positions_T, batch.slots_T, self._cache.store, batch.places_R3, batch.pages_RP,
                                       self._cache.page_size, torch.tensor(ends, dtype=torch.int64))  # fmt: skip
             if done.logits_RV is not None:
