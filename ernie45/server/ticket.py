@@ -95,9 +95,12 @@ class Ticket:
             self.first = now if self.first is None else self.first
             self.gap = None if self._fed is None else now - self._fed
             self._fed = now
-        for single in output.one_by_one():
-            if not self._take(single, now, resubmit, stop):
-                break
+        if len(output.tokens) < 2:
+            self._take(output, now, resubmit, stop)
+        else:
+            for single in output.one_by_one():
+                if not self._take(single, now, resubmit, stop):
+                    break
         self._tell()
 
     def _take(self, output: Output, now: float, resubmit: Callable[[Request], None], stop: Callable[[], None]) -> bool:
