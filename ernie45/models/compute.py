@@ -28,17 +28,20 @@ class ComputeType:
         return f"{self.name} ({self.reason})"
 
 
-def choose_compute(asked: str, stored: torch.dtype, *, fast_bfloat16: bool) -> ComputeType:
+def choose_compute(asked: str, stored: torch.dtype, *, fast_bfloat16: bool, coarse: bool = False) -> ComputeType:
     """Resolve `asked` ("auto", "float32" or "bfloat16") for weights stored as `stored`.
 
     Auto keeps bfloat16 where the CPU multiplies it in hardware and takes float32 everywhere else: emulated bfloat16 is several times
-    slower than float32, and float16 has no fast path on CPUs and a small range. Raises ConfigError for any other word.
+    slower than float32, and float16 has no fast path on CPUs and a small range. `coarse`: matrices round what they read to 8 bits, so that
+    bfloat16 between them loses nothing that could be measured (benchmarks/README.md). Raises ConfigError for any other word.
     """
     kept = str(stored).removeprefix("torch.")
     if asked in CHOICES:
         return ComputeType(CHOICES[asked], f"as asked; stored as {kept}")
     if asked != "auto":
         raise ConfigError(f"dtype '{asked}' cannot be computed in{did_you_mean(asked, ALL_CHOICES)}")
+    if coarse and fast_bfloat16:
+        return ComputeType(torch.bfloat16, "matrices round activations to 8 bits, and this CPU multiplies bfloat16 in hardware")
     if stored != torch.bfloat16:
         return ComputeType(torch.float32, f"stored as {kept}")
     if fast_bfloat16:

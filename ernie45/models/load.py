@@ -120,7 +120,8 @@ def load(
     opened = open_model(path, mtp=mtp, text_only=text_only, positions=positions)
     if not opened.plan.complete:
         raise CheckpointError(opened.complaint())
-    compute = choose_compute(dtype, opened.stored, fast_bfloat16=cpu_has_bfloat16())
+    coarse = compact and opened.spec is not None and opened.spec.rounds_activations
+    compute = choose_compute(dtype, opened.stored, fast_bfloat16=cpu_has_bfloat16(), coarse=coarse)
     decoder = _empty_decoder(opened.described, opened.spec, compute.dtype)
     kept = _exact_in_bfloat16(opened) if compact and compute.dtype == torch.float32 and ops.KERNELS else frozenset()
     if kept:
@@ -164,7 +165,8 @@ def load_model(
     the file. Of a vision-language model `text_only` leaves vision tower, resampler and vision experts there too (`load` says how much
     memory that saves), and `positions` chooses where positions go on after a long video: "original", as the model was trained, or
     "transformers". `mapped` keeps weights in the mapped file where they need no change; None does so only when memory is short.
-    `compact` is for inference in float32: where the native kernels are installed, matrices stored as bfloat16 are held so, in half the
+    `compact` is for inference. A packed model whose matrices round activations then computes in bfloat16 where it is fast. In float32,
+    where the native kernels are installed, matrices stored as bfloat16 are held so, in half the
     bytes and with the same results, since the kernels widen them exactly; training needs real float32 parameters.
     `check` refuses NaN and infinite weights. Raises CheckpointError, naming file and tensor, for anything that does not fit.
     """

@@ -44,7 +44,8 @@ def load_quantised(
     opened = open_model(find_model(name_or_path, environment or Environment.read()), mtp=False, text_only=text_only)
     if opened.spec is not None:
         raise CheckpointError(f"{opened.path} is quantised already; leave --quantize out")
-    compute = choose_compute(dtype, torch.float32, fast_bfloat16=cpu_has_bfloat16())
+    coarse = QuantSpec(rules=(Rule(pattern="*", scheme=word),)).rounds_activations
+    compute = choose_compute(dtype, torch.float32, fast_bfloat16=cpu_has_bfloat16(), coarse=coarse)
     if approve is not None:
         ends = _rules_of_ends(word, tied=opened.config.tie_embeddings, sees=opened.vision is not None)
         spec = QuantSpec(rules=(*ends, Rule(pattern="layers.*", scheme=word)))

@@ -159,6 +159,12 @@ class QuantSpec:
                 return None if rule.scheme is None else parse_scheme(rule.scheme)
         raise ConfigError(f"no quantisation rule speaks of '{name}'; add one, or a last rule for '*'")
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether every packed matrix rounds what it reads to 8-bit integers."""
+        schemes = [parse_scheme(rule.scheme) for rule in self.rules if rule.scheme is not None]
+        return bool(schemes) and all(isinstance(scheme, Scheme) and not scheme.float_inputs for scheme in schemes)
+
     def check(self, names: Iterable[str]) -> None:
         """Raise `ConfigError` for a rule that fits none of `names`: a misspelt pattern must not pass as nothing to do."""
         names = list(names)

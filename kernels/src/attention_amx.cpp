@@ -2,10 +2,12 @@
 //
 // The queries of all heads that share a key head, and of neighbouring tokens, make the 16 rows of a tile. Keys are read from their pages as
 // they lie; values are interleaved by pairs once for all tiles of a call. Keys are taken in blocks of 128 counted from the start of the
-// sequence, with a running maximum, and a row's result depends on its own query and keys alone: however a prompt is cut into steps, its
-// bits are the same. Sums are float32, weights are rounded to bfloat16.
+// sequence, each with a maximum of its own, and joined in order: a row's result depends on its own query and keys alone, however a prompt is
+// cut into steps and whoever computes a block. Sums are float32, weights are rounded to bfloat16.
 #define ERNIE_ISA attention_amx
 #include <immintrin.h>
+
+#include <initializer_list>
 
 #include "rows.h"
 #include "tiles.h"
@@ -18,35 +20,50 @@ using tiles::transpose;
 
 constexpr int64_t kBlock = 128;
 
-// 16 rows of queries on their way: tiles of the turned queries, running maximum and sum, and what was gathered so far.
+// What 16 rows have of a block of keys, or of all blocks so far: maximum, sum of weights, weighted values.
+struct Part {
+  alignas(64) float most[16], sum[16];
+  alignas(64) float out[16][128];
+};
+
+// 16 rows of queries on their way: tiles of the turned queries, and what was gathered so far.
 struct Tile {
   alignas(64) uint16_t q[4][16][32];
-  alignas(64) float most[16], sum[16];
   alignas(64) int32_t last[16];  // the last key each row sees
-  alignas(64) float out[16][128];
   int64_t longest;
+  Part whole;
 };
 
 struct Work {
   alignas(64) uint16_t values[kBlock / 32][8][16][32];
   alignas(64) float scores[kBlock][16];
   alignas(64) uint16_t weights[kBlock / 32][16][32];
+  Part part;
   Tile tiles[kTileRows / 16];
 };
 
 static size_t scratch_bytes() { return sizeof(Work); }
 
-// Rows (token first + r / G, head r % G) of tile number `n`.
-static void fill(Tile& tile, const PagedJob& job, int64_t first, int64_t rows, int64_t kv_head, int64_t n) {
-  const int64_t G = job.N / job.K, H = job.H;
+static void begin(Part& part) {
+  for (int i = 0; i < 16; i++) part.most[i] = -INFINITY, part.sum[i] = 0.0f;
+  std::memset(part.out, 0, sizeof(part.out));
+}
+
+// Keys that rows (token first + r / G, head r % G) of tile number `n` see.
+static void look(Tile& tile, const PagedJob& job, int64_t first, int64_t rows, int64_t n) {
+  const int64_t G = job.N / job.K;
   tile.longest = 0;
   for (int i = 0; i < 16; i++) {
-    const int64_t r = n * 16 + i, token = first + r / G;
-    const bool real = r < rows * G;
-    tile.most[i] = -INFINITY, tile.sum[i] = 0.0f;
-    tile.last[i] = real ? int32_t(job.lengths[token] - 1) : 0;
-    if (real && job.lengths[token] > tile.longest) tile.longest = job.lengths[token];
+    const int64_t r = n * 16 + i;
+    const int64_t length = r < rows * G ? job.lengths[first + r / G] : 1;
+    tile.last[i] = int32_t(length - 1);
+    if (r < rows * G && length > tile.longest) tile.longest = length;
   }
+}
+
+static void fill(Tile& tile, const PagedJob& job, int64_t first, int64_t rows, int64_t kv_head, int64_t n) {
+  const int64_t G = job.N / job.K, H = job.H;
+  look(tile, job, first, rows, n);
   for (int64_t h = 0; h < H / 32; h++) {
     __m512i row[16];
     for (int i = 0; i < 16; i++) {
@@ -58,7 +75,6 @@ static void fill(Tile& tile, const PagedJob& job, int64_t first, int64_t rows, i
     transpose(row);
     for (int i = 0; i < 16; i++) _mm512_store_si512(tile.q[h][i], row[i]);
   }
-  std::memset(tile.out, 0, sizeof(tile.out));
 }
 
 // Values of keys at .. at + kBlock by pairs; what lies behind `length` counts as zero, whatever stands there.
@@ -109,29 +125,26 @@ static void score(Work& work, const Tile& tile, const PagedJob& job, const int64
   }
 }
 
-// Scores to weights, in place and as tiles of bfloat16; what was gathered before is scaled to the new maximum.
-static void weigh(Work& work, Tile& tile, int64_t H, int64_t at, int64_t count) {
+// Scores to weights, as tiles of bfloat16; maximum and sum of the block's weights. A row that sees none of the keys has none.
+static void weigh(Work& work, const Tile& tile, Part& part, int64_t H, int64_t at, int64_t count) {
   const V by = V{} + 1.0f / std::sqrt(float(H));
   const I last = *reinterpret_cast<const I*>(tile.last) - int32_t(at);  // of this block
   int32_t least = last[0];
   for (int i = 1; i < 16; i++) least = last[i] < least ? last[i] : least;
-  const V before = load(tile.most);
-  V most = before;
+  V most = V{} - INFINITY, sum = {};
   for (int64_t key = 0; key < count; key++) {
     V s = load(work.scores[key]) * by;
     if (key > least) s = last < int32_t(key) ? V{} - INFINITY : s;
     std::memcpy(work.scores[key], &s, 64);
     most = s > most ? s : most;
   }
-  const V scale = exp_approx(before - most);
-  V sum = load(tile.sum) * scale;
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (int64_t part = 0; part * 32 < count; part++) {
+  for (int64_t at_key = 0; at_key < count; at_key += 32) {
     __m512i pairs[16];
     for (int64_t p = 0; p < 16; p++) {
       V two[2] = {};
       for (int64_t j = 0; j < 2; j++) {
-        const int64_t key = part * 32 + p * 2 + j;
+        const int64_t key = at_key + p * 2 + j;
         if (key >= count) continue;
         two[j] = exp_approx(load(work.scores[key]) - most);
         if (key > least) two[j] = last < int32_t(key) ? V{} : two[j];
@@ -141,26 +154,19 @@ static void weigh(Work& work, Tile& tile, int64_t H, int64_t at, int64_t count) 
       pairs[p] = _mm512_permutexvar_epi16(order, reinterpret_cast<const __m512i&>(both));
     }
     transpose(pairs);
-    for (int i = 0; i < 16; i++) _mm512_store_si512(work.weights[part][i], pairs[i]);
+    for (int i = 0; i < 16; i++) _mm512_store_si512(work.weights[at_key / 32][i], pairs[i]);
   }
-  std::memcpy(tile.most, &most, 64);
-  std::memcpy(tile.sum, &sum, 64);
-  for (int i = 0; i < 16; i++) {
-    if (scale[i] == 1.0f) continue;
-    for (int64_t h = 0; h < H; h += 16) {
-      const V v = load(tile.out[i] + h) * scale[i];
-      std::memcpy(tile.out[i] + h, &v, 64);
-    }
-  }
+  std::memcpy(part.most, &most, 64);
+  std::memcpy(part.sum, &sum, 64);
 }
 
-static void gather(const Work& work, Tile& tile, int64_t H, int64_t count) {
+static void gather(const Work& work, Part& part, int64_t H, int64_t count) {
   _tile_loadd(4, work.weights[0], 64);
   if (count > 32) _tile_loadd(5, work.weights[1], 64);
   if (count > 64) _tile_loadd(6, work.weights[2], 64);
   if (count > 96) _tile_loadd(7, work.weights[3], 64);
   for (int64_t h = 0; h < H / 16; h++) {
-    _tile_loadd(0, tile.out[0] + h * 16, sizeof(tile.out[0]));
+    _tile_zero(0);
     _tile_loadd(1, work.values[0][h], 64);
     _tile_dpbf16ps(0, 4, 1);
     if (count > 32) {
@@ -175,17 +181,57 @@ static void gather(const Work& work, Tile& tile, int64_t H, int64_t count) {
       _tile_loadd(1, work.values[3][h], 64);
       _tile_dpbf16ps(0, 7, 1);
     }
-    _tile_stored(0, tile.out[0] + h * 16, sizeof(tile.out[0]));
+    _tile_stored(0, part.out[0] + h * 16, sizeof(part.out[0]));
   }
+}
+
+// One function for both ways to get here, so that both give the same bits.
+[[gnu::noinline]] static void join(Part& whole, const Part& part, int64_t rows, int64_t H) {
+  const V before = load(whole.most), here = load(part.most), most = here > before ? here : before;
+  const V keep = exp_approx(before - most), take = exp_approx(here - most);
+  const V sum = load(whole.sum) * keep + load(part.sum) * take;
+  std::memcpy(whole.most, &most, 64);
+  std::memcpy(whole.sum, &sum, 64);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t h = 0; h < H; h += 16) {
+      const V v = load(whole.out[i] + h) * keep[i] + load(part.out[i] + h) * take[i];
+      std::memcpy(whole.out[i] + h, &v, 64);
+    }
+}
+
+static void store(const Part& whole, const PagedJob& job, int64_t first, int64_t rows, int64_t kv_head, int64_t n) {
+  const int64_t G = job.N / job.K;
+  for (int64_t i = 0; i < 16 && n * 16 + i < rows * G; i++) {
+    const int64_t r = n * 16 + i;
+    const float by = 1.0f / whole.sum[i];
+    for (int64_t h = 0; h < job.H; h += 16)
+      put(job.out, Type::bf16, ((first + r / G) * job.N + kv_head * G + r % G) * job.H + h, load(whole.out[i] + h) * by, 16);
+  }
+}
+
+static const int64_t* pages_of(const PagedJob& job, int64_t first) { return job.pages + (job.table ? job.table[first] : first) * job.max_pages; }
+
+static int64_t rows_in(const PagedJob& job, int64_t rows, int64_t n) {
+  const int64_t left = rows * (job.N / job.K) - n * 16;
+  return left < 16 ? left : 16;
+}
+
+// The block of keys from `at` on for tile `tile`, whose values are packed.
+static void block(Work& work, const Tile& tile, Part& part, const PagedJob& job, const int64_t* pages, int64_t kv_head, int64_t at) {
+  const int64_t count = tile.longest - at < kBlock ? tile.longest - at : kBlock;
+  score(work, tile, job, pages, kv_head, at, count);
+  weigh(work, tile, part, job.H, at, count);
+  gather(work, part, job.H, count);
 }
 
 static void attend(const PagedJob& job, int64_t first, int64_t rows, int64_t kv_head, void* scratch) {
   Work& work = *static_cast<Work*>(scratch);
-  const int64_t G = job.N / job.K, tiles = (rows * G + 15) / 16;
-  const int64_t* pages = job.pages + (job.table ? job.table[first] : first) * job.max_pages;
+  const int64_t tiles = (rows * (job.N / job.K) + 15) / 16;
+  const int64_t* pages = pages_of(job, first);
   int64_t length = 0;
   for (int64_t n = 0; n < tiles; n++) {
     fill(work.tiles[n], job, first, rows, kv_head, n);
+    begin(work.tiles[n].whole);
     length = work.tiles[n].longest > length ? work.tiles[n].longest : length;
   }
   const TileShape shape;
@@ -195,19 +241,51 @@ static void attend(const PagedJob& job, int64_t first, int64_t rows, int64_t kv_
     for (int64_t n = 0; n < tiles; n++) {
       Tile& tile = work.tiles[n];
       if (tile.longest <= at) continue;
-      const int64_t count = tile.longest - at < kBlock ? tile.longest - at : kBlock;
-      score(work, tile, job, pages, kv_head, at, count);
-      weigh(work, tile, job.H, at, count);
-      gather(work, tile, job.H, count);
+      block(work, tile, work.part, job, pages, kv_head, at);
+      join(tile.whole, work.part, rows_in(job, rows, n), job.H);
     }
   }
   _tile_release();
-  for (int64_t r = 0; r < rows * G; r++) {
-    const Tile& tile = work.tiles[r / 16];
-    const float by = 1.0f / tile.sum[r % 16];
-    for (int64_t h = 0; h < job.H; h += 16)
-      put(job.out, Type::bf16, ((first + r / G) * job.N + kv_head * G + r % G) * job.H + h, load(tile.out[r % 16] + h) * by, 16);
+  for (int64_t n = 0; n < tiles; n++) store(work.tiles[n].whole, job, first, rows, kv_head, n);
+}
+
+static size_t part_bytes(const PagedJob& job, int64_t rows) { return size_t((rows * (job.N / job.K) + 15) / 16) * sizeof(Part); }
+
+static void attend_block(const PagedJob& job, int64_t first, int64_t rows, int64_t kv_head, int64_t number, void* parts, void* scratch) {
+  Work& work = *static_cast<Work*>(scratch);
+  const int64_t tiles = (rows * (job.N / job.K) + 15) / 16, at = number * kBlock;
+  const int64_t* pages = pages_of(job, first);
+  const TileShape shape;
+  _tile_loadconfig(&shape);
+  pack_values(work, job, pages, kv_head, at, job.lengths[first + rows - 1]);
+  for (int64_t n = 0; n < tiles; n++) {
+    Tile& tile = work.tiles[0];
+    fill(tile, job, first, rows, kv_head, n);
+    if (tile.longest > at) block(work, tile, static_cast<Part*>(parts)[n], job, pages, kv_head, at);
   }
+  _tile_release();
+}
+
+static void join_blocks(const PagedJob& job, int64_t first, int64_t rows, int64_t kv_head, const void* parts, size_t stride, void* scratch) {
+  Tile& tile = static_cast<Work*>(scratch)->tiles[0];
+  const int64_t tiles = (rows * (job.N / job.K) + 15) / 16;
+  for (int64_t n = 0; n < tiles; n++) {
+    look(tile, job, first, rows, n);
+    begin(tile.whole);
+    for (int64_t at = 0; at < tile.longest; at += kBlock)
+      join(tile.whole, reinterpret_cast<const Part*>(static_cast<const char*>(parts) + size_t(at / kBlock) * stride)[n], rows_in(job, rows, n), job.H);
+    store(tile.whole, job, first, rows, kv_head, n);
+  }
+}
+
+static void fetch(const PagedJob& job, int64_t first, int64_t kv_head, int64_t number, int64_t length) {
+  const int64_t* pages = pages_of(job, first);
+  const int64_t end = (number + 1) * kBlock < length ? (number + 1) * kBlock : length;
+  for (const void* side : {job.keys, job.values})
+    for (int64_t key = number * kBlock; key < end; key++) {
+      const auto* row = static_cast<const char*>(side) + ((pages[key / job.page_size] * job.page_size + key % job.page_size) * job.K + kv_head) * job.H * 2;
+      for (int64_t at = 0; at < job.H * 2; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+    }
 }
 
 static bool takes(const PagedJob& job) {
@@ -217,7 +295,9 @@ static bool takes(const PagedJob& job) {
 }  // namespace attention_amx
 
 const TiledAttention& amx_attention() {
-  static const TiledAttention kernels{attention_amx::takes, attention_amx::scratch_bytes, attention_amx::attend};
+  static const TiledAttention kernels{attention_amx::takes,        attention_amx::scratch_bytes, attention_amx::attend, attention_amx::kBlock,
+                                      attention_amx::part_bytes,   attention_amx::fetch,         attention_amx::attend_block,
+                                      attention_amx::join_blocks};
   return kernels;
 }
 

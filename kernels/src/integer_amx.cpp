@@ -104,40 +104,43 @@ struct Micro {
     add_group<B>(sums[(x.G - 1) & 1], scale, x.G - 1, t0, m, c);
   }
 
-  // One block of 16 tokens x 16 outputs whose sums stay in registers from group to group: what pays where groups are small. Two sets of tiles
-  // and of memory behind them take turns, so that one group's products run while the other's sums are scaled.
+  // One block of 16 tokens x 16 outputs whose sums stay in registers from group to group: what pays where groups are small. Groups go in
+  // pairs; while one pair's products run, the sums of the pair before are scaled: a tile that was just stored cannot be read without waiting.
   // `ahead`: packed weights that will be wanted next, fetched meanwhile; null where they are used often enough not to matter.
   void small_groups(const int8_t* a, const uint8_t* v, const float* scale, const float* by, float* c, int64_t c_stride, const uint8_t* ahead) {
     const int64_t group = x.I / x.G, ahead_bytes = group * 16 * bits / 8;
     __m512 f[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) f[i] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < x.G; g += 2) {
-      const bool two = g + 1 < x.G;
-      if (ahead)
-        for (int64_t at = g * ahead_bytes; at < (g + 2) * ahead_bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + at), _MM_HINT_T1);
-      _tile_zero(0);
-      for (int64_t k = g * group; k < (g + 1) * group; k += step) {
-        _tile_loadd(4, a + k, x.I);
-        _tile_loadd(6, v + k * 16, 64);
-        _tile_dpbssd(0, 4, 6);
-      }
-      _tile_stored(0, sums[0][0], 64);
-      if (two) {
-        _tile_zero(1);
-        for (int64_t k = (g + 1) * group; k < (g + 2) * group; k += step) {
-          _tile_loadd(5, a + k, x.I);
-          _tile_loadd(7, v + k * 16, 64);
-          _tile_dpbssd(1, 5, 7);
+    for (int64_t g = 0; g < x.G + 2; g += 2) {
+      int32_t (*to)[256] = sums[g / 2 % 2];
+      if (g < x.G) {
+        if (ahead)
+          for (int64_t at = g * ahead_bytes; at < (g + 2) * ahead_bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + at), _MM_HINT_T1);
+        _tile_zero(0);
+        for (int64_t k = g * group; k < (g + 1) * group; k += step) {
+          _tile_loadd(4, a + k, x.I);
+          _tile_loadd(6, v + k * 16, 64);
+          _tile_dpbssd(0, 4, 6);
         }
-        _tile_stored(1, sums[0][1], 64);
+        if (g + 1 < x.G) {
+          _tile_zero(1);
+          for (int64_t k = (g + 1) * group; k < (g + 2) * group; k += step) {
+            _tile_loadd(5, a + k, x.I);
+            _tile_loadd(7, v + k * 16, 64);
+            _tile_dpbssd(1, 5, 7);
+          }
+        }
+        _tile_stored(0, to[0], 64);
+        if (g + 1 < x.G) _tile_stored(1, to[1], 64);
       }
-      for (int64_t j = 0; j < (two ? 2 : 1); j++) {
-        const __m512 d = _mm512_loadu_ps(scale + (g + j) * 16);
+      for (int64_t j = g - 2; g && j < g && j < x.G; j++) {
+        const int32_t* from = sums[(g / 2 + 1) % 2][j % 2];
+        const __m512 d = _mm512_loadu_ps(scale + j * 16);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
-          const __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(sums[0][j] + i * 16));
-          f[i] = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(by[(g + j) * 16 + i])), whole, f[i]);
+          const __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(from + i * 16));
+          f[i] = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(by[j * 16 + i])), whole, f[i]);
         }
       }
     }

@@ -8,6 +8,8 @@
 namespace ernie {
 namespace {
 
+constexpr int64_t kAhead = 16384;  // bytes of weights that are fetched while a thread waits
+constexpr size_t kMostParts = 16 << 20;  // bytes of attention in parts
 constexpr int64_t kRowsWorthSharing = 8;  // fewer: a row costs about a microsecond, waking the others as much
 
 Scratch& memory_of_step() {
@@ -65,11 +67,12 @@ struct Chunk {
 class Pass {
  public:
   Pass(const Kernels& k, const Network& n, const Step& s, int64_t threads) : k_(k), n_(n), s_(s), threads_(threads), element_(n.type == Type::f32 ? 4 : 2) {
+    if (k.tiled) plan_parts();
     place();
     room_.open();
     place();
     for (int64_t i = 0; i < num_phases_; i++) new (phases_ + i) Phase;
-    const int64_t at_once = kTileRows / (n.N / n.K);
+    const int64_t at_once = rows_at_once();
     for (int64_t r = 0; r < s.num_spans; r++)
       for (int64_t t = s.spans[r].first; t < s.spans[r].end; t++) {
         lengths_[t] = s.spans[r].start + t - s.spans[r].first + 1;
@@ -82,7 +85,7 @@ class Pass {
 
   // What every thread does.
   void go() {
-    Member m(phases_, num_phases_, s_.T < kRowsWorthSharing);
+    Member m(phases_, num_phases_, threads_, s_.T < kRowsWorthSharing);
     m.run(s_.T, 1, [&](int64_t t, int64_t end) {
       for (; t < end; t++) embed(t);
     }, ThenRows{s_.T, [&](int64_t t, int64_t end) { norm_quantise(n_.layer(0).attention_norm, t, end, space(n_.layer(0).qkv, s_.T)); }});
@@ -93,6 +96,26 @@ class Pass {
  private:
   Rows hidden() const { return {s_.hidden, n_.type, n_.D}; }
   char* row(void* base, int64_t t, int64_t width) const { return static_cast<char*>(base) + size_t(t * width) * element_; }
+
+  int64_t rows_at_once() const { return kTileRows / (n_.N / n_.K); }
+
+  // Whether attention goes by blocks of keys: where chunks and key heads are too few for the threads, and the parts fit.
+  void plan_parts() {
+    const int64_t at_once = rows_at_once();
+    int64_t chunks = 0, longest = 0, most_rows = 0;
+    for (int64_t r = 0; at_once && r < s_.num_spans; r++) {
+      const int64_t rows = s_.spans[r].end - s_.spans[r].first, length = s_.spans[r].start + rows;
+      chunks += (rows + at_once - 1) / at_once;
+      most_rows = rows > most_rows ? rows : most_rows;
+      longest = length > longest ? length : longest;
+    }
+    PagedJob job{};
+    job.N = n_.N, job.K = n_.K;
+    part_bytes_ = k_.tiled->part_bytes(job, most_rows < at_once ? most_rows : at_once);
+    blocks_ = (longest + k_.tiled->block - 1) / k_.tiled->block;
+    if (chunks * n_.K >= 8 * threads_ || size_t(chunks * n_.K * blocks_) * part_bytes_ > kMostParts) blocks_ = 0;
+    num_parts_ = chunks * n_.K * blocks_;
+  }
 
   void place() {
     const int64_t T = s_.T;
@@ -120,6 +143,7 @@ class Pass {
     input_ = room_.take(quantised_bytes(rows)), middle_ = room_.take(quantised_bytes(T));
     q_ = room_.take(size_t(T * n_.N * n_.H) * element_), seen_ = room_.take(size_t(T * n_.N * n_.H) * element_);
     between_ = room_.take(size_t(T * inner_) * element_);
+    if (num_parts_) parts_ = static_cast<char*>(room_.take(size_t(num_parts_) * part_bytes_));
     if (pairs) {
       normed_ = room_.take(size_t(T * n_.D) * element_), shared_ = room_.take(size_t(T * n_.D) * element_);
       scores_ = room_.of<float>(T * most_experts), pair_weights_ = room_.of<float>(pairs), weights_ = room_.of<float>(pairs);
@@ -154,12 +178,31 @@ class Pass {
   }
 
   // Blocks (with pairs: of the gate, and the up blocks beside them) first .. end of a product.
-  void multiply(const Packed& w, const Quantised& x, int64_t first, int64_t end, const Output& out) {
+  void multiply(const Packed& w, const Quantised& x, int64_t first, int64_t end, const Output& out) const {
     const bool pairs = out.finish == Finish::swiglu;
     if (x.floats) return k_.floats->packed(w, x, first, end, out, panel_memory(size_t(kFloatRows * w.I) * sizeof(float)));
     if (x.T <= kFewRows) return (pairs ? k_.few_pairs : k_.few)(w, x, first, end, out);
     (pairs ? k_.many_pairs : k_.many)(w, x, first, end, out, panel_memory(k_.many_scratch(w)));
   }
+
+  // A product as items of a phase: blocks.
+  struct Product {
+    const Pass& pass;
+    const Packed& w;
+    const Quantised& x;
+    const Output& out;
+    bool pairs;
+    void operator()(int64_t first, int64_t end) const { pass.multiply(w, x, first, end, out); }
+    void ahead(int64_t first, int64_t end) const {
+      fetch(w, first, end);
+      if (pairs) fetch(w, first + w.blocks() / 2, end + w.blocks() / 2);
+    }
+    static void fetch(const Packed& w, int64_t first, int64_t end) {
+      const uint8_t* from = w.value + first * w.block_bytes();
+      const int64_t bytes = (end - first) * w.block_bytes();
+      for (int64_t at = 0; at < bytes && at < kAhead; at += 64) __builtin_prefetch(from + at, 0, 2);
+    }
+  };
 
   // Blocks a thread takes at a time: whole panels where rows are many, at least 32 KiB of weights, and some twenty pieces for each thread.
   int64_t piece(const Packed& w, int64_t blocks, int64_t rows, bool pairs) const {
@@ -174,7 +217,7 @@ class Pass {
   void product(Member& m, const Packed& w, const Quantised& x, const Output& out, const Steps&... steps) {
     const bool pairs = out.finish == Finish::swiglu;
     const int64_t blocks = pairs ? w.blocks() / 2 : w.blocks();
-    m.run(blocks, piece(w, blocks, x.T, pairs), [&](int64_t first, int64_t end) { multiply(w, x, first, end, out); }, steps...);
+    m.run(blocks, piece(w, blocks, x.T, pairs), Product{*this, w, x, out, pairs}, steps...);
   }
 
   void layer(Member& m, int64_t i) {
@@ -221,6 +264,7 @@ class Pass {
     const Quantised seen = space_in(middle_, l.out, T);
     const ThenRows then{T, [&](int64_t t, int64_t end) { k_.quantise({seen_, n_.type, width}, end - t, width, seen, t); }};
     if (k_.tiled && k_.tiled->takes(job)) {
+      if (blocks_) return attend_in_parts(m, job, then);
       m.run(num_chunks_ * n_.K, 1, [&](int64_t item, int64_t) {
         const Chunk& c = chunks_[num_chunks_ - 1 - item / n_.K];  // the last rows of a prompt see the most keys: they come first
         k_.tiled->attend(job, c.first, c.rows, item % n_.K, panel_memory(k_.tiled->scratch()));
@@ -231,6 +275,38 @@ class Pass {
         for (; first < end; first++) k_.floats->paged(job, first / n_.K, first % n_.K, reinterpret_cast<float*>(panel_memory(bytes)));
       }, then);
     }
+  }
+
+  // Few chunks alone would keep few threads busy: their blocks of keys are computed apart. A chunk and key head has `blocks_` places.
+  template <class Then>
+  void attend_in_parts(Member& m, const PagedJob& job, const Then& then) {
+    struct Blocks {
+      const Pass& pass;
+      const PagedJob& job;
+      void each(int64_t item, bool fetch) const {
+        const TiledAttention& tiled = *pass.k_.tiled;
+        const int64_t number = item % pass.blocks_, head = item / pass.blocks_ % job.K;
+        const Chunk& c = pass.chunks_[item / pass.blocks_ / job.K];
+        const int64_t length = job.lengths[c.first + c.rows - 1];
+        if (number * tiled.block >= length) return;
+        if (fetch) return tiled.fetch(job, c.first, head, number, length);
+        tiled.attend_block(job, c.first, c.rows, head, number, pass.parts_ + size_t(item) * pass.part_bytes_, panel_memory(tiled.scratch()));
+      }
+      void operator()(int64_t item, int64_t end) const {
+        for (; item < end; item++) {
+          if (item + 1 < end) each(item + 1, true);
+          each(item, false);
+        }
+      }
+      void ahead(int64_t item, int64_t) const { each(item, true); }
+    };
+    m.run(num_chunks_ * n_.K * blocks_, 1, Blocks{*this, job}, ThenRows{num_chunks_ * n_.K, [&](int64_t item, int64_t end) {
+      for (; item < end; item++) {
+        const Chunk& c = chunks_[item / n_.K];
+        k_.tiled->join_blocks(job, c.first, c.rows, item % n_.K, parts_ + size_t(item * blocks_) * part_bytes_, part_bytes_,
+                               panel_memory(k_.tiled->scratch()));
+      }
+    }}, then);
   }
 
   // Router, routed experts grouped by expert, shared experts beside them, and the sum of it all.
@@ -277,6 +353,7 @@ class Pass {
   template <class... Steps>
   void both(Member& m, const Layer& l, bool first, const Quantised& x, const Quantised& pairs, const Output& shared_to, const Output& pairs_to,
             const Steps&... steps) {
+    m.wait();  // until it is known which experts have rows
     const Packed &shared = first ? l.gate_up : l.down, &stack = first ? l.experts.gate_up : l.experts.down;
     const int64_t shared_blocks = first ? shared.blocks() / 2 : shared.blocks(), blocks = first ? stack.blocks() / 2 : stack.blocks();
     const int64_t rows = s_.T * l.experts.top_k / l.experts.E;  // of one expert, about
@@ -340,7 +417,9 @@ class Pass {
   Phase* phases_;
   int64_t num_phases_, widest_ = 0, groups_ = 0, inner_ = 0, expert_inner_ = 0, longest_ = 0, num_used_ = 0;
   Chunk* chunks_;
-  int64_t num_chunks_ = 0;
+  int64_t num_chunks_ = 0, blocks_ = 0, num_parts_ = 0;
+  size_t part_bytes_ = 0;
+  char* parts_ = nullptr;
   int64_t *lengths_, *span_of_, *starts_, *used_, *filled_;
   int32_t *ids_, *places_, *tokens_;
   float *scores_, *weights_, *pair_weights_;

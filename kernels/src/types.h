@@ -84,6 +84,13 @@ struct TiledAttention {
   bool (*takes)(const PagedJob& job);
   size_t (*scratch)();
   void (*attend)(const PagedJob& job, int64_t first, int64_t rows, int64_t kv_head, void* scratch);
+  // The same by blocks of so many keys, each of which fills part_bytes, and then the parts, `stride` bytes apart, put together.
+  int64_t block;
+  size_t (*part_bytes)(const PagedJob& job, int64_t rows);
+  void (*fetch)(const PagedJob& job, int64_t first, int64_t kv_head, int64_t number, int64_t length);  // a block's keys below `length`, to the cache
+  void (*attend_block)(const PagedJob& job, int64_t first, int64_t rows, int64_t kv_head, int64_t number, void* parts, void* scratch);
+  void (*join_blocks)(const PagedJob& job, int64_t first, int64_t rows, int64_t kv_head, const void* parts, size_t stride,
+                      void* scratch);
 };
 constexpr int64_t kTileRows = 128;
 

@@ -256,6 +256,13 @@ def test_the_compute_type_is_chosen_with_a_reason(asked, stored, fast, chosen):
     assert "stored" in compute.reason
 
 
+@pytest.mark.parametrize(
+    ("asked", "fast", "chosen"), [("auto", True, "bfloat16"), ("auto", False, "float32"), ("float32", True, "float32")]
+)
+def test_matrices_that_round_what_they_read_compute_in_bfloat16(asked, fast, chosen):
+    assert choose_compute(asked, torch.float32, fast_bfloat16=fast, coarse=True).name == chosen
+
+
 def test_compute_types_that_do_not_exist():
     with pytest.raises(ConfigError, match="did you mean 'bfloat16'"):
         choose_compute("bfloat", torch.float32, fast_bfloat16=True)

@@ -41,8 +41,8 @@ def prompt(length, seed=0):
 class Served:
     """Sequences over one cache; `feed` computes a step and returns float32 logits after each sequence's last token."""
 
-    def __init__(self, decoder, kernels=None):
-        self.decoder, self.cache, self.builder = decoder, PagedCache(decoder.config, PAGES, SIZE, decoder.dtype), BatchBuilder(SIZE)
+    def __init__(self, decoder, kernels=None, size=SIZE):
+        self.decoder, self.cache, self.builder = decoder, PagedCache(decoder.config, PAGES, size, decoder.dtype), BatchBuilder(size)
         self.network = None if kernels is None else native_network(decoder, kernels)
         assert kernels is None or self.network is not None
         self.at = {}
@@ -59,8 +59,8 @@ class Served:
         if self.network is None:
             h_TD = self.decoder(self.decoder.embed(batch.tokens_T), batch.positions_T, PagedAttend(self.cache, batch))
             return self.decoder.logits(h_TD[ends]).float()
-        done = self.network.step(batch.tokens_T, batch.positions_T, batch.slots_T, self.cache.store, batch.places_R3, batch.pages_RP, SIZE,
-                                 torch.tensor(ends))  # fmt: skip
+        done = self.network.step(batch.tokens_T, batch.positions_T, batch.slots_T, self.cache.store, batch.places_R3, batch.pages_RP,
+                                 self.cache.page_size, torch.tensor(ends))  # fmt: skip
         assert torch.equal(done.best_R, done.logits_RV.argmax(-1))
         assert torch.equal(done.best_logit_R, done.logits_RV.amax(-1))
         return done.logits_RV
@@ -117,6 +117,20 @@ def test_threads_change_nothing(kernels):
             torch.set_num_threads(threads)
             served = Served(packed(experts=True), kernels)
             results.append(torch.cat([served.feed({0: prompt(30), 1: prompt(1)}), served.feed({0: [4], 1: [5]})]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_blocks_of_keys_computed_apart_are_those_of_a_whole_row(each):
+    """A prompt of 300 tokens is 16 pieces of attention: enough for one thread, while five share the pieces' blocks, as one token does."""
+    decoder, tokens, results, before = packed(dtype=torch.bfloat16), prompt(301), [], torch.get_num_threads()
+    try:
+        for threads, cut in ((1, 301), (5, 301), (1, 300), (5, 300), (2, 296)):
+            torch.set_num_threads(threads)
+            served = Served(decoder, each, size=64)
+            last = served.feed({0: tokens[:cut]})
+            results.append(served.feed({0: tokens[cut:]}) if cut < len(tokens) else last)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])

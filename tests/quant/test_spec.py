@@ -59,3 +59,12 @@ def test_rules_are_total_and_fit_something():
 def test_bits_count_the_scales():
     assert Scheme(4, 64).bits_per_weight(1024) == 4.25
     assert Scheme(8, 0).bits_per_weight(1024) == 8 + 16 / 1024
+
+
+@pytest.mark.parametrize(
+    ("schemes", "rounds"),
+    [(("w4a8-g64", "w8a8"), True), (("w4a8", "w8a16"), False), (("fp8-block",), False), (("w8a8", None), True), ((None,), False)],
+)
+def test_whether_all_activations_are_rounded(schemes, rounds):
+    spec = QuantSpec(rules=tuple(Rule(pattern=f"part{i}", scheme=scheme) for i, scheme in enumerate(schemes)))
+    assert spec.rounds_activations is rounds
