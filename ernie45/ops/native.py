@@ -59,7 +59,9 @@ class Native:
         )  # fmt: skip
 
     def packed_swiglu(self, x_TD: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
-        """See `quantised.packed_swiglu`; the inner width must be a multiple of 16."""
+        """See `quantised.packed_swiglu`; an inner width that is no multiple of 16 takes two products, and torch between them."""
+        if gate_up.out_size % 32:
+            return self.packed_linear(eager.swiglu(self.packed_linear(x_TD, gate_up)), down)
         return torch.ops.ernie45.feed_forward(
             x_TD, None, 0.0, gate_up.values, gate_up.scales, gate_up.format, down.values, down.scales, down.format, gate_up.out_size // 2,
             self.isa,
