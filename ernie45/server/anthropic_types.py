@@ -163,9 +163,9 @@ def _message(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         elif kind == "image" and role == "user":
             parts.append({"type": "image", "source": block.get("source")})
         elif kind == "tool_result" and role == "user":
-            results.append(
-                {"role": "tool", "tool_call_id": str(block.get("tool_use_id") or ""), "content": _text(block.get("content") or "", place)}
-            )
+            result, shown = _result(block, place)
+            results.append(result)
+            parts += shown
         elif kind == "tool_use" and role == "assistant":
             calls.append(_call(block, place))
         elif kind == "thinking" and role == "assistant":
@@ -179,6 +179,15 @@ def _message(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     if len(parts) > len(texts):
         return [*results, {"role": role, "content": parts}]
     return results + ([{"role": role, "content": "\n".join(texts)}] if texts or not results else [])
+
+
+def _result(block: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a tool gave back: its text as a tool's message, its images as parts of what the user says next, since only users show some."""
+    content = block.get("content") or ""
+    images = [b for b in content if isinstance(b, dict) and b.get("type") == "image"] if isinstance(content, list) else []
+    text = _text([b for b in content if b not in images] if images else content, where)
+    shown = [{"type": "image", "source": image.get("source")} for image in images]
+    return {"role": "tool", "tool_call_id": str(block.get("tool_use_id") or ""), "content": text}, shown
 
 
 def _call(block: Mapping[str, Any], where: str) -> dict[str, Any]:

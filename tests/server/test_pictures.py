@@ -7,6 +7,8 @@ import sys
 import httpx
 import pytest
 
+from ernie45.server.anthropic_types import MessagesRequest, as_chat
+from ernie45.server.failures import Failure
 from tests.sighted import RULES, sighted_folder
 
 
@@ -129,3 +131,25 @@ def test_a_model_without_eyes_refuses_by_field(serve, cat):
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "messages[0].content[0]"
     assert "reads text only" in answer.json()["error"]["message"]
+
+
+def test_images_that_a_tool_gave_back_are_shown_by_the_user(cat):
+    """Anthropic's `tool_result` may hold images; ERNIE's templates show pictures of users only."""
+    shown = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": cat}}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": "zoomed"}, shown]}
+    said = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "zoom", "input": {}}]},
+        {"role": "user", "content": [result, {"type": "text", "text": "And now?"}]},
+    ]
+    tools = [{"name": "zoom", "input_schema": {"type": "object"}}]
+    asked = {"messages": said, "tools": tools, "max_tokens": 3}
+    last = as_chat(MessagesRequest.model_validate(asked), asked).messages[-2:]
+    assert last[0] == {"role": "tool", "tool_call_id": "a", "content": "zoomed"}
+    assert last[1] == {"role": "user", "content": [shown, {"type": "text", "text": "And now?"}]}
+    only = {"messages": [*said[:2], {"role": "user", "content": [{**result, "content": [shown]}]}], "tools": tools, "max_tokens": 3}
+    last = as_chat(MessagesRequest.model_validate(only), only).messages[-2:]
+    assert (last[0]["content"], last[1]) == ("", {"role": "user", "content": [shown]})
+    bad = {"messages": [*said[:2], {"role": "user", "content": [{**result, "content": [{"type": "search"}, shown]}]}], "max_tokens": 3}
+    with pytest.raises(Failure, match="text blocks"):
+        as_chat(MessagesRequest.model_validate(bad), bad)
