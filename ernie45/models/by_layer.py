@@ -41,6 +41,11 @@ class LayeredModel:
         """Rotary frequencies, float32 [P]."""
         return self._empty.frequencies_P
 
+    @property
+    def axes(self) -> Tensor:
+        """Which of three positions each frequency turns with, int64 [P]."""
+        return self._empty.axes_P
+
     def empty_block(self, layer: int) -> Block:
         """Layer `layer` without weights (on the meta device)."""
         block = copy.deepcopy(self._empty.layers[layer])

@@ -5,7 +5,9 @@ own inputs. A matrix can then be fitted to give, from the inputs it will really 
 2025, arXiv 2504.02692). Any module tree made of `Linear` and `Experts` can be watched. Nothing of the inputs is kept but Gram matrices,
 mean magnitudes and counts. Routed experts are counted one by one: an expert that saw too few tokens is calibrated on all of them.
 
-Letters: S sequences, L their length, T tokens, D width, I in-width, F width of one expert, P rotary pairs.
+Sequences may hold pictures: `seen` then says which tokens go to the experts for what is seen, and each sequence has turns of its own.
+
+Letters: S sequences, L their length, T tokens, R some of them, D width, I in-width, F width of one expert, P rotary pairs.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,10 +20,10 @@ from ernie45 import ops
 from ernie45.errors import CheckpointError
 from ernie45.nn.attention import PackedCausal
 from ernie45.nn.layers import Linear
-from ernie45.nn.moe import Experts
+from ernie45.nn.moe import Experts, Modality
 
-UNHEARD = ("ffn.vision.",)
-"""Parts of a block that text never reaches: the experts of a vision-language model for what it sees. They are rounded without data."""
+_FOR_SEEN, _FOR_TEXT = "ffn.vision.", "ffn.experts"
+"""Parts of a block that text never reaches, the experts for what is seen, and the part that only text reaches."""
 _INPUTS_KEPT = 256
 SEQUENCES_AT_ONCE = 2  # bounds the memory of a pass: a few hundred megabytes for the widest published layer
 
@@ -115,25 +117,35 @@ Statistics = dict[str, InputStatistics | ExpertStatistics]
 
 @dataclass(frozen=True)
 class Seen:
-    """One input of a watched module: [T, I], and for experts the module and the chosen ones [T, C]."""
+    """One input of a watched module: [T, I], and for experts the module and the chosen ones [T, C].
+
+    `rows_R` are the tokens of the pass that came here; None: all of them.
+    """
 
     x_TI: Tensor
     module: nn.Module
     chosen: Tensor | None = None
+    rows_R: Tensor | None = None
+
+    def some(self, weights_T: Tensor) -> Tensor:
+        """Of the weights of the pass those of the tokens that came here."""
+        return weights_T if self.rows_R is None else weights_T[self.rows_R]
 
 
 @dataclass(frozen=True)
 class Pair:
     """A block with the hidden states [S, L, D] that enter it, and what its modules received in the original model, pass by pass.
 
-    `weights_SL` says how much a token counts; None: all the same. Without `originals` the block is the original itself.
+    `turns` are [L, P] of all sequences, or [S, L, P]. `weights_SL` says how much a token counts; None: all the same. Without `originals`
+    the block is the original itself. `seen_SL` says which tokens are seen ones, bool; None: all are text.
     """
 
     now: nn.Module
     now_SLD: Tensor
-    turns_LP: Tensor
+    turns: Tensor
     originals: "Sequence[Mapping[str, Seen]] | None" = None
     weights_SL: Tensor | None = None
+    seen_SL: Tensor | None = None
 
     @torch.inference_mode()
     def observe(self, names: Collection[str], least_tokens: int) -> Statistics:
@@ -147,34 +159,45 @@ class Pair:
                 assert isinstance(module, Linear)
                 statistics[name] = InputStatistics(module.weight.shape[1])
         for now, before, weights_T in self._inputs(names):
-            for name, found in statistics.items():
+            for name, here in now.items():
+                found = statistics[name]
                 if isinstance(found, ExpertStatistics):
-                    found.add(now[name], before[name], weights_T, name)
+                    found.add(here, before[name], here.some(weights_T), name)
                 else:
-                    found.add(now[name].x_TI, before[name].x_TI, weights_T, name)
+                    found.add(here.x_TI, before[name].x_TI, here.some(weights_T), name)
         starving = {name: found for name, found in statistics.items() if isinstance(found, ExpertStatistics) and found.starved()}
         for found in starving.values():
             found.begin_again_for_starved()
         for now, before, weights_T in self._inputs(starving) if starving else ():
-            for name, found in starving.items():
-                found.add_to_starved(now[name], before[name], weights_T, name)
+            for name, here in now.items():
+                starving[name].add_to_starved(here, before[name], here.some(weights_T), name)
         return statistics
 
     def _inputs(self, names: Collection[str]) -> Iterator[tuple[Mapping[str, Seen], Mapping[str, Seen], Tensor]]:
         weights_SL = torch.ones(self.now_SLD.shape[:2]) if self.weights_SL is None else self.weights_SL
         for number, part in enumerate(_parts(self.now_SLD)):
-            now = inputs_of(self.now, names, self.now_SLD[part], self.turns_LP)
+            now = inputs_of(self.now, names, self.now_SLD[part], _of(self.turns, part), _seen(self.seen_SL, part))
             yield now, now if self.originals is None else self.originals[number], weights_SL[part].flatten()
 
 
 @torch.inference_mode()
-def original_inputs(block: nn.Module, names: Collection[str], x_SLD: Tensor, turns_LP: Tensor) -> "list[dict[str, Seen]]":
+def original_inputs(
+    block: nn.Module, names: Collection[str], x_SLD: Tensor, turns: Tensor, seen_SL: Tensor | None = None
+) -> "list[dict[str, Seen]]":
     """What the modules `names` of the original block receive, all of it kept: one pass serves every matrix of the block."""
-    return [inputs_of(block, names, x_SLD[part], turns_LP) for part in _parts(x_SLD)]
+    return [inputs_of(block, names, x_SLD[part], _of(turns, part), _seen(seen_SL, part)) for part in _parts(x_SLD)]
 
 
 def _parts(x_SLD: Tensor) -> Iterator[slice]:
     return (slice(begin, begin + SEQUENCES_AT_ONCE) for begin in range(0, len(x_SLD), SEQUENCES_AT_ONCE))
+
+
+def _of(turns: Tensor, part: slice) -> Tensor:
+    return turns if turns.dim() == 2 else turns[part]
+
+
+def _seen(seen_SL: Tensor | None, part: slice) -> Tensor | None:
+    return None if seen_SL is None else seen_SL[part]
 
 
 def token_weights(after_SLD: Tensor) -> Tensor:
@@ -187,23 +210,33 @@ def token_weights(after_SLD: Tensor) -> Tensor:
     return weights_SL / weights_SL.mean()
 
 
-def reached_by_text(name: str) -> bool:
-    """Whether tokens of text ever pass the module `name` of a block."""
-    return not name.startswith(UNHEARD)
+def reached(name: str, seen_SL: Tensor | None) -> bool:
+    """Whether some of the tokens pass the module `name` of a block; `seen` is None where all are text."""
+    if name.startswith(_FOR_SEEN):
+        return seen_SL is not None and bool(seen_SL.any())
+    return name != _FOR_TEXT or seen_SL is None or not bool(seen_SL.all())
 
 
 class _Enough(Exception):
     """No error: it ends a pass whose rest nobody needs."""
 
 
-def inputs_of(block: nn.Module, names: Collection[str], x_SLD: Tensor, turns_LP: Tensor) -> dict[str, Seen]:
-    """What the modules `names` of the block receive when the sequences pass; the pass ends where the last of them is reached."""
+def inputs_of(block: nn.Module, names: Collection[str], x_SLD: Tensor, turns: Tensor, seen_SL: Tensor | None = None) -> dict[str, Seen]:
+    """What those of the modules `names` receive that the sequences reach; the pass ends where the last of them is."""
+    names = [name for name in names if reached(name, seen_SL)]
     seen: dict[str, Seen] = {}
+    if not names:
+        return seen
+    modality = _modality(seen_SL)
 
     def watching(name: str) -> Callable[..., None]:
+        rows_R = None
+        if modality is not None and isinstance(block.get_submodule(name), Experts):
+            rows_R = modality.vision_R if name.startswith(_FOR_SEEN) else modality.text_R
+
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             chosen = inputs[1].experts if isinstance(module, Experts) else None  # pyrefly: ignore[missing-attribute]
-            seen[name] = Seen(inputs[0], module, chosen)
+            seen[name] = Seen(inputs[0], module, chosen, rows_R)
             if len(seen) == len(names):
                 raise _Enough
 
@@ -211,7 +244,7 @@ def inputs_of(block: nn.Module, names: Collection[str], x_SLD: Tensor, turns_LP:
 
     handles = [block.get_submodule(name).register_forward_pre_hook(watching(name)) for name in names]
     try:
-        _through(block, x_SLD, turns_LP)
+        _through(block, x_SLD, turns, modality)
     except _Enough:
         return seen
     finally:
@@ -225,25 +258,30 @@ def _inner(seen: Seen, expert: int, rows: Tensor) -> Tensor:
     return ops.swiglu(ops.linear(seen.x_TI[rows], seen.module.gate_up[expert]))
 
 
-def _through(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor) -> Tensor:
+def _modality(seen_SL: Tensor | None) -> Modality | None:
+    return None if seen_SL is None else Modality.of(seen_SL.flatten())
+
+
+def _through(block: nn.Module, x_SLD: Tensor, turns: Tensor, modality: Modality | None) -> Tensor:
     count, length, _ = x_SLD.shape
     attend = PackedCausal([length * (i + 1) for i in range(count)])
-    return block(x_SLD.flatten(0, 1), turns_LP.repeat(count, 1), attend).view_as(x_SLD)
+    turns_TP = turns.repeat(count, 1) if turns.dim() == 2 else turns.flatten(0, 1)
+    return block(x_SLD.flatten(0, 1), turns_TP, attend, *([] if modality is None else [modality])).view_as(x_SLD)
 
 
 @torch.inference_mode()
-def advance(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor) -> None:
+def advance(block: nn.Module, x_SLD: Tensor, turns: Tensor, seen_SL: Tensor | None = None) -> None:
     """Replace every sequence by the block's output for it, in place, a few at a time."""
     for part in _parts(x_SLD):
-        x_SLD[part] = _through(block, x_SLD[part], turns_LP)
+        x_SLD[part] = _through(block, x_SLD[part], _of(turns, part), _modality(_seen(seen_SL, part)))
 
 
-def advance_original(block: nn.Module, x_SLD: Tensor, turns_LP: Tensor, where: str) -> None:
+def advance_original(block: nn.Module, x_SLD: Tensor, turns: Tensor, where: str, seen_SL: Tensor | None = None) -> None:
     """`advance` for a block of the original model, called `where`.
 
     Raises `CheckpointError` when a hidden state then has no finite energy: everything measured against it would be NaN.
     """
-    advance(block, x_SLD, turns_LP)
+    advance(block, x_SLD, turns, seen_SL)
     if not bool(x_SLD.square().sum(dtype=torch.float64).isfinite()):
         raise CheckpointError(
             f"'{where}' gives NaN, infinities or values too large to square on plain text; the checkpoint is damaged, download it again"

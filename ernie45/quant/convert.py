@@ -3,15 +3,16 @@
 Four streams of hidden states walk through the layers together: the calibration text and the held-out text, each through the original layers
 and through the quantised ones. So one reading of the original weights serves the statistics,
 the measurement before and the measurement after, and only one layer of floats is in memory. After each layer its shard and the streams are
-put on the disk; a run that was killed goes on there.
+put on the disk; a run that was killed goes on there. Of a model that sees, calibration may hold scenes, sequences with pictures in them.
 
 Letters: S sequences, L their length, D width, P rotary pairs.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 from ernie45.config import from_mapping
 from ernie45.errors import CheckpointError
 from ernie45.nn.block import Block
-from ernie45.nn.rope import turns
+from ernie45.nn.rope import turns, turns_of_places
 from ernie45.quant.calibrate import advance, advance_original, token_weights
 from ernie45.quant.measure import LayerReport, Quality, QualityCounter
 from ernie45.quant.methods import MatrixReport, Method, Streams, quantise_block
 from ernie45.quant.model import quantisable, quantise_model
 from ernie45.quant.spec import AnyScheme, QuantSpec, Rule
+from ernie45.quant.watched import quantise_watched
 from ernie45.weights.safetensors import INDEX_NAME, SINGLE_NAME, open_safetensors
 from ernie45.weights.safetensors_write import TensorSpec, write_safetensors
 
@@ -46,6 +48,29 @@ class Ends(Protocol):
         ...
 
 
+class Eyes(Protocol):
+    """What makes tokens of pictures, as `models.vision.Sight`."""
+
+    def encode(self, patches_SC: Tensor, *grids: Sequence[int]) -> Tensor:
+        """Patches of pictures, one behind the other, to features [F, D]."""
+        ...
+
+    def put(self, embedding_TD: Tensor, tokens_T: Tensor, features_FD: Tensor) -> Tensor:
+        """The embedding with the features in their places."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A calibration sequence with pictures: ids [L], patches of all pictures [S, C] and their grids, positions [L, 3], seen tokens [L]."""
+
+    tokens_L: Tensor
+    patches_SC: Tensor
+    grids: tuple[tuple[int, int, int], ...]
+    positions_L3: Tensor
+    seen_L: Tensor
+
+
 class Source(Protocol):
     """The original model, part by part in float32."""
 
@@ -57,6 +82,11 @@ class Source(Protocol):
     @property
     def frequencies(self) -> Tensor:
         """Rotary frequencies."""
+        ...
+
+    @property
+    def axes(self) -> Tensor:
+        """Which of three positions each frequency turns with."""
         ...
 
     def empty_block(self, layer: int) -> Block:
@@ -77,7 +107,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be done. `fingerprint` tells runs apart: a run goes on only where one with the same fingerprint was stopped."""
+    """What is to be done. `fingerprint` tells runs apart: a run goes on only where one with the same fingerprint was stopped.
+
+    `scenes` are as long as the windows of the calibration text; without any, what sees is rounded to nearest.
+    """
 
     spec: QuantSpec
     method: Method
@@ -85,17 +118,20 @@ class Plan:
     held_out_SL: Tensor
     least_expert_tokens: int
     fingerprint: str
+    scenes: tuple[Scene, ...] = ()
 
 
 @dataclass(frozen=True)
 class Converted:
-    """The result: shards in `work`, with their index, and what they cost."""
+    """The result: shards in `work`, with their index, and what they cost; `sight` are the matrices of tower and resampler that pictures
+    calibrated."""
 
     work: Path
     quality: Quality
     layers: tuple[LayerReport, ...]
     nbytes: int
     resumed_at: int
+    sight: tuple[MatrixReport, ...] = ()
 
 
 Told = Callable[[str, int, int], None]
@@ -112,7 +148,11 @@ def convert(source: Source, plan: Plan, work: Path, told: Told) -> Converted:
     told("embedding and head", 0, total)
     packed = source.ends()
     schemes = decided(source, packed, plan.spec)
-    original = source.ends(sight=False)
+    original = source.ends(sight=bool(plan.scenes))
+    seen: tuple[MatrixReport, ...] = ()
+    if plan.scenes and plan.method.spread:
+        told("vision tower", 0, total)
+        seen = quantise_watched(packed, "sight", [partial(_features, packed, scene) for scene in plan.scenes], schemes, plan.method)
     quantise_model(packed, _explicit(packed, schemes))
     walk = _Walk.start_or_resume(source, plan, work, original, packed)
     resumed_at = walk.done
@@ -124,7 +164,7 @@ def convert(source: Source, plan: Plan, work: Path, told: Told) -> Converted:
     told("measuring", source.num_layers + 1, total)
     quality = _measure(original, packed, walk, plan.held_out_SL)
     nbytes = _write_index(work, source.num_layers)
-    return Converted(work, quality, tuple(walk.reports), nbytes, resumed_at)
+    return Converted(work, quality, tuple(walk.reports), nbytes, resumed_at, seen)
 
 
 def decided(source: Source, ends: nn.Module, spec: QuantSpec) -> dict[str, AnyScheme | None]:
@@ -148,6 +188,13 @@ class _Walk:
     def __init__(self, source: Source, plan: Plan, work: Path) -> None:
         self.source, self.plan, self.work = source, plan, work
         self.turns_LP = turns(torch.arange(max(plan.calibration_SL.shape[1], plan.held_out_SL.shape[1])), source.frequencies)
+        self.calibration_turns, self.seen_SL = self.turns_LP[: plan.calibration_SL.shape[1]], None
+        if plan.scenes:
+            texts_SLP = self.calibration_turns.expand(len(plan.calibration_SL), -1, -1)
+            scenes_SLP = torch.stack([turns_of_places(scene.positions_L3, source.frequencies, source.axes) for scene in plan.scenes])
+            self.calibration_turns = torch.cat((texts_SLP, scenes_SLP))
+            none_SL = torch.zeros_like(plan.calibration_SL, dtype=torch.bool)
+            self.seen_SL = torch.cat((none_SL, torch.stack([scene.seen_L for scene in plan.scenes])))
         self.done = 0
         self.reports: list[LayerReport] = []
         self.streams: dict[str, Tensor] = {}
@@ -167,8 +214,9 @@ class _Walk:
             "quantised": embedded(packed, text["held_out"]),
         }
         if plan.method.needs_text:
-            walk.streams["calibration"] = embedded(packed, text["calibration"])
-            walk.streams["calibration_reference"] = embedded(original, text["calibration"])
+            for name, ends in (("calibration", packed), ("calibration_reference", original)):
+                scenes = [_embedded_scene(ends, scene)[None] for scene in plan.scenes]
+                walk.streams[name] = torch.cat((embedded(ends, text["calibration"]), *scenes))
         return walk
 
     @torch.inference_mode()
@@ -179,12 +227,14 @@ class _Walk:
         seen: Streams | None = None
         if self.plan.method.needs_text:
             before = self.streams["calibration_reference"].clone()
-            advance_original(block, self.streams["calibration_reference"], self._turns("calibration"), where)
+            advance_original(block, self.streams["calibration_reference"], self.calibration_turns, where, self.seen_SL)
             weights_SL = token_weights(self.streams["calibration_reference"])
-            seen = Streams(self.streams["calibration"], before, self._turns("calibration"), self.plan.least_expert_tokens, weights_SL)
+            least = self.plan.least_expert_tokens
+            seen = Streams(self.streams["calibration"], before, self.calibration_turns, least, weights_SL, self.seen_SL)
         packed, matrices = quantise_block(block, where, schemes, self.plan.method, seen)
-        for name in self.streams.keys() & {"calibration", "quantised"}:
-            advance(packed, self.streams[name], self._turns(name))
+        advance(packed, self.streams["quantised"], self._turns("quantised"))
+        if "calibration" in self.streams:
+            advance(packed, self.streams["calibration"], self.calibration_turns, self.seen_SL)
         self.reports.append(LayerReport(layer, _drift(self.streams), tuple(matrices)))
         _write_shard(self.work, layer + 1, self.source.num_layers, {f"{where}.{k}": v for k, v in packed.state_dict().items()})
         self.done = layer + 1
@@ -226,6 +276,16 @@ def _report(data: Mapping[str, Any]) -> LayerReport:
 def embedded(ends: nn.Module, tokens_SL: Tensor) -> Tensor:
     """Hidden states that enter the first layer, float32 [S, L, D]."""
     return torch.stack([cast(Ends, ends).embed(tokens_L).float() for tokens_L in tokens_SL])
+
+
+def _features(ends: nn.Module, scene: Scene) -> Tensor:
+    return cast(Eyes, ends.sight).encode(scene.patches_SC, *scene.grids)
+
+
+def _embedded_scene(ends: nn.Module, scene: Scene) -> Tensor:
+    """Hidden states of one scene, float32 [L, D]."""
+    x_LD = cast(Ends, ends).embed(scene.tokens_L)
+    return cast(Eyes, ends.sight).put(x_LD, scene.tokens_L, _features(ends, scene)).float()
 
 
 def _drift(streams: Mapping[str, Tensor]) -> float:

@@ -20,7 +20,7 @@ from ernie45.nn.moe import Experts, MixtureOfExperts
 from ernie45.ops import PackedWeight
 from ernie45.ops.codes import CodedWeight
 from ernie45.quant import awq
-from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Seen, Statistics, original_inputs, reached_by_text
+from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Seen, Statistics, original_inputs, reached
 from ernie45.quant.ccq import encode, feedback
 from ernie45.quant.fp8 import Fp8Experts, Fp8Linear, Fp8Weight, restored_from_fp8, round_to_fp8
 from ernie45.quant.gptq import GptqSettings, corrected, gptq, output_errors, restored, round_to_nearest
@@ -57,18 +57,20 @@ class Method:
 class Streams:
     """Hidden states [S, L, D] that enter the block on the calibration text: in the model quantised so far, and in the original.
 
-    `weights_SL`: how much the error at a token counts (`token_weights`).
+    `turns` are [L, P] of all sequences, or [S, L, P]. `weights_SL`: how much the error at a token counts (`token_weights`). `seen_SL`:
+    which tokens are seen ones; None where all are text.
     """
 
     now_SLD: Tensor
     original_SLD: Tensor
-    turns_LP: Tensor
+    turns: Tensor
     least_tokens: int
     weights_SL: Tensor | None = None
+    seen_SL: Tensor | None = None
 
     def pair(self, now: nn.Module, originals: Sequence[Mapping[str, Seen]] | None, *, weighted: bool) -> Pair:
         """The stream of the model so far with the block it enters, beside what the original's modules received (None: the block is it)."""
-        return Pair(now, self.now_SLD, self.turns_LP, originals, self.weights_SL if weighted else None)
+        return Pair(now, self.now_SLD, self.turns, originals, self.weights_SL if weighted else None, self.seen_SL)
 
 
 METHODS = {
@@ -122,19 +124,18 @@ def quantise_block(
     todo = {name: scheme for name, scheme in named.items() if scheme is not None}
     exponents: dict[str, float] = {}
     if method.widen and streams is not None and todo:
-        heard = [name for name in named if reached_by_text(name)]
+        passed = [name for name in named if reached(name, streams.seen_SL)]
         exponents = _widen(
-            block, named, streams.pair(block, None, weighted=False).observe(heard, streams.least_tokens), smooth=method.smooth
+            block, named, streams.pair(block, None, weighted=False).observe(passed, streams.least_tokens), smooth=method.smooth
         )
     originals: Sequence[Mapping[str, Seen]] | None = None
     if method.spread and streams is not None:
-        heard = [name for name in todo if reached_by_text(name)]
-        originals = original_inputs(block, heard, streams.original_SLD, streams.turns_LP) if heard else None
+        originals = original_inputs(block, list(todo), streams.original_SLD, streams.turns, streams.seen_SL)
     reports: list[MatrixReport] = []
     packed: dict[str, object] = {}
     for stage in _stages(todo):
         statistics: Statistics = {}
-        if streams is not None and all(map(reached_by_text, stage)):
+        if streams is not None and all(reached(name, streams.seen_SL) for name in stage):
             # what qkv makes is read by all later tokens, whatever the token itself is worth
             statistics = streams.pair(block, originals, weighted="attn.qkv" not in stage).observe(stage, streams.least_tokens)
         for name in stage:
@@ -148,7 +149,7 @@ def quantise_block(
             else:
                 assert isinstance(module, Linear)
                 assert seen is None or isinstance(seen, InputStatistics)
-                packed[name], costs = _round_matrix(module.weight, scheme, method, seen)
+                packed[name], costs = round_matrix(module.weight, scheme, method, seen)
                 reports.append(costs.report(full, scheme, method, exponent, seen.tokens if seen else 0))
     return _filled(block, named, packed), reports
 
@@ -162,16 +163,16 @@ def _stages(names: Collection[str]) -> list[list[str]]:
 
 
 @dataclass(frozen=True)
-class _Costs:
+class Costs:
     """Energies of outputs: lost, lost by rounding to nearest (None: not tried), and all of it."""
 
     lost: float
     nearest: float | None
     energy: float
 
-    def __add__(self, other: "_Costs") -> "_Costs":
+    def __add__(self, other: "Costs") -> "Costs":
         nearest = None if self.nearest is None or other.nearest is None else self.nearest + other.nearest
-        return _Costs(self.lost + other.lost, nearest, self.energy + other.energy)
+        return Costs(self.lost + other.lost, nearest, self.energy + other.energy)
 
     def report(
         self, name: str, scheme: AnyScheme, method: Method, exponent: float | None, tokens: int,
@@ -182,7 +183,7 @@ class _Costs:
         return MatrixReport(name, str(scheme), self.lost / energy, nearest, exponent, tokens, routed, starved)
 
 
-def _round_matrix(parameter_OI: Tensor, scheme: AnyScheme, method: Method, seen: InputStatistics | None) -> tuple[AnyWeight, _Costs]:
+def round_matrix(parameter_OI: Tensor, scheme: AnyScheme, method: Method, seen: InputStatistics | None) -> tuple[AnyWeight, Costs]:
     """Round one matrix, and leave in `parameter` what the whole numbers stand for, so that later inputs carry the error."""
     if isinstance(scheme, Fp8Scheme):
         return _round_matrix_to_fp8(parameter_OI, scheme, seen)
@@ -195,7 +196,7 @@ def _round_matrix(parameter_OI: Tensor, scheme: AnyScheme, method: Method, seen:
         encoded = encode(wanted_OI, scheme.code, spread)
         lost = float(output_errors(wanted_OI - encoded.restored_OI, gram_II).sum())
         parameter_OI.copy_(turned_back(encoded.restored_OI, scheme, parameter_OI.shape[1]))
-        return encoded.weight, _Costs(lost, None, float(output_errors(wanted_OI, gram_II).sum()))
+        return encoded.weight, Costs(lost, None, float(output_errors(wanted_OI, gram_II).sum()))
     bits, group = scheme.weight_bits, scheme.group
     nearest = round_to_nearest(weight_OI, gram_II, bits, group)
     rounded = nearest
@@ -203,30 +204,30 @@ def _round_matrix(parameter_OI: Tensor, scheme: AnyScheme, method: Method, seen:
         if usable:
             weight_OI = corrected(weight_OI, gram_II, turned_gram(seen.cross_II, scheme), method.gptq)
         rounded = gptq(weight_OI, gram_II, bits, group, method.gptq)
-    costs = _Costs(rounded.error, nearest.error, float(output_errors(weight_OI, gram_II).sum()))
+    costs = Costs(rounded.error, nearest.error, float(output_errors(weight_OI, gram_II).sum()))
     parameter_OI.copy_(turned_back(restored(rounded, group), scheme, parameter_OI.shape[1]))
     return pack_as(scheme, rounded.whole_OI, rounded.scales_OG), costs
 
 
-def _round_matrix_to_fp8(parameter_OI: Tensor, scheme: Fp8Scheme, seen: InputStatistics | None) -> tuple[AnyWeight, _Costs]:
+def _round_matrix_to_fp8(parameter_OI: Tensor, scheme: Fp8Scheme, seen: InputStatistics | None) -> tuple[AnyWeight, Costs]:
     """FP8 numbers are rounded to nearest, whatever the method: what was seen gives the scale of static activations."""
     usable = seen is not None and seen.tokens > 0
     gram_II = seen.gram_II if usable else torch.eye(parameter_OI.shape[1])
     made = round_to_fp8(parameter_OI.float(), scheme, float(seen.largest_I.max()) if usable else None)
     restored_OI = restored_from_fp8(made.matrix, scheme)
     lost = float(output_errors(parameter_OI.float() - restored_OI, gram_II).sum())
-    costs = _Costs(lost, lost, float(output_errors(parameter_OI.float(), gram_II).sum()))
+    costs = Costs(lost, lost, float(output_errors(parameter_OI.float(), gram_II).sum()))
     parameter_OI.copy_(restored_OI)
     return made, costs
 
 
 def _round_experts(
     experts: Experts, scheme: AnyScheme, method: Method, seen: ExpertStatistics | None
-) -> tuple[list[tuple[AnyWeight, AnyWeight]], _Costs]:
-    result, total = [], _Costs(0.0, 0.0, 0.0)
+) -> tuple[list[tuple[AnyWeight, AnyWeight]], Costs]:
+    result, total = [], Costs(0.0, 0.0, 0.0)
     for e in range(len(experts.down)):
-        gate_up, first = _round_matrix(experts.gate_up[e], scheme, method, seen.gate_up[e] if seen else None)
-        down, second = _round_matrix(experts.down[e], scheme, method, seen.down[e] if seen else None)
+        gate_up, first = round_matrix(experts.gate_up[e], scheme, method, seen.gate_up[e] if seen else None)
+        down, second = round_matrix(experts.down[e], scheme, method, seen.down[e] if seen else None)
         result.append((gate_up, down))
         total = total + first + second
     return result, total
@@ -260,7 +261,7 @@ def _widen(block: Block, schemes: Mapping[str, AnyScheme | None], statistics: St
     exponents: dict[str, float] = {}
     attn, ffn = block.attn, block.ffn
     assert isinstance(attn, Attention)
-    for source, names in (("attn_norm", ["attn.qkv"]), ("ffn_norm", _readers_of_ffn_norm(ffn))):
+    for source, names in (("attn_norm", ["attn.qkv"]), ("ffn_norm", _readers_of_ffn_norm(ffn, statistics))):
         found = _search(block, names, schemes, statistics, smooth=smooth)
         if found is not None:
             norm = block.get_submodule(source)
@@ -270,7 +271,8 @@ def _widen(block: Block, schemes: Mapping[str, AnyScheme | None], statistics: St
                 ffn.router.weight.mul_(found.factors_I)
                 if ffn.vision is not None:  # what reads the same norm takes its share, seen or not
                     ffn.vision.router.weight.mul_(found.factors_I)
-                    ffn.vision.experts.gate_up.mul_(found.factors_I)
+                    if "ffn.vision.experts" not in names:
+                        ffn.vision.experts.gate_up.mul_(found.factors_I)
             exponents |= dict.fromkeys(names, found.exponent)
     found = _search(block, ["attn.out"], schemes, statistics, attn, smooth=smooth)
     if found is not None:
@@ -281,14 +283,17 @@ def _widen(block: Block, schemes: Mapping[str, AnyScheme | None], statistics: St
         if isinstance(inner, SwiGLU) and (found := _search(block, [f"{name}.down"], schemes, statistics, smooth=smooth)) is not None:
             awq.fold_into_up(inner.gate_up.weight, inner.gate_up.bias, found.factors_I)
             exponents[f"{name}.down"] = found.exponent
-    if isinstance(ffn, MixtureOfExperts) and (scheme := schemes["ffn.experts"]) is not None:
-        _widen_inside_experts(ffn.experts, scheme, statistics["ffn.experts"], smooth=smooth)
+    for name in ("ffn.experts", "ffn.vision.experts"):
+        if name in statistics and (scheme := schemes[name]) is not None:
+            experts = block.get_submodule(name)
+            assert isinstance(experts, Experts)
+            _widen_inside_experts(experts, scheme, statistics[name], smooth=smooth)
     return exponents
 
 
-def _readers_of_ffn_norm(ffn: nn.Module) -> list[str]:
+def _readers_of_ffn_norm(ffn: nn.Module, seen: Collection[str]) -> list[str]:
     if isinstance(ffn, MixtureOfExperts):
-        return ["ffn.experts", *(["ffn.shared.gate_up"] if ffn.shared is not None else [])]
+        return [name for name in ("ffn.experts", "ffn.shared.gate_up", "ffn.vision.experts") if name in seen]
     return ["ffn.gate_up"]
 
 

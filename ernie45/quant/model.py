@@ -53,7 +53,7 @@ def quantise_model(
 def prepare_model(network: nn.Module, spec: QuantSpec) -> None:
     """Replace every module the spec names by an empty packed one, to be filled from a packed checkpoint."""
     for name, scheme in decided_modules(network, spec):
-        replace_module(network, name, _emptied(network.get_submodule(name), scheme))
+        replace_module(network, name, emptied(network.get_submodule(name), scheme))
     fuse(network)
 
 
@@ -88,7 +88,8 @@ def replace_module(network: nn.Module, name: str, by: nn.Module) -> None:
         setattr(owner, child, by)
 
 
-def _emptied(module: nn.Module, scheme: AnyScheme) -> nn.Module:
+def emptied(module: nn.Module, scheme: AnyScheme) -> nn.Module:
+    """The packed module, still empty, that takes the place of a float one."""
     if isinstance(module, Experts):
         num_experts, size, expert_size = module.down.shape
         if isinstance(scheme, Fp8Scheme):
@@ -106,7 +107,7 @@ def _emptied(module: nn.Module, scheme: AnyScheme) -> nn.Module:
 
 
 def _quantised(module: nn.Module, scheme: AnyScheme, algorithm: Algorithm) -> nn.Module:
-    made = _emptied(module, scheme)
+    made = emptied(module, scheme)
     if isinstance(scheme, Fp8Scheme):
         return _as_fp8(module, made, scheme)
     if isinstance(made, PackedMatrix):

@@ -14,7 +14,7 @@ from ernie45.nn.layers import Linear
 from ernie45.nn.moe import Experts
 from ernie45.nn.rope import turns
 from ernie45.quant.allocate import Need
-from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Statistics, advance_original, reached_by_text
+from ernie45.quant.calibrate import ExpertStatistics, InputStatistics, Pair, Statistics, advance_original, reached
 from ernie45.quant.convert import Source, Told, embedded
 from ernie45.quant.gptq import output_errors, round_to_nearest
 from ernie45.quant.hadamard import turned, turned_gram
@@ -33,7 +33,7 @@ def survey(source: Source, calibration_SL: Tensor, words: Sequence[str], least_t
     for layer in range(source.num_layers):
         told(f"measuring needs, layer {layer}", layer + 1, source.num_layers)
         block = source.block(layer)
-        names = [name for name, _ in quantisable(block) if reached_by_text(name)]
+        names = [name for name, _ in quantisable(block) if reached(name, None)]
         seen = Pair(block, x_SLD, turns_LP).observe(names, least_tokens)
         advance_original(block, x_SLD, turns_LP, f"layers.{layer}")
         needs += _needs(block, f"layers.{layer}", seen, words, float(x_SLD.square().sum(dtype=torch.float64)))

@@ -55,6 +55,9 @@ class QuantizeConfig:
     """Exceptions, tried first: PATTERN=SCHEME, such as 'layers.0.*=w8a8' or '*.shared.*=whole'."""
     calibration: Annotated[Path | None, _NONE] = None
     """Text to calibrate with (default: three quarters of Python's help topics)."""
+    pictures: Annotated[Path | None, _NONE] = None
+    """Of a model that sees: a folder of images, or JSON lines of `messages` with images, to calibrate with (default: what sees is rounded
+    to nearest)."""
     held_out: Annotated[Path | None, _NONE] = None
     """Text to measure on, which must not be in the calibration text (default: the other quarter)."""
     calibration_tokens: int = 16384
@@ -88,6 +91,8 @@ class QuantizeConfig:
             raise ConfigError("--target-bits and --target-size measure on the calibration text; take another --method than rtn")
         if self.target_size is not None:
             bytes_of(self.target_size)
+        if self.pictures is not None and self.method == "rtn":
+            raise ConfigError("--pictures are calibrated with, and --method rtn looks at nothing; take another --method")
         if self.window < 2:
             raise ConfigError("--window must be at least 2: a token is judged by the one after it")
 
@@ -223,10 +228,10 @@ def quantize(config: QuantizeConfig, environment: Environment) -> dict[str, Any]
         try:
             spec = spec_of(config, opened.config.tie_embeddings, opened.vision is not None)
             texts = _texts(config, opened)
-            plan = _plan(config, spec, texts, path)
+            plan = _plan(config, spec, texts, opened)
             if config.target_bits is not None or config.target_size is not None:
                 spec = _allocated(config, spec, source, plan, progress)
-                plan = _plan(config, spec, texts, path)
+                plan = replace(plan, spec=spec, fingerprint=_fingerprint(config, spec, texts, path))
             work = config.out.parent / f".{config.out.name}.quantising"
             converted = convert(source, plan, work, progress)
             report = _report(config, spec, texts, converted, path)
@@ -256,6 +261,10 @@ def _texts(config: QuantizeConfig, opened: Any) -> dict[str, Any]:
             continue
         reading = read_text(file) if file else built_in_text(held_out=kind == "held-out")
         result[kind] = (reading.origin, spread_windows(tokenizer, reading, tokens, config.window, kind))
+    if config.pictures is not None:
+        from ernie45.recipes.scenes import read_scenes
+
+        result["pictures"] = read_scenes(config.pictures, opened, tokenizer, config.window, result["calibration"][1])
     return result
 
 
@@ -270,27 +279,39 @@ def _text_side(opened: Any, made: Path) -> Path:
     return made
 
 
-def _plan(config: QuantizeConfig, spec: QuantSpec, texts: dict[str, Any], path: Path) -> Any:
+def _plan(config: QuantizeConfig, spec: QuantSpec, texts: dict[str, Any], opened: Any) -> Any:
     import torch
 
     from ernie45.quant.convert import Plan
     from ernie45.quant.methods import method_named
 
     calibration, held_out = (torch.tensor(texts[kind][1], dtype=torch.int64) for kind in ("calibration", "held-out"))
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    least = sys.maxsize if config.all_experts else config.least_expert_tokens
-    told = [
-        str(path.resolve()), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files], spec.to_dict(), config.method,
-        texts["calibration"][1], texts["held-out"][1], least,
-    ]  # fmt: skip
     return Plan(
         spec=spec,
         method=method_named(config.method),
         calibration_SL=calibration.view(-1, config.window),
         held_out_SL=held_out,
-        least_expert_tokens=least,
-        fingerprint=hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+        least_expert_tokens=_least(config),
+        fingerprint=_fingerprint(config, spec, texts, opened.path),
+        scenes=tuple(texts.get("pictures", ())),
     )
+
+
+def _least(config: QuantizeConfig) -> int:
+    return sys.maxsize if config.all_experts else config.least_expert_tokens
+
+
+def _fingerprint(config: QuantizeConfig, spec: QuantSpec, texts: dict[str, Any], path: Path) -> str:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    shown = [
+        hashlib.sha256(scene.patches_SC.numpy().tobytes() + repr(scene.tokens_L.tolist()).encode()).hexdigest()
+        for scene in texts.get("pictures", ())
+    ]
+    told = [
+        str(path.resolve()), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files], spec.to_dict(), config.method,
+        texts["calibration"][1], texts["held-out"][1], _least(config), *shown,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _report(config: QuantizeConfig, spec: QuantSpec, texts: dict[str, Any], converted: Any, path: Path) -> dict[str, Any]:
@@ -308,11 +329,16 @@ def _report(config: QuantizeConfig, spec: QuantSpec, texts: dict[str, Any], conv
         "within_limit": bool(math.isfinite(quality.ratio) and quality.ratio <= config.limit),
         "bytes": converted.nbytes,
         "bytes_before": before,
-        "calibration": {"text": texts["calibration"][0], "tokens": sum(map(len, texts["calibration"][1]))},
+        "calibration": {
+            "text": texts["calibration"][0],
+            "tokens": sum(map(len, texts["calibration"][1])),
+            "pictures": sum(len(scene.grids) for scene in texts.get("pictures", ())),
+        },
         "held_out": {"text": texts["held-out"][0], "tokens": sum(map(len, texts["held-out"][1])), "window": config.window},
         "resumed_at_layer": converted.resumed_at,
         "worst": [asdict(matrix) for matrix in worst(converted.layers)],
         "layers": [asdict(layer) for layer in converted.layers],
+        "sight": [asdict(matrix) for matrix in converted.sight],
     }
 
 
@@ -363,6 +389,8 @@ def table(report: dict[str, Any]) -> str:
         ("held-out text", f"{report['held_out']['text']}, {report['held_out']['tokens']:,} tokens"),
         ("calibration", f"{report['calibration']['text']}, {report['calibration']['tokens']:,} tokens"),
     ]
+    if report["calibration"]["pictures"]:
+        rows.append(("pictures", f"{report['calibration']['pictures']}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines.append("worst matrices (energy lost in their outputs)")
