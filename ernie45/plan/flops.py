@@ -7,7 +7,8 @@ softmax and sorting are left out.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from ernie45.models.config import TextConfig
 from ernie45.models.counts import count_parameters
@@ -89,6 +90,23 @@ def step_work(config: TextConfig, step: Learned, vision: VisionConfig | None = N
     language = passes.text * (matrices + head + block) + passes.vision_experts * vision_experts + 3 * (attention + seen)
     sight = _sight_work(config, vision, step, passes.sight) if vision is not None else 0
     return Work(step=float(language + sight), layers=float(matrices + vision_experts + attention))
+
+
+Compares = Literal["policy", "with reference", "rewards"]
+"""What a step over compared answers computes: the policy alone, a reference's pass beside it, or rewards without a head over words."""
+
+
+def comparison_work(config: TextConfig, vision: VisionConfig | None, passes: Passes, compares: Compares, step: Learned) -> Work:
+    """The work of one step over compared answers; the pass of a reference counts, since the method needs it."""
+    if compares == "rewards":
+        step = replace(step, head_rows=0)
+    policy = step_work(config, step, vision, passes)
+    if compares != "with reference":
+        return policy
+    once = Passes(text=1, vision_experts=1, sight=1)
+    whole = step_work(config, step, vision, once).step
+    attention = 2 * 4 * config.query_size * config.num_layers * step.pairs  # of the three passes that a step has, a reference has one
+    return replace(policy, step=policy.step + whole - attention)
 
 
 def _experts_met(config: TextConfig, vision: VisionConfig | None) -> tuple[int, int]:

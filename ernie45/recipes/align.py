@@ -1,22 +1,27 @@
 """`ernie align MODEL --data PAIRS --out FOLDER`: prefer the better of two answers, by DPO or its kin; KTO; reward models."""
 
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ernie45.config import Environment
+from ernie45.errors import DataError
 from ernie45.nn.lora import without_adapters
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
+from ernie45.plan.flops import Compares, Passes, comparison_work
 from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, in_precision, keeping, open_pupil, spread, state_folder
 from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
-from ernie45.train.comparison import ComparisonStep, Judge
+from ernie45.recipes.seeing import picture_facts
+from ernie45.train.comparison import ComparisonStep, HeldOutAnswers, Judge
 from ernie45.train.optim import Optimiser, OptimiserConfig
-from ernie45.train.preference import PackedRows, PairExample, PairJudge, Reference, as_pair, make_each, pack_pairs
+from ernie45.train.preference import PackedRows, PairExample, PairJudge, PreferenceBatch, Reference, as_pair, make_each, pack_pairs
 from ernie45.train.preference_losses import PreferenceConfig
-from ernie45.train.records import read_weighted
+from ernie45.train.records import Record, read_weighted
 from ernie45.train.reward import RewardJudge, RewardModel
 from ernie45.train.schedule import ScheduleConfig
 from ernie45.train.unpaired import JudgedExample, UnpairedJudge, as_judged, pack_judged
@@ -56,6 +61,7 @@ def align(config: AlignConfig, environment: Environment, ranks: Ranks = ALONE) -
         "answers" if config.preference.loss == "kto" else "pairs": len(data.examples),
         "tokens": sum(example.num_tokens for example in data.examples),
         "steps": f"{steps:,} of {config.accumulate} x at most {config.batch_tokens:,} tokens; {len(data.packs(0)):,} batches an epoch",
+        **picture_facts(data.examples, pupil.vision, pupil.decoder.dtype.itemsize),
     }
     announce(config, pupil, bad, facts)
     if config.dry_run:
@@ -63,11 +69,25 @@ def align(config: AlignConfig, environment: Environment, ranks: Ranks = ALONE) -
     way = spread(pupil, config.samples)
     judge, scorer = _judge(config, pupil, environment)
     optimiser = Optimiser(scorer or pupil.decoder, config.optimiser, pupil.decoder.config.head_size, state_folder(config))
-    learner = ComparisonStep(judge, optimiser, ranks=ranks, run=way, keep=keeping(config, pupil))
+    work = partial(comparison_work, pupil.decoder.config, pupil.vision, Passes.of(optimiser.parameters), _kind(config))
+    learner = ComparisonStep(judge, optimiser, ranks=ranks, run=way, keep=keeping(config, pupil), work=work)
+    held_out = _held_out(config, pupil)
     ids = digest_of_ids(_ids(example) for example in data.examples)
     method = "A reward model trained" if scorer else f"Preference training ({config.preference.loss})"
     say = f"# {'Reward model' if scorer else 'Aligned'} from {config.model}\n\n{method} with ernie45: "
-    target = teach(config, pupil, way, learner, data, steps, ids, lambda how: f"{say}{how}.", scorer)
+    target = teach(
+        config,
+        pupil,
+        way,
+        learner,
+        data,
+        steps,
+        ids,
+        lambda how: f"{say}{how}.",
+        scorer,
+        evaluate=HeldOutAnswers(judge, held_out, ranks, way) if held_out else None,
+        eval_every=config.eval_every,
+    )
     if scorer is not None:
         ranks.once(lambda: scorer.save_head(target))
     return target
@@ -86,11 +106,19 @@ def _judge(config: AlignConfig, pupil: Pupil, environment: Environment) -> tuple
     return PairJudge(decoder, loss, reference, recompute=config.recompute), None
 
 
+def _kind(config: AlignConfig) -> Compares:
+    """What a comparison computes: a reference's pass beside the policy's, or rewards without a head over words."""
+    if config.preference.loss == "reward":
+        return "rewards"
+    return "with reference" if config.preference.needs_reference else "policy"
+
+
 def _ids(example: PairExample | JudgedExample) -> tuple[int, ...]:
     """What the fingerprint of a run knows of an example."""
+    pictures = tuple(int.from_bytes(picture.digest) for picture in example.pictures)
     if isinstance(example, JudgedExample):
-        return (*example.prefix, -1, *example.answer, int(example.good))
-    return (*example.prefix, -1, *example.chosen, -1, *example.rejected)
+        return (*example.prefix, -1, *example.answer, int(example.good), *pictures)
+    return (*example.prefix, -1, *example.chosen, -1, *example.rejected, *pictures)
 
 
 def _reference(config: AlignConfig, pupil: Pupil, environment: Environment) -> Reference | None:
@@ -109,11 +137,24 @@ def _data(config: AlignConfig, pupil: Pupil) -> tuple[PackedRows[Any, Any], BadR
     """The pairs or judged answers, checked against the model's limits."""
     bad = BadRows(pupil.ranks)
     on_bad = bad if config.skip_bad else None
+    return _packed(config, pupil, read_weighted(config.data, config.weights, config.seed, on_bad), config.seed, on_bad), bad
+
+
+def _held_out(config: AlignConfig, pupil: Pupil) -> list[PreferenceBatch]:
+    """The batches whose loss is measured beside the training; a bad row among them always ends the run."""
+    if not config.held_out:
+        return []
+    rows = _packed(config, pupil, read_weighted(config.held_out, (), config.seed, None), 0, None)
+    return [rows.batch(number) for number in range(len(rows.packs(0)))]
+
+
+def _packed(
+    config: AlignConfig, pupil: Pupil, records: Iterable[Record], seed: int, on_bad: Callable[[DataError], None] | None
+) -> PackedRows[Any, Any]:
     limit = min(pupil.decoder.config.max_positions, config.batch_tokens)
-    template = pupil.template(config.chat_format)
-    records = read_weighted(config.data, config.weights, config.seed, on_bad)
+    template, gallery = pupil.template(config.chat_format), pupil.gallery(config)
     if config.preference.loss == "kto":
-        judged = make_each(records, lambda record: as_judged(record, template), limit, on_bad)
-        return PackedRows(judged, config.batch_tokens, config.seed, pack_judged), bad
-    pairs = make_each(records, lambda record: [as_pair(record, template)], limit, on_bad)
-    return PackedRows(pairs, config.batch_tokens, config.seed, pack_pairs), bad
+        judged = make_each(records, lambda record: as_judged(record, template, gallery), limit, on_bad)
+        return PackedRows(judged, config.batch_tokens, seed, partial(pack_judged, gallery=gallery))
+    pairs = make_each(records, lambda record: [as_pair(record, template, gallery)], limit, on_bad)
+    return PackedRows(pairs, config.batch_tokens, seed, partial(pack_pairs, gallery=gallery))

@@ -145,22 +145,22 @@ def render(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None, 
     if template is None:
         raise DataError(f"{record.where}: is a conversation, and the model has no chat template; name one with --chat-format")
     if isinstance(record, Preference):
-        pair = as_pair(record, template)
+        pair = as_pair(record, template, gallery)
         sections = (
             ("prompt", parts(pair.prefix, (IGNORED,) * len(pair.prefix), tokenizer)),
             ("chosen", parts(pair.chosen, pair.chosen_labels, tokenizer)),
             ("rejected", parts(pair.rejected, pair.rejected_labels, tokenizer)),
         )
         learned = sum(label != IGNORED for label in (*pair.chosen_labels, *pair.rejected_labels))
-        return Shown(record.where, "pair", sections, pair.num_tokens, learned)
+        return Shown(record.where, "pair", sections, pair.num_tokens, learned, pair.pictures)
     if isinstance(record, Judgement):
-        [judged] = as_judged(record, template)
+        [judged] = as_judged(record, template, gallery)
         sections = (
             ("prompt", parts(judged.prefix, (IGNORED,) * len(judged.prefix), tokenizer)),
             ("good" if judged.good else "bad", parts(judged.answer, judged.labels, tokenizer)),
         )
         learned = sum(label != IGNORED for label in judged.labels)
-        return Shown(record.where, "judged answer", sections, len(judged.prefix) + len(judged.answer), learned)
+        return Shown(record.where, "judged answer", sections, len(judged.prefix) + len(judged.answer), learned, judged.pictures)
     return _shown(record, "conversation", as_example(record, template, tokenizer, gallery=gallery), tokenizer)
 
 

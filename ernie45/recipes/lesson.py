@@ -49,6 +49,10 @@ class LessonConfig(LearningConfig):
     """Files, folders or patterns of rows (.jsonl, .json, .csv, .parquet, .txt); the guide lists what a row may be."""
     weights: tuple[float, ...] = ()
     """How often an epoch holds the rows of each name in `data`: 2 is twice, 0.5 is every second row; by default once each."""
+    held_out: tuple[Path, ...] = ()
+    """Files of rows, as `data` has them, that are not learned from: their loss is measured beside the training."""
+    eval_every: int = 100
+    """Steps between two measurements of the held-out loss."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters; `--lora.rank 0` trains all weights."""
     chat_format: str | None = None

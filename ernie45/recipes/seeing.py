@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from ernie45.errors import CheckpointError
 from ernie45.models.load import read_config
+from ernie45.models.places import tokens_of
 from ernie45.models.vision_config import ModelConfig, VisionConfig
 from ernie45.tokens.messages import Image
 from ernie45.tokens.pictures import PixelRules, read_pixel_rules
-from ernie45.train.batch import Example
+from ernie45.train.batch import KnownPicture
 from ernie45.train.sighted import Gallery, PictureConfig
 
 _RGB = 3
@@ -35,14 +37,23 @@ def open_gallery(folder: Path, vision: VisionConfig | None, config: PictureConfi
     return Gallery(rules, vision, config, shelf_mb)
 
 
-def picture_facts(examples: Sequence[Example], vision: VisionConfig | None, number_bytes: int) -> dict[str, str]:
+class WithPictures(Protocol):
+    """An example of any method."""
+
+    @property
+    def pictures(self) -> tuple[KnownPicture, ...]:
+        """Its pictures."""
+        ...
+
+
+def picture_facts(examples: Sequence[WithPictures], vision: VisionConfig | None, number_bytes: int) -> dict[str, str]:
     """What the pictures of examples come to, for the plan; nothing where there are none. number_bytes: of what is computed in."""
     known = [picture for example in examples for picture in example.pictures]
     if vision is None or not known:
         return {}
     patches = [t * h * w for t, h, w in (picture.grid for picture in known)]
     images = sum(isinstance(picture.part, Image) for picture in known)
-    tokens = sum(sum(id in vision.placeholder_ids for id in example.ids) for example in examples)
+    tokens = sum(tokens_of(picture.grid, vision) for picture in known)
     kept, inputs = (kept_numbers(max(patches), vision, recompute=way) * number_bytes / 1e6 for way in (False, True))
     return {
         "pictures": f"{images:,} images, {len(known) - images:,} videos: {tokens:,} tokens, {sum(patches):,} patches",

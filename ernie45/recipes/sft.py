@@ -26,10 +26,6 @@ from ernie45.train.step import Step
 class SftConfig(LessonConfig):
     """Teach a model from conversations: it learns the answers, not the questions."""
 
-    held_out: tuple[Path, ...] = ()
-    """Files of rows, as `data` has them, that are not learned from: their loss is measured beside the training."""
-    eval_every: int = 100
-    """Steps between two measurements of the held-out loss."""
     neftune: float = 0.0
     """Noise on the embeddings while learning (NEFTune), such as 5; 0 is none."""
     qat: str | None = None

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.parallel.shard import Run, plainly
+from ernie45.plan.flops import Learned, Work
 from ernie45.tokens.template import IGNORED
+from ernie45.train.batch import Seen
 from ernie45.train.optim import Optimiser
 from ernie45.train.step import StepReport
 
@@ -30,11 +32,24 @@ class Compared(NamedTuple):
 class AnswerBatch(Protocol):
     """What every batch of answers has."""
 
-    labels_T: Tensor
+    @property
+    def labels_T(self) -> Tensor:  # noqa: N802
+        """What each row learns."""
+        ...
+
+    @property
+    def seen(self) -> Seen | None:
+        """Its pictures."""
+        ...
 
     @property
     def num_tokens(self) -> int:
         """Tokens that pass through the model."""
+        ...
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens that see each other."""
         ...
 
     @property
@@ -66,18 +81,16 @@ class ComparisonStep(Generic[B]):
         ranks: Ranks = ALONE,
         run: Run = plainly,
         keep: Callable[[], AbstractContextManager[None]] = nullcontext,
+        work: Callable[[Learned], Work] | None = None,
     ) -> None:
+        """work: what a step costs; without it the report says nothing of it."""
+        self.work = work
         self.judge, self.optimiser, self.ranks, self.run, self.keep = judge, optimiser, ranks, run, keep
 
     def __call__(self, batches: Sequence[B], step: int, rate: float) -> StepReport:
         """Learn from the batches of one step, or this rank's of them. A step whose gradient is not finite is skipped by all ranks."""
         start = time.perf_counter()
-        own = (
-            sum(batch.num_compared for batch in batches),
-            sum(batch.num_tokens for batch in batches),
-            sum(int((batch.labels_T != IGNORED).sum()) for batch in batches),
-        )
-        num_compared, tokens, learned = map(int, self.ranks.sums(own))
+        num_compared, tokens, learned, pairs, *pictures = map(int, self.ranks.sums(_counts(batches)))
         loss, margins = 0.0, []
         for batch in batches:
             with self.keep():
@@ -92,6 +105,11 @@ class ComparisonStep(Generic[B]):
         norm = self.ranks.from_first(self.optimiser.gradient_norm())
         skipped = not math.isfinite(norm)
         self.optimiser.drop_gradients() if skipped else self.optimiser.step(rate, norm)
+        vision_tokens, patches, patch_pairs = pictures
+        counted = Learned(
+            tokens=tokens, pairs=pairs, head_rows=learned, vision_tokens=vision_tokens, patches=patches, patch_pairs=patch_pairs
+        )
+        work = None if self.work is None else self.work(counted)
         return StepReport(
             step=step,
             loss=loss,
@@ -103,4 +121,36 @@ class ComparisonStep(Generic[B]):
             skipped=skipped,
             margin=margin / num_compared,
             accuracy=preferred / num_compared,
+            vision_tokens=vision_tokens or None,
+            work=None if work is None else work.step,
+            layer_work=None if work is None else work.layers,
         )
+
+
+def _counts(batches: Sequence[AnswerBatch]) -> list[int]:
+    """What is compared, tokens, labels, pairs of tokens that see each other; of pictures vision tokens, patches, pairs of these."""
+    own = [0] * 7
+    for batch in batches:
+        labels, seen = int((batch.labels_T != IGNORED).sum()), batch.seen
+        pictures = (0, 0, 0) if seen is None else (seen.num_vision, len(seen.patches_SC), seen.pairs)
+        for n, count in enumerate((batch.num_compared, batch.num_tokens, labels, batch.pairs, *pictures)):
+            own[n] += count
+    return own
+
+
+class HeldOutAnswers(Generic[B]):
+    """Measures the mean loss over fixed batches of compared answers, which the ranks share out. Nothing of the training is touched."""
+
+    def __init__(self, judge: Judge[B], batches: Sequence[B], ranks: Ranks = ALONE, run: Run = plainly) -> None:
+        assert batches, "without held-out rows nothing is measured"
+        self.judge, self.batches, self.ranks, self.run = judge, batches, ranks, run
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """The loss now."""
+        total, world = 0.0, self.ranks.world
+        for number in range(self.ranks.rank, -(-len(self.batches) // world) * world, world):
+            # ranks that share the weights run equally many passes: beyond the end a batch is run again, and not counted
+            loss = self.run(self.judge, self.batches[min(number, len(self.batches) - 1)]).losses.sum().item()
+            total += loss if number < len(self.batches) else 0.0
+        return self.ranks.sums([total])[0] / sum(batch.num_compared for batch in self.batches)

@@ -12,7 +12,7 @@ from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.parallel.shard import Run, plainly
 from ernie45.train.batch import TrainBatch
 from ernie45.train.cross_entropy import summed_cross_entropy
-from ernie45.train.forward import with_pictures
+from ernie45.train.forward import states
 
 
 class HeldOut:
@@ -36,8 +36,7 @@ class HeldOut:
         return self.ranks.sums([total])[0] / self.learned
 
     def _loss(self, batch: TrainBatch) -> Tensor:
-        decoder, seen = self.decoder, batch.seen
-        x_TD = with_pictures(decoder, decoder.embed(batch.tokens_T), batch.tokens_T, seen, recompute=False)
-        h_TD = decoder(x_TD, batch.positions_T, PackedCausal(list(batch.doc_ends)), None if seen is None else seen.vision_T)
+        decoder = self.decoder
+        h_TD = states(decoder, batch, PackedCausal(list(batch.doc_ends)), recompute=False)
         weights_T = torch.ones(batch.labels_T.shape, dtype=torch.float32)
         return summed_cross_entropy(decoder.norm(h_TD), decoder.head_matrix, batch.labels_T, weights_T, bias_V=decoder.head_bias).total

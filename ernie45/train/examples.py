@@ -70,7 +70,7 @@ def as_example(
         raise DataError(f"{record.where}: is a preference pair; this training reads conversations (pairs are for `ernie align`)")
     messages, pictures = record.messages, ()
     if any(message.media for message in messages):
-        messages, pictures = _seeing(gallery, record.where).look(messages, record.where)
+        messages, pictures = seeing(gallery, record.where).look(messages, record.where)
     try:
         # reasoning in the data means that the model is to think
         thinks = thinking if thinking is not None or not any(m.reasoning for m in messages) else _may_think(template)
@@ -93,7 +93,7 @@ def as_document(record: Document | Interleaved, tokenizer: Tokenizer, gallery: G
         return Example(ids, ids)
     parts, pictures = tuple(passage.part for passage in record.passages), ()
     if any(not isinstance(part, Text) for part in parts):
-        parts, pictures = _seeing(gallery, record.where).look_at(parts, record.where)
+        parts, pictures = seeing(gallery, record.where).look_at(parts, record.where)
     try:
         prompt = compile_segments(_written(record, parts), tokenizer, lambda turn: True)
     except ErnieError as error:
@@ -118,7 +118,8 @@ def _written(record: Interleaved, parts: Sequence[Part]) -> Iterator[Segment]:
             yield from media_segments(part, counts[type(part)])
 
 
-def _seeing(gallery: Gallery | None, where: str) -> Gallery:
+def seeing(gallery: Gallery | None, where: str) -> Gallery:
+    """The gallery of a model that sees. Raises DataError where there is none."""
     if gallery is None:
         raise DataError(f"{where}: has pictures, and this model reads text alone, or was loaded without its vision tower")
     return gallery

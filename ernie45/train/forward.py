@@ -4,6 +4,7 @@ Letters: T tokens, D width, S patches, C numbers of one patch, F tokens of pictu
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +17,25 @@ from ernie45.nn.moe import Modality
 from ernie45.train.batch import Seen
 
 
+class PlacedBatch(Protocol):
+    """What a pass needs of a batch: ids [T], positions [T] or [T, 3], and pictures."""
+
+    @property
+    def tokens_T(self) -> Tensor:  # noqa: N802
+        """What the model sees."""
+        ...
+
+    @property
+    def positions_T(self) -> Tensor:  # noqa: N802
+        """Where it stands."""
+        ...
+
+    @property
+    def seen(self) -> Seen | None:
+        """What placeholders stand for."""
+        ...
+
+
 def with_pictures(decoder: Decoder, x_TD: Tensor, tokens_T: Tensor, seen: Seen | None, *, recompute: bool) -> Tensor:
     """The embedding [T, D] with what was seen in place of the placeholders; the embedding itself where nothing was."""
     if seen is None:
@@ -23,6 +43,13 @@ def with_pictures(decoder: Decoder, x_TD: Tensor, tokens_T: Tensor, seen: Seen |
     assert decoder.sight is not None, "batches with pictures are made for models that see"
     features_FD = features(decoder.sight, seen.patches_SC, seen.grids, recompute=recompute)
     return decoder.sight.put(x_TD, tokens_T, features_FD.to(x_TD.dtype))
+
+
+def states(decoder: Decoder, batch: PlacedBatch, attend: Attend, *, recompute: bool) -> Tensor:
+    """The last layer's output for a batch, [T, D], before the final norm."""
+    seen = batch.seen
+    x_TD = with_pictures(decoder, decoder.embed(batch.tokens_T), batch.tokens_T, seen, recompute=recompute)
+    return trunk(decoder, x_TD, batch.positions_T, attend, None if seen is None else seen.vision_T, recompute=recompute)
 
 
 def features(sight: Sight, patches_SC: Tensor, grids: Sequence[Grid], *, recompute: bool) -> Tensor:

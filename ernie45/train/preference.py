@@ -16,14 +16,17 @@ from ernie45.errors import DataError, ErnieError
 from ernie45.models.text import Decoder
 from ernie45.nn.attention import BranchedCausal
 from ernie45.parallel.shard import Run, plainly
+from ernie45.plan.flops import causal_pairs
+from ernie45.tokens.messages import Message
 from ernie45.tokens.template import IGNORED, ChatTemplate
-from ernie45.train.batch import Seen, plan_packs
+from ernie45.train.batch import KnownPicture, Seen, plan_packs
 from ernie45.train.comparison import Compared
 from ernie45.train.cross_entropy import token_log_probs
-from ernie45.train.examples import Batch, permutation
-from ernie45.train.forward import trunk
+from ernie45.train.examples import Batch, permutation, seeing
+from ernie45.train.forward import states
 from ernie45.train.preference_losses import Pairs, PreferenceConfig, preference_loss
 from ernie45.train.records import Preference, Record
+from ernie45.train.sighted import Gallery
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class PairExample:
     chosen_labels: tuple[int, ...]
     rejected_labels: tuple[int, ...]
     gap: float
+    pictures: tuple[KnownPicture, ...] = ()
+    """What placeholders in the prefix stand for, in order."""
 
     @property
     def num_tokens(self) -> int:
@@ -71,14 +76,20 @@ class PreferenceBatch:
         """P."""
         return len(self.groups)
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens that see each other: a branch sees the prefix and itself."""
+        return sum(causal_pairs(group) + prefix * sum(branches) for group in self.groups for prefix, *branches in [group])
 
-def as_pair(record: Record, template: ChatTemplate) -> PairExample:
-    """What the model sees of a pair. Raises DataError naming the row."""
+
+def as_pair(record: Record, template: ChatTemplate, gallery: Gallery | None = None) -> PairExample:
+    """What the model sees of a pair; gallery: reads the pictures of its prompt. Raises DataError naming the row."""
     if not isinstance(record, Preference):
         raise DataError(f"{record.where}: is no preference pair; expected src + tgt + response + sort, or prompt + chosen + rejected")
+    prompt, pictures = look_at_prompt(record.prompt, (record.chosen, record.rejected), gallery, record.where)
     try:
         prompts = [
-            template.render([*record.prompt, *answer], tools=record.tools or None, add_generation_prompt=False)
+            template.render([*prompt, *answer], tools=record.tools or None, add_generation_prompt=False)
             for answer in (record.chosen, record.rejected)
         ]
     except ErnieError as error:
@@ -86,7 +97,7 @@ def as_pair(record: Record, template: ChatTemplate) -> PairExample:
     if prompts[0].ids == prompts[1].ids:
         raise DataError(f"{record.where}: the chosen and the rejected answer are the same")
     # earlier answers of the prompt are the same in both: only what follows the common prompt is compared
-    opening = len(template.render(record.prompt, tools=record.tools or None, add_generation_prompt=True).ids)
+    opening = len(template.render(prompt, tools=record.tools or None, add_generation_prompt=True).ids)
     labels = [tuple(label if place >= opening else IGNORED for place, label in enumerate(prompt.labels)) for prompt in prompts]
     first = [next((place for place, label in enumerate(row) if label != IGNORED), 0) for row in labels]
     if 0 in first:
@@ -94,23 +105,47 @@ def as_pair(record: Record, template: ChatTemplate) -> PairExample:
     same = next(n for n, (a, b) in enumerate(zip((*prompts[0].ids, -1), (*prompts[1].ids, -2), strict=False)) if a != b)
     cut = max(0, min(same, *first) - 1)
     chosen, rejected = (prompt.ids[cut:] for prompt in prompts)
-    return PairExample(prompts[0].ids[:cut], chosen, rejected, labels[0][cut:], labels[1][cut:], record.gap)
+    return PairExample(prompts[0].ids[:cut], chosen, rejected, labels[0][cut:], labels[1][cut:], record.gap, pictures)
 
 
-def pack_pairs(examples: Sequence[PairExample]) -> PreferenceBatch:
-    """Pairs end to end, labels shifted inside each branch."""
+def look_at_prompt(
+    prompt: Sequence[Message], answers: Sequence[Sequence[Message]], gallery: Gallery | None, where: str
+) -> tuple[tuple[Message, ...], tuple[KnownPicture, ...]]:
+    """The prompt of compared answers with its media measured, and their pictures.
+
+    Raises DataError for pictures in what follows the prompt, and where the model reads text alone.
+    """
+    if any(message.media for answer in answers for message in answer):
+        raise DataError(f"{where}: a picture stands behind the first answer; in compared answers pictures stand in the prompt")
+    if not any(message.media for message in prompt):
+        return tuple(prompt), ()
+    return seeing(gallery, where).look(prompt, where)
+
+
+def pack_pairs(examples: Sequence[PairExample], gallery: Gallery | None = None) -> PreferenceBatch:
+    """Pairs end to end, labels shifted inside each branch. gallery: reads the pictures of prompts."""
     tokens: list[int] = []
     labels: list[int] = []
-    positions: list[Tensor] = []
     for e in examples:
         tokens += [*e.prefix, *e.chosen, *e.rejected]
         labels += [*[IGNORED] * len(e.prefix), *e.chosen_labels[1:], IGNORED, *e.rejected_labels[1:], IGNORED]
-        start = len(e.prefix)
-        positions += [torch.arange(start), torch.arange(start, start + len(e.chosen)), torch.arange(start, start + len(e.rejected))]
     groups = tuple((len(e.prefix), len(e.chosen), len(e.rejected)) for e in examples)
-    return PreferenceBatch(
-        torch.tensor(tokens), torch.tensor(labels), torch.cat(positions), groups, torch.tensor([e.gap for e in examples])
-    )
+    tokens_T, known = torch.tensor(tokens), [picture for e in examples for picture in e.pictures]
+    seen = gallery.see(tokens_T, known) if gallery is not None and known else None
+    positions = [part for e in examples for part in _positions(e, None if seen is None else gallery)]
+    return PreferenceBatch(tokens_T, torch.tensor(labels), torch.cat(positions), groups, torch.tensor([e.gap for e in examples]), seen=seen)
+
+
+def _positions(e: PairExample, gallery: Gallery | None) -> list[Tensor]:
+    """Of the prefix and of both branches, which go on behind it; three to a token where a picture is in the batch."""
+    if gallery is None:
+        start, parts = len(e.prefix), [torch.arange(len(e.prefix))]
+        return parts + [torch.arange(start, start + len(branch)) for branch in (e.chosen, e.rejected)]
+    if not e.prefix:
+        return [torch.arange(len(branch))[:, None].expand(-1, 3) for branch in (e.chosen, e.rejected)]
+    places = gallery.places(e.prefix, e.pictures)
+    behind = [(places.following + torch.arange(len(branch)))[:, None].expand(-1, 3) for branch in (e.chosen, e.rejected)]
+    return [places.positions_T3, *behind]
 
 
 class Sized(Protocol):
@@ -178,7 +213,7 @@ def make_each(
 def pair_log_probs(decoder: Decoder, batch: PreferenceBatch, recompute: bool = False) -> tuple[Tensor, Tensor]:
     """Summed log-probability of each chosen and each rejected answer, float32 [P] twice, with gradient."""
     attend = BranchedCausal([tuple(group) for group in batch.groups])
-    h_TD = trunk(decoder, decoder.embed(batch.tokens_T), batch.positions_T, attend, recompute=recompute)
+    h_TD = states(decoder, batch, attend, recompute=recompute)
     logps_T = token_log_probs(decoder.norm(h_TD), decoder.head_matrix, batch.labels_T, bias_V=decoder.head_bias)
     return by_branch(logps_T, batch)
 

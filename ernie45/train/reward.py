@@ -16,7 +16,7 @@ from ernie45.models.text import Decoder, check_tokens
 from ernie45.nn.attention import BranchedCausal, PackedCausal
 from ernie45.nn.layers import Linear
 from ernie45.train.comparison import Compared
-from ernie45.train.forward import trunk
+from ernie45.train.forward import states
 from ernie45.train.preference import PreferenceBatch
 from ernie45.train.preference_losses import PreferenceConfig
 from ernie45.weights.safetensors import open_safetensors
@@ -87,7 +87,7 @@ class RewardJudge:
         """The loss of each pair, and by how much the chosen answer has more."""
         decoder = self.model.decoder
         attend = BranchedCausal([tuple(group) for group in batch.groups])
-        h_TD = trunk(decoder, decoder.embed(batch.tokens_T), batch.positions_T, attend, recompute=self.recompute)
+        h_TD = states(decoder, batch, attend, recompute=self.recompute)
         ends = torch.tensor([length for group in batch.groups for length in group]).cumsum(0).view(-1, 3)
         chosen_P, rejected_P = self.model.values(h_TD[(ends[:, 1:] - 1).flatten()]).view(-1, 2).unbind(1)
         apart_P = chosen_P - rejected_P

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ernie45.errors import ConfigError, DataError, ErnieError
-from ernie45.models.places import is_vision, place
+from ernie45.models.places import Places, is_vision, place
 from ernie45.models.vision_config import VisionConfig
 from ernie45.tokens.messages import Image, Message, Part, Video
 from ernie45.tokens.patches import patches
@@ -134,12 +135,15 @@ class Gallery:
         known = [picture for example in examples for picture in example.pictures]
         if not known:
             return batch
-        positions_T3 = torch.cat([place(e.ids, [p.grid for p in e.pictures], self.vision).positions_T3 for e in examples])
+        positions_T3 = torch.cat([self.places(e.ids, e.pictures).positions_T3 for e in examples])
+        return replace(batch, positions_T=positions_T3, seen=self.see(batch.tokens_T, known))
+
+    def places(self, ids: Sequence[int], known: Sequence[KnownPicture]) -> Places:
+        """Where the tokens of one document stand."""
+        return place(ids, [picture.grid for picture in known], self.vision)
+
+    def see(self, tokens_T: Tensor, known: Sequence[KnownPicture]) -> Seen:
+        """The pictures of a batch, in the order of their placeholders."""
         pixels = np.concatenate([patches(self.picture(one), self.rules) for one in known])
-        seen = Seen(
-            torch.from_numpy(pixels),
-            tuple(one.grid for one in known),
-            is_vision(batch.tokens_T, self.vision),
-            hashlib.sha256(b"".join(one.digest for one in known)).digest(),
-        )
-        return replace(batch, positions_T=positions_T3, seen=seen)
+        digest = hashlib.sha256(b"".join(one.digest for one in known)).digest()
+        return Seen(torch.from_numpy(pixels), tuple(one.grid for one in known), is_vision(tokens_T, self.vision), digest)

@@ -14,10 +14,12 @@ from ernie45.errors import DataError, ErnieError
 from ernie45.models.text import Decoder
 from ernie45.tokens.messages import Message
 from ernie45.tokens.template import IGNORED, ChatTemplate
+from ernie45.train.batch import KnownPicture
 from ernie45.train.comparison import Compared
-from ernie45.train.preference import PairExample, PreferenceBatch, Reference, pack_pairs, pair_log_probs
+from ernie45.train.preference import PairExample, PreferenceBatch, Reference, look_at_prompt, pack_pairs, pair_log_probs
 from ernie45.train.preference_losses import PreferenceConfig
 from ernie45.train.records import Judgement, Preference, Record
+from ernie45.train.sighted import Gallery
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class JudgedExample:
     answer: tuple[int, ...]
     labels: tuple[int, ...]
     good: bool
+    pictures: tuple[KnownPicture, ...] = ()
+    """What placeholders in the prefix stand for, in order."""
 
     @property
     def num_tokens(self) -> int:
@@ -35,37 +39,41 @@ class JudgedExample:
         return len(self.prefix) + 2 * len(self.answer)
 
 
-def as_judged(record: Record, template: ChatTemplate) -> list[JudgedExample]:
-    """The judged answer of a record, or the two of a pair. Raises DataError naming the row."""
+def as_judged(record: Record, template: ChatTemplate, gallery: Gallery | None = None) -> list[JudgedExample]:
+    """The judged answer of a record, or the two of a pair; gallery: reads the pictures of prompts. Raises DataError naming the row."""
     if isinstance(record, Judgement):
-        return [_judged(record, record.answer, record.good, template)]
+        return [_judged(record, record.answer, record.good, template, gallery)]
     if isinstance(record, Preference):
-        return [_judged(record, record.chosen, True, template), _judged(record, record.rejected, False, template)]
+        both = ((record.chosen, True), (record.rejected, False))
+        return [_judged(record, answer, good, template, gallery) for answer, good in both]
     raise DataError(f"{record.where}: is no judged answer; expected prompt + completion + label, or a pair")
 
 
-def _judged(record: Judgement | Preference, answer: tuple[Message, ...], good: bool, template: ChatTemplate) -> JudgedExample:
+def _judged(
+    record: Judgement | Preference, answer: tuple[Message, ...], good: bool, template: ChatTemplate, gallery: Gallery | None
+) -> JudgedExample:
+    prompt, pictures = look_at_prompt(record.prompt, (answer,), gallery, record.where)
     try:
         tools = record.tools or None
-        opening = len(template.render(record.prompt, tools=tools, add_generation_prompt=True).ids)
-        whole = template.render([*record.prompt, *answer], tools=tools, add_generation_prompt=False)
+        opening = len(template.render(prompt, tools=tools, add_generation_prompt=True).ids)
+        whole = template.render([*prompt, *answer], tools=tools, add_generation_prompt=False)
     except ErnieError as error:
         raise DataError(f"{record.where}: {error}") from None
     labels = tuple(label if place >= opening else IGNORED for place, label in enumerate(whole.labels))
     first = next((place for place, label in enumerate(labels) if label != IGNORED), 0)
     if not first:
         raise DataError(f"{record.where}: the answer is empty, or nothing in it is learned")
-    return JudgedExample(whole.ids[: first - 1], whole.ids[first - 1 :], labels[first - 1 :], good)
+    return JudgedExample(whole.ids[: first - 1], whole.ids[first - 1 :], labels[first - 1 :], good, pictures)
 
 
-def pack_judged(examples: Sequence[JudgedExample]) -> PreferenceBatch:
+def pack_judged(examples: Sequence[JudgedExample], gallery: Gallery | None = None) -> PreferenceBatch:
     """Rows as of pairs: each prompt with its own answer and with that of the example before it, the first with the last one's."""
     rows = []
     for n, own in enumerate(examples):
         other = examples[n - 1]  # after the last token of this prompt, not of its own
         mismatched, labels = (own.answer[0], *other.answer[1:]), (IGNORED, *other.labels[1:])
-        rows.append(PairExample(own.prefix, own.answer, mismatched, own.labels, labels, 1.0))
-    return replace(pack_pairs(rows), good_P=torch.tensor([example.good for example in examples]))
+        rows.append(PairExample(own.prefix, own.answer, mismatched, own.labels, labels, 1.0, own.pictures))
+    return replace(pack_pairs(rows, gallery), good_P=torch.tensor([example.good for example in examples]))
 
 
 class UnpairedJudge:

@@ -1,15 +1,23 @@
 """The work of a step: torch's own counter sees the same products."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ernie45.models.released import tiny
-from ernie45.plan.flops import Learned, Passes, causal_pairs, step_work
+from ernie45.plan.flops import Learned, Passes, causal_pairs, comparison_work, step_work
+from ernie45.tokens.template import IGNORED
 from ernie45.train.accounting import accounted, memory_by_kind
 from ernie45.train.batch import pack
+from ernie45.train.comparison import ComparisonStep
 from ernie45.train.optim import MovingAverage, Optimiser, OptimiserConfig
+from ernie45.train.preference import PairExample, PairJudge, Reference, pack_pairs
+from ernie45.train.preference_losses import PreferenceConfig
+from ernie45.train.reward import RewardJudge, RewardModel
 from ernie45.train.stages import choose_learning
 from ernie45.train.step import LossConfig, Step, StepReport
 from tests.sighted import VISION, noise, noise_batch, sighted_decoder
@@ -80,6 +88,27 @@ def test_work_of_a_model_that_sees_is_what_torch_counts(stage):
     passes = Passes.of(name for name, p in decoder.named_parameters() if p.requires_grad)
     # norms and biases stand among the parameters; the first matrix passes no gradient to pixels; markers count as tokens of pictures
     assert step_work(decoder.config, rows, VISION, passes).step == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.parametrize("compares", ["policy", "with reference", "rewards"])
+def test_work_of_comparisons_is_what_torch_counts(compares):
+    """Of DPO with the reference's pass, of a loss without one, and of a reward model, which has no head over words."""
+    decoder, other, config = make_decoder(), make_decoder(), tiny()
+    pairs = pack_pairs([PairExample((4, 5), (6, 7, 8), (6, 9, 9, 10), (IGNORED, 7, 8), (IGNORED, 9, 9, 10), 1.0) for _ in range(3)])
+    if compares == "rewards":
+        model = RewardModel(decoder).initialise(torch.Generator().manual_seed(0))
+        judge, learns = RewardJudge(model, PreferenceConfig(loss="reward")), model
+    else:
+        reference = Reference(other.requires_grad_(False), nullcontext) if compares == "with reference" else None
+        judge, learns = PairJudge(decoder, PreferenceConfig(loss="sigmoid" if reference else "simpo"), reference), decoder
+    work = partial(comparison_work, config, None, Passes(), compares)
+    step = ComparisonStep(judge, Optimiser(learns, OptimiserConfig(), 32), work=work)
+    with FlopCounterMode(display=False) as counter:
+        report = step([pairs], 0, 1e-3)
+    # the head's logits are computed a second time in backward, and its gradient is added in place: one for the other
+    counted = products(counter)
+    attention = 4 * config.query_size * config.num_layers * pairs.pairs * (4 if compares == "with reference" else 3)
+    assert report.work - attention == pytest.approx(counted, rel=0.01)
 
 
 def test_adapters_leave_out_the_gradients_of_matrices():

@@ -268,6 +268,30 @@ def test_rows_with_pictures_are_previewed(seer, data, tmp_path, capsys):
     assert base64.b64decode(page.partition("data:image/png;base64,")[2].partition('"')[0]).startswith(b"\x89PNG")
 
 
+def test_preferences_about_pictures_are_learned(taught, data, tmp_path, capsys):
+    """The better answer gains on rows that are not learned from too; what a step cost is in the log."""
+    pairs = [
+        {"prompt": asked(data / name), "chosen": f"I see {caption}.", "rejected": f"No idea, {caption}?"}
+        for name, caption in CAPTIONS.items()
+    ]
+    rows, check = write(tmp_path / "pairs.jsonl", pairs[:4]), write(tmp_path / "check.jsonl", pairs[4:])
+    assert ernie("data", "check", rows, "--model", taught / "model") == 0
+    assert "pictures  4" in capsys.readouterr().out
+    out = tmp_path / "run"
+    how = ("--batch-tokens", 512, "--steps", 8, "--schedule.peak", "2e-3", "--eval-every", 4)
+    ernie("align", taught / "model", "--data", rows, "--held-out", check, "--out", out, *how)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert log[-1]["margin"] > 0.1
+    assert log[-1]["held_out_loss"] < log[3]["held_out_loss"] < 0.6931
+    assert {"work", "mfu", "vision_tokens"} <= log[0].keys()
+    inside = write(
+        tmp_path / "inside.jsonl", [{"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}, *asked("x")]}]
+    )
+    with pytest.raises(DataError, match=r"inside\.jsonl: line 1: a picture stands behind the first answer"):
+        ernie("align", taught / "model", "--data", inside, "--out", tmp_path / "other")
+
+
 def test_held_out_rows_may_have_pictures(seer, data, tmp_path):
     out = tmp_path / "run"
     ernie(

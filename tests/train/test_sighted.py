@@ -6,14 +6,18 @@ import pytest
 import torch
 
 from ernie45.errors import ConfigError, DataError
+from ernie45.plan.flops import causal_pairs
 from ernie45.tokens.messages import Image, Message, Text
 from ernie45.tokens.patches import patches
+from ernie45.tokens.template import IGNORED
 from ernie45.train.batch import Example, pack
 from ernie45.train.evaluate import HeldOut
 from ernie45.train.examples import PackedExamples, digest_of
 from ernie45.train.optim import Optimiser, OptimiserConfig
+from ernie45.train.preference import PairExample, pack_pairs, pair_log_probs
 from ernie45.train.sighted import Gallery, PictureConfig
 from ernie45.train.step import LossConfig, Step
+from ernie45.train.unpaired import JudgedExample, pack_judged
 from tests.parallel.facts import Keep
 from tests.sighted import END, RULES, SEEN, START, VISION, sighted_decoder
 
@@ -180,3 +184,38 @@ def test_a_predictor_in_a_model_that_sees_is_refused():
     decoder = Decoder(tiny(experts=True, num_mtp=1), VISION).initialise(torch.Generator().manual_seed(0))
     with pytest.raises(ConfigError, match=r"set losses\.mtp 0"):
         Step(decoder, Optimiser(decoder, OptimiserConfig(), 32), LossConfig())
+
+
+def pair_of(gallery, path):
+    """Two ways to go on after a question about a picture: the last token of the prompt opens both."""
+    row = example(gallery, 5, path, 7)
+    labels = (IGNORED, 8, 9)
+    return PairExample(row.ids[:-1], (7, 8, 9), (7, 11, 12, 13), labels, (IGNORED, 11, 12, 13), 1.0, row.pictures)
+
+
+def test_pairs_share_the_pictures_of_their_prompt(gallery, files):
+    """Log-probabilities of a packed batch are those of the rows one by one, each a document of prompt and answer."""
+    decoder = sighted_decoder()
+    pairs = [
+        pair_of(gallery, files["cup"]),
+        PairExample((4, 6), (3, 8), (3, 9, 9), (IGNORED, 8), (IGNORED, 9, 9), 1.0),
+        pair_of(gallery, files["cat"]),
+    ]
+    batch = pack_pairs(pairs, gallery)
+    assert batch.positions_T.shape == (batch.num_tokens, 3)
+    found = [values.tolist() for values in pair_log_probs(decoder, batch)]
+    for side, (branch, labels) in enumerate((("chosen", "chosen_labels"), ("rejected", "rejected_labels"))):
+        for n, e in enumerate(pairs):
+            whole = Example((*e.prefix, *getattr(e, branch)), (*[IGNORED] * len(e.prefix), *getattr(e, labels)), e.pictures)
+            alone = gallery.pack([whole])
+            loss = HeldOut(decoder, [alone])() * alone.learned
+            assert found[side][n] == pytest.approx(-loss, abs=2e-5)
+    assert batch.pairs == sum(causal_pairs([a + b]) + causal_pairs([a + c]) - causal_pairs([a]) for a, b, c in batch.groups)
+
+
+def test_judged_answers_keep_their_pictures(gallery, files):
+    one, two = (example(gallery, 5, files[name], 7) for name in ("cup", "cat"))
+    judged = [JudgedExample(row.ids[:-1], (7, 8, 9), (IGNORED, 8, 9), good, row.pictures) for row, good in ((one, True), (two, False))]
+    batch = pack_judged(judged, gallery)
+    assert batch.seen.grids == tuple(picture.grid for row in (one, two) for picture in row.pictures)
+    assert batch.good_P.tolist() == [True, False]
