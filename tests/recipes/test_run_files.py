@@ -104,7 +104,7 @@ def test_every_run_file_is_a_run(path):
 
 def test_every_method_has_a_file_for_every_size():
     text = {"pretrain", "sft", "sft-lora", "dpo", "dpo-lora"}
-    seeing = {"pretrain-sight", "pretrain-vision", "pretrain", "sft", "sft-lora"}
+    seeing = {"pretrain-sight", "pretrain-vision", *text}
     methods = {size: seeing if size.startswith("VL-") else text for size in {path.parent.name for path in FILES}}
     assert len(methods) == 5
     assert {(path.parent.name, path.stem) for path in FILES} == {(size, method) for size in methods for method in methods[size]}
