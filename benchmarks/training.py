@@ -1,10 +1,12 @@
 """Training speed and memory beside TRL + PEFT: the same model, rows, settings and number of threads, each in a process of its own.
 
-    python benchmarks/training.py [--method lora|full] [--model starter] [--data rows.jsonl] [--steps 4] [--threads 2] [--dtype bfloat16]
+    python benchmarks/training.py [--method lora|full|dpo] [--model starter] [--data rows.jsonl] [--steps 4] [--dtype bfloat16]
 
-Without --data the rows are random ids, for folders without a tokenizer. `--dtype bfloat16` computes in bfloat16 on both sides: here with
-float32 masters in the optimiser, there as `model.to(bfloat16)` without; `--autocast` is TRL's own `bf16`, which casts float32 weights in
-every product. Needs trl and peft. Losses are printed beside the speed: a faster run that learns something else is no faster run.
+Without --data the rows are random ids, for folders without a tokenizer. `dpo` has random pairs whose prompt is half of a row, all weights
+learn, and tokens are counted as of two whole rows on both sides: here the prompt is computed once. `--dtype bfloat16` computes in bfloat16
+on both sides: here with float32 masters in the optimiser, there as `model.to(bfloat16)` without; `--autocast` is TRL's own `bf16`, which
+casts float32 weights in every product. Needs trl and peft. Losses are printed beside the speed: a faster run that learns something else is
+no faster run.
 """
 
 import argparse
@@ -39,14 +41,35 @@ def load_rows(model: str, data: Path | None, count: int, length: int) -> tuple[P
     return folder, examples
 
 
+def random_pairs(args: argparse.Namespace) -> list:
+    """A pair for each row: a prompt of half the length, and two answers that fill it."""
+    import torch
+
+    from ernie45.tokens.template import IGNORED
+    from ernie45.train.preference import PairExample
+
+    generator, half = torch.Generator().manual_seed(0), args.length // 2
+    pairs = []
+    for _ in range(args.rows * args.steps):
+        ids = torch.randint(10, 30000, (3, half), generator=generator).tolist()
+        chosen, rejected = ((ids[0][-1], *answer) for answer in ids[1:])
+        pairs.append(PairExample(tuple(ids[0][:-1]), chosen, rejected, (IGNORED, *chosen[1:]), (IGNORED, *rejected[1:]), 1.0))
+    return pairs
+
+
 def run_ours(args: argparse.Namespace) -> dict:
     """So many rows a step, packed."""
+    from contextlib import nullcontext
+
     import torch
 
     from ernie45.models.load import load_model
     from ernie45.nn.lora import LoraConfig, adapt
     from ernie45.train.batch import pack
+    from ernie45.train.comparison import ComparisonStep
     from ernie45.train.optim import Optimiser, OptimiserConfig
+    from ernie45.train.preference import PairJudge, Reference, pack_pairs
+    from ernie45.train.preference_losses import PreferenceConfig
     from ernie45.train.step import LossConfig, Step
 
     torch.set_num_threads(args.threads)
@@ -54,13 +77,20 @@ def run_ours(args: argparse.Namespace) -> dict:
     decoder = load_model(folder, dtype=args.dtype).train()
     if args.method == "lora":
         adapt(decoder.requires_grad_(False).layers, LoraConfig(rank=8), torch.Generator().manual_seed(0))
-    learner = Step(decoder, Optimiser(decoder, OptimiserConfig(weight_decay=0.0), decoder.config.head_size), LossConfig())
+    optimiser = Optimiser(decoder, OptimiserConfig(weight_decay=0.0), decoder.config.head_size)
+    if args.method == "dpo":
+        examples = random_pairs(args)
+        frozen = load_model(folder, dtype=args.dtype).eval().requires_grad_(False)
+        learner = ComparisonStep(PairJudge(decoder, PreferenceConfig(), Reference(frozen, nullcontext)), optimiser)
+    else:
+        learner = Step(decoder, optimiser, LossConfig())
     reports = []
     for step in range(args.steps):
         rows = examples[args.rows * step : args.rows * (step + 1)]
-        reports.append(learner([pack(rows)], step, RATE))
+        reports.append(learner([pack_pairs(rows) if args.method == "dpo" else pack(rows)], step, RATE))
     seconds = sum(report.seconds for report in reports[1:])
-    return {"tokens_per_s": sum(r.tokens for r in reports[1:]) / seconds, "losses": [r.loss for r in reports]}
+    tokens = 2 * args.rows * args.length * (args.steps - 1) if args.method == "dpo" else sum(r.tokens for r in reports[1:])
+    return {"tokens_per_s": tokens / seconds, "losses": [r.loss for r in reports]}
 
 
 def run_trl(args: argparse.Namespace) -> dict:
@@ -72,7 +102,7 @@ def run_trl(args: argparse.Namespace) -> dict:
     from pyarrow import Table
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     class Clock(TrainerCallback):
         """Notes when each step ends."""
@@ -85,44 +115,57 @@ def run_trl(args: argparse.Namespace) -> dict:
 
     torch.set_num_threads(args.threads)
     folder, examples = load_rows(args.model, args.data, args.rows * args.steps, args.length)
-    examples = examples[: args.rows * args.steps]
-    rows = [{"input_ids": list(e.ids), "labels": list(e.labels)} for e in examples]
-    settings = SFTConfig(
-        output_dir=str(Path(args.scratch)),
-        per_device_train_batch_size=args.rows,
-        max_steps=args.steps,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        adam_beta2=0.95,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=args.autocast,
-        activation_checkpointing=False,
-        train_sampling_strategy="sequential",
-        dataset_kwargs={"skip_prepare_dataset": True},
-        disable_tqdm=True,
-    )
+    common = {
+        "output_dir": str(Path(args.scratch)),
+        "per_device_train_batch_size": args.rows,
+        "max_steps": args.steps,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "adam_beta2": 0.95,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": args.autocast,
+        "activation_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+        "disable_tqdm": True,
+    }
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM") if args.method == "lora" else None
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype))
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))  # the rows hold ids already, but TRL asks for a tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a", eos_token="b", unk_token="a")
     clock = Clock()
-    data = Dataset(InMemoryTable(Table.from_pylist(rows)), fingerprint="rows")
-    trainer = SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer, peft_config=lora, callbacks=[clock])
+
+    def rows_of(rows: list[dict]) -> Dataset:
+        return Dataset(InMemoryTable(Table.from_pylist(rows)), fingerprint="rows")
+
+    if args.method == "dpo":
+        rows = [
+            {"prompt_ids": [*p.prefix, p.chosen[0]], "chosen_ids": list(p.chosen[1:]), "rejected_ids": list(p.rejected[1:])}
+            for p in random_pairs(args)
+        ]
+        frozen = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+        DPOTrainer._prepare_dataset = lambda self, dataset, *rest: dataset  # the rows hold ids already
+        trainer = DPOTrainer(model, frozen, DPOConfig(**common), train_dataset=rows_of(rows), processing_class=tokenizer, callbacks=[clock])
+        tokens = 2 * args.rows * args.length * (args.steps - 1)
+    else:
+        examples = examples[: args.rows * args.steps]
+        rows = [{"input_ids": list(e.ids), "labels": list(e.labels)} for e in examples]
+        settings = SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True})
+        trainer = SFTTrainer(model, settings, train_dataset=rows_of(rows), processing_class=tokenizer, peft_config=lora, callbacks=[clock])
+        tokens = sum(len(e.ids) for e in examples[args.rows :])  # without padding: the same tokens on both sides
     trainer.train()
-    tokens = sum(len(e.ids) for e in examples[args.rows :])  # without padding: the same tokens on both sides
     losses = [line["loss"] for line in trainer.state.log_history if "grad_norm" in line]
-    return {"tokens_per_s": tokens / (clock.ends[-1] - clock.ends[0]), "losses": losses}
+    return {"tokens_per_s": tokens / (clock.ends[-1] - clock.ends[0]), "losses": [float(loss) for loss in losses]}
 
 
 def main() -> None:
     """Run both sides and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=["lora", "full"], default="lora")
+    parser.add_argument("--method", choices=["lora", "full", "dpo"], default="lora")
     parser.add_argument("--model", default="starter")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", type=int, default=4, help="rows a step")

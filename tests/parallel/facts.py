@@ -168,6 +168,31 @@ def run(ranks, folder, steps, kind="adamw", accumulate=3, data=DATA):
     return progress, weights, {name: whole(value).clone() for name, value in average.weights.items()}, seen
 
 
+def resumed(ranks, folder):
+    """Weights and losses of two steps with the held-out loss measured after each: in one go, and stopped after the first."""
+    found = []
+    for name, stops in (("whole", (2,)), ("stopped", (1, 2))):
+        seen = []
+        for steps in stops:
+            decoder = moe()
+            way = spread(decoder, ranks)
+            optimiser = Optimiser(decoder, OPTIMISER, 16)
+            train(
+                Step(decoder, optimiser, LOSSES, ranks=ranks, run=way),
+                decoder,
+                DATA,
+                ScheduleConfig(peak=1e-3, shape="constant"),
+                RunConfig(steps=steps, accumulate=2, save_every=1, eval_every=1),
+                folder / name,
+                "f",
+                on_report=lambda report: seen.append((report.loss, report.held_out_loss)),  # noqa: B023
+                ranks=ranks,
+                evaluate=HeldOut(decoder, [pack(make_examples(MICRO[0]))], ranks=ranks, run=way),
+            )
+        found.append((seen, {name: whole(p.detach()).clone() for name, p in decoder.named_parameters()}))
+    return found
+
+
 def told(ranks):
     """What a rank hears when the first one fails at what is done once."""
 
@@ -208,6 +233,7 @@ def shares(ranks, folder):
         "preference": preference(ranks, even=True),
         "run": run(ranks, folder / "run", 2, kind="muon", accumulate=6),
         "held": share_held(decoder),
+        "resumed": resumed(ranks, folder),
         "finished": finished(ranks),
     }
 

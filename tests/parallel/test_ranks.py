@@ -165,6 +165,15 @@ def test_shares_are_cut_anew_when_a_run_goes_on(two, three, tmp_path):
         assert_same(our_average, average, atol=2e-5, rtol=1e-3)
 
 
+def test_shares_go_on_to_the_bit_after_held_out_losses(two):
+    for rank in two[1]:
+        (whole, weights), (stopped, again) = rank["shares"]["resumed"]
+        assert stopped == whole
+        for name, weight in weights.items():
+            assert torch.equal(weight, again[name]), name
+    assert len(two[1][0]["shares"]["resumed"][0][0]) == 2
+
+
 def test_when_a_rank_is_killed_the_other_ends_with_a_reason(two, one, tmp_path):
     began = time.monotonic()
     (code, said), (killed, _) = wait(start(facts.dies, 2, tmp_path))
