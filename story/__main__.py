@@ -11,7 +11,7 @@ from ernie45.errors import ConfigError, ErnieError
 from story.course import Course, Plan
 from story.page import write_page
 
-QUICK_SCALE = 0.04
+QUICK_SCALE = 0.12
 _MOST = 10
 
 

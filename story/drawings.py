@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from ernie45.errors import DataError, MissingExtra
 from story.packages import read_icons
@@ -110,4 +110,5 @@ def form(name: str, rgb: Sequence[int], size: int, turn: float) -> Image.Image:
             for r, a in [(radii[i % len(radii)], 2 * math.pi * i / corners)]
         ]
         draw.polygon(points, fill=colour)
-    return made.resize((size, size), Image.Resampling.LANCZOS).rotate(turn, Image.Resampling.BICUBIC, expand=True)
+    rimmed = ImageOps.expand(made.resize((size - 2, size - 2), Image.Resampling.LANCZOS), 1)
+    return rimmed.rotate(turn, Image.Resampling.BICUBIC, expand=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from story.drawings import Drawings
 from story.scenes import MOST, PLACES, Scene
-from story.words import COLOURS, COUNTRIES, FORMS, THINGS, article, listed, verb
+from story.words import COLOURS, COUNTRIES, FORMS, THINGS, article, listed, plural, verb
 
 _WHERE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
@@ -67,7 +67,7 @@ def caption(scene: Scene, drawings: Drawings | None, dice: random.Random) -> str
     if scene.kind == "pair":
         return f"A {first} {_WHERE[scene.place]} a {_form(scene.forms[1])}. {ground}"
     if scene.kind == "count":
-        return f"{scene.count} {first}{'s' * (scene.count > 1)}. {ground}"
+        return f"{scene.count} {plural(first, scene.count)}. {ground}"
     return f"A {first}. {ground}"
 
 
@@ -190,19 +190,19 @@ def _about_pair(scene: Scene, dice: random.Random) -> list[Question]:
 
 def _about_count(scene: Scene, dice: random.Random) -> list[Question]:
     name, colour = scene.forms[0]
-    number, plural = scene.count, "s" * (scene.count > 1)
+    number = scene.count
     numbers = tuple(range(1, MOST + 1))
     wrong = dice.choice([n for n in numbers if n != number])
     count = Question(
         "number",
-        f"How many {name}s are there?",
-        f"There {'are' if plural else 'is'} {number} {name}{plural}.",
+        f"How many {plural(name, 2)} are there?",
+        f"There {'is' if number == 1 else 'are'} {number} {plural(name, number)}.",
         (str(number),),
         _names(numbers),
-        f"There {'is' if wrong == 1 else 'are'} {wrong} {name}{'s' * (wrong > 1)}.",
-        f"I count the {name}s: {', '.join(map(str, numbers[:number]))}.",
+        f"There {'is' if wrong == 1 else 'are'} {wrong} {plural(name, wrong)}.",
+        f"I count the {plural(name, 2)}: {', '.join(map(str, numbers[:number]))}.",
     )
-    seen = f"I see {number} {colour} {name}{plural}."
-    other = f"I see {wrong} {colour} {name}{'s' * (wrong > 1)}."
+    seen = f"I see {number} {colour} {plural(name, number)}."
+    other = f"I see {wrong} {colour} {plural(name, wrong)}."
     key, forms = (str(number), colour), (*_names(numbers), *_names(COLOURS))
     return [count, Question("number and colour", "What do you see?", seen, key, forms, other), _ground(scene, dice)]

@@ -79,6 +79,11 @@ def verb(name: str) -> str:
     return "are" if name in PLURAL else "is"
 
 
+def plural(form: str, count: int) -> str:
+    """The name of a form for so many of it."""
+    return form if count == 1 else f"{form}{'es' if form.endswith('s') else 's'}"
+
+
 def listed(names: list[str]) -> str:
     """a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -15,7 +15,7 @@ from story.packages import PACKAGES, Package, fetch
 from story.questions import Question, ask, caption
 from story.rows import QUICK_KINDS, Amounts, exam_papers, write_rows
 from story.scenes import KINDS, SIDE, Scenes
-from story.words import COLOURS, COUNTRIES, FORMS, KEPT_COUNTRIES, KEPT_PAIRS, article
+from story.words import COLOURS, COUNTRIES, FORMS, KEPT_COUNTRIES, KEPT_PAIRS, article, plural
 
 
 def quiet(_):
@@ -84,6 +84,7 @@ def test_an_answer_is_judged_by_its_words(said, right):
 
 def test_names_take_their_article():
     assert [article(name) for name in ("ant", "cat", "grapes", "bread")] == ["an ant", "a cat", "grapes", "bread"]
+    assert [plural("red cross", n) for n in (1, 2)] == ["red cross", "red crosses"]
     assert not COUNTRIES.keys() & KEPT_COUNTRIES.keys()
 
 
