@@ -48,7 +48,7 @@ class Amounts:
     @classmethod
     def scaled(cls, scale: float) -> "Amounts":
         """Those of the whole story, times `scale`."""
-        return cls(*(max(8, round(scale * whole)) for whole in (20_000, 1_200, 50)))
+        return cls(*(max(8, round(scale * whole)) for whole in (20_000, 1_200, 40)))
 
 
 def write_rows(out: Path, amounts: Amounts, folders: dict[str, Path] | None, workers: int, say: Callable[[str], None]) -> dict[str, Any]:
