@@ -134,6 +134,7 @@ class Optimiser:
             parameter = self.parameters[name]
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None  # it goes as its wide copy comes
         if self._adamw is not None:
             for group in self._adamw.param_groups:
                 group["lr"] = self._rate(group["name"], rate)
