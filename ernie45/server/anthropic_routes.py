@@ -111,6 +111,7 @@ def _object(arguments: str) -> dict[str, Any]:
 
 async def _events(head: dict[str, Any], ticket: Ticket) -> AsyncIterator[bytes]:
     """Anthropic's events: a start, blocks that open, grow and close, an end. Raises `Failure`."""
+    await ticket.begun()
     usage = _usage(ticket) | {"output_tokens": 0}
     start = head | {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
     yield event({"type": "message_start", "message": start}, "message_start")

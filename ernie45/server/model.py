@@ -341,7 +341,7 @@ class ServedModel:
                 ticket.timer.cancel()
             left = max(0.0, ticket.came + self._limits.request_seconds - now)
             ticket.timer = asyncio.get_running_loop().call_later(left, self._too_long, ticket)
-            ticket.state, ticket.began = State.running, now
+            ticket.begin(now)
             self._running[ticket.id] = ticket
             self._engine.submit(ticket.job.request)
 

@@ -63,6 +63,7 @@ class Writer:
         counts = request.stream_options is not None and request.stream_options.continuous_usage_stats
         head = self._head("chat.completion.chunk")
         names: dict[tuple[int, int], str] = {}
+        await tickets[0].begun()
         for index, ticket in enumerate(tickets):
             first = _chunk(index, {"role": "assistant", "content": ""})
             if request.return_token_ids:
@@ -160,6 +161,7 @@ class Writer:
         counts = request.stream_options is not None and request.stream_options.continuous_usage_stats
         head = self._head("text_completion")
         shown = dict.fromkeys(range(len(tickets)), 0)
+        await tickets[0].begun()
         if request.echo:
             for index, ticket in enumerate(tickets):
                 echo = _plain_chunk(index, self._echo(ticket))

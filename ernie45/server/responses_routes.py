@@ -197,6 +197,7 @@ class ResponseWriter:
 
     async def events(self, ticket: Ticket) -> AsyncIterator[bytes]:
         """A start, items that open, grow and close, an end. Raises `Failure`."""
+        await ticket.begun()
         head = self._head("in_progress", [])
         yield self._event("response.created", {"response": head})
         yield self._event("response.in_progress", {"response": head})

@@ -72,12 +72,9 @@ class EventStream(Response):
         self._events = events
         self._on_failure = on_failure
         self._on_end = on_end
-        self._sent_headers = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-store",
-            "x-accel-buffering": "no",
-            **headers,
-        }
+        sent = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no", **headers}
+        self._head = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in sent.items()]
+        self._begun = False  # the head goes out with the first event or comment
         self._keep_alive = keep_alive
         self._write_seconds = write_seconds
         self._turn = asyncio.Lock()  # events and comments are sent one at a time
@@ -105,17 +102,17 @@ class EventStream(Response):
 
     async def _write(self, send: Send, chunks: Chunks | None) -> None:
         now = asyncio.get_running_loop().time
-        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._sent_headers.items()]
         with contextlib.suppress(OSError):  # the client is gone
-            await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
             try:
                 async for data in self._events:
-                    if chunks is not None and chunks.ready:
+                    if chunks is not None and chunks.ready and self._begun:
                         chunks.write(data)
                         self._sent = now()
                         continue
                     await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
             except Failure as failure:
+                if not self._begun:
+                    raise  # nothing was said yet: it is an answer with a status of its own
                 await self._send(send, {"type": "http.response.body", "body": self._on_failure(failure), "more_body": True})
             await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -144,6 +141,9 @@ class EventStream(Response):
         async with self._turn:
             self._sending = loop.time()
             try:
+                if not self._begun:
+                    self._begun = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self._head})
                 await send(message)
             finally:
                 self._sending, self._sent = None, loop.time()

@@ -131,6 +131,11 @@ class Ticket:
                 self.timer.cancel()
             self._tell()
 
+    def begin(self, now: float) -> None:
+        """The engine has it from now on."""
+        self.state, self.began = State.running, now
+        self._tell()
+
     def _tell(self) -> None:
         self._news = True
         if self._reader is not None and not self._reader.done() and (self.state is State.over or not self._patient):
@@ -145,6 +150,13 @@ class Ticket:
             await self._reader
         finally:
             self._reader = None
+
+    async def begun(self) -> None:
+        """Until it leaves the line. Raises `Failure` when the engine never had it; what fails later is told by `next`."""
+        while self.state is State.waiting:
+            await self._wait()
+        if self.failure is not None and self.began is None:
+            raise self.failure
 
     async def next(self) -> Piece | None:
         """What came since the last call, waiting for it; None when the answer is over and told. Raises `Failure`."""

@@ -33,14 +33,27 @@ def test_a_full_line_is_a_503_with_retry_after(serve, until):
     assert running.chat("«again»").status_code == 200
 
 
-def test_waiting_too_long_is_a_504(serve, until):
+ASKED = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "«second»"}]},
+    "/v1/completions": {"prompt": "«second»"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "«second»"}], "max_tokens": 9, "model": "fake"},
+    "/v1/responses": {"input": "«second»"},
+}
+
+
+@pytest.mark.parametrize("route", ASKED)
+@pytest.mark.parametrize("stream", [True, False])
+def test_waiting_too_long_is_a_504_of_a_stream_too(serve, until, route, stream):
     running = serve(engine_limits=ONE, limits={"queue_seconds": 0.2})
     running.engine.held.set()
     first = later(running.chat, "«first»")
     until(lambda: running.service.models[0].running == 1)
-    second = running.chat("«second»")
+    second = running.post(route, ASKED[route] | {"stream": stream})
     assert second.status_code == 504
-    assert second.json()["error"]["code"] == "queue_timeout"
+    assert second.headers["content-type"] == "application/json"
+    error = second.json()["error"]
+    assert error["type" if route == "/v1/messages" else "code"] in ("queue_timeout", "timeout_error")
+    assert "waited 0.2 s" in error["message"]
     running.engine.held.clear()
     assert first.result().status_code == 200
 
@@ -103,6 +116,20 @@ def test_a_quiet_stream_gets_comments(serve, until):
         running.engine.held.clear()
         rest = list(lines)
     assert "data: [DONE]" in rest
+
+
+def test_who_waits_in_line_for_long_gets_comments_and_then_the_error_in_an_event(serve, until):
+    """A proxy would cut a connection that says nothing; what has begun with 200 can only go on."""
+    running = serve(engine_limits=ONE, limits={"queue_seconds": 0.6}, keep_alive_seconds=0.2)
+    running.engine.held.set()
+    first = later(running.chat, "«first»")
+    until(lambda: running.service.models[0].running == 1)
+    second = running.chat("«second»", stream=True)
+    assert second.status_code == 200
+    assert second.text.startswith(": keep-alive")
+    assert "queue_timeout" in second.text
+    running.engine.held.clear()
+    assert first.result().status_code == 200
 
 
 def test_a_reader_that_takes_nothing_is_dropped_and_the_rest_goes_on(serve, until):
