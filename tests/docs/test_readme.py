@@ -51,7 +51,8 @@ def test_make_chat_answers_through_a_pipe(shell):
 def test_make_test_runs_all_tests(shell):
     recipe = shell(f"{shell.make} --dry-run test", folder=shell.root)
     assert "-m pytest" in recipe.splitlines()[-1]
-    assert recipe.rstrip().endswith("-m pytest")  # no selection: everything
+    told = recipe.splitlines()[-1].split("-m pytest")[1].split()
+    assert told == ["--numprocesses", "logical", "--maxprocesses", "8", "--dist", "worksteal"]  # how, and no selection: everything
 
 
 @pytest.mark.slow
