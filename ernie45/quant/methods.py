@@ -246,14 +246,21 @@ def _filled(block: Block, schemes: Mapping[str, AnyScheme | None], packed: Mappi
             assert isinstance(weights, list)
             for e, pair in enumerate(weights):
                 module.fill(e, *pair)
-        elif isinstance(module, Fp8Linear):
-            assert isinstance(weights, Fp8Weight)
-            module.fill(weights)
         else:
-            assert isinstance(module, QuantLinear)
-            assert isinstance(weights, PackedWeight | CodedWeight)
-            module.fill(weights)
+            assert isinstance(weights, AnyWeight)
+            fill_linear(module, weights)
     return holder[0]
+
+
+def fill_linear(module: nn.Module, weight: AnyWeight) -> None:
+    """Give an empty `QuantLinear` or `Fp8Linear` its matrix."""
+    if isinstance(module, Fp8Linear):
+        assert isinstance(weight, Fp8Weight)
+        module.fill(weight)
+    else:
+        assert isinstance(module, QuantLinear)
+        assert isinstance(weight, PackedWeight | CodedWeight)
+        module.fill(weight)
 
 
 def _widen(block: Block, schemes: Mapping[str, AnyScheme | None], statistics: Statistics, *, smooth: bool = False) -> dict[str, float]:

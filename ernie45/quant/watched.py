@@ -12,12 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ernie45.nn.layers import Linear
-from ernie45.ops import PackedWeight
-from ernie45.ops.codes import CodedWeight
 from ernie45.quant.calibrate import InputStatistics
-from ernie45.quant.fp8 import Fp8Linear, Fp8Weight
-from ernie45.quant.linear import QuantLinear
-from ernie45.quant.methods import MatrixReport, Method, round_matrix
+from ernie45.quant.methods import MatrixReport, Method, fill_linear, round_matrix
 from ernie45.quant.model import emptied, quantisable, replace_module
 from ernie45.quant.spec import AnyScheme
 
@@ -39,13 +35,7 @@ def quantise_watched(
             assert scheme is not None
             packed, costs = round_matrix(module.weight, scheme, method, seen)
             made = emptied(module, scheme)
-            if isinstance(made, Fp8Linear):
-                assert isinstance(packed, Fp8Weight)
-                made.fill(packed)
-            else:
-                assert isinstance(made, QuantLinear)
-                assert isinstance(packed, PackedWeight | CodedWeight)
-                made.fill(packed)
+            fill_linear(made, packed)
             replace_module(network, name, made)
             reports.append(costs.report(name, scheme, method, None, seen.tokens))
     return tuple(reports)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, Ernie4_5Config, Ernie4_5ForCausalLM
-from transformers.utils import logging
 
 from ernie45.models.load import load
 from ernie45.models.save import save_model
@@ -43,13 +42,6 @@ EXPERT_CASES = {
     "biases": {"num_hidden_layers": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1, "use_bias": True},
 }
 CASES = [*DENSE_CASES, *EXPERT_CASES]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
 
 
 def reference(case):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Ernie4_5_VLMoeForConditionalGeneration
-from transformers.utils import logging
 
 from ernie45.models.load import load
 from ernie45.models.save import save_model
@@ -18,13 +17,6 @@ from ernie45.ops import causal_attention
 from tests.parity.sighted import CASES, PROMPTS, Prompt, prompt, reference, their_inputs, their_logits
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import Ernie4_5_VLMoeForConditionalGeneration
-from transformers.utils import logging
 
 from ernie45.models.load import load
 from ernie45.models.save import save_model
@@ -21,13 +20,6 @@ from tests.parallel.facts import Keep
 from tests.parity.sighted import CASES, IMAGE, VIDEO, prompt, reference, their_inputs
 
 NAMES = ["one image", "images of different sizes", "image, video and text"]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", params=CASES)

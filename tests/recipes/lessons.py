@@ -9,6 +9,7 @@ import torch
 from ernie45.models.released import tiny
 from ernie45.models.save import save_model
 from ernie45.models.text import Decoder
+from ernie45.recipes import lesson
 from tests.tokens.conftest import CHATML
 
 ROWS = [
@@ -79,3 +80,18 @@ def losses(out):
 
 
 COMMON = ("--batch-tokens", 128, "--schedule.peak", "1e-2", "--epochs", 8)
+
+
+class Stop(Exception):
+    """Ends a run in the middle."""
+
+
+def stop_at(step, monkeypatch):
+    """Lets the next lessons end with `Stop` when they report this step, while the patch holds."""
+
+    class Stopper(lesson.Watcher):
+        def __call__(self, report):
+            if report.step == step:
+                raise Stop
+
+    monkeypatch.setattr(lesson, "Watcher", Stopper)

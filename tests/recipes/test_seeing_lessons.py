@@ -16,7 +16,7 @@ from ernie45.models.load import load_model
 from ernie45.recipes.seeing import kept_numbers
 from ernie45.tokens.patches import patches
 from ernie45.train.recompute import measure
-from tests.recipes.lessons import ernie, losses
+from tests.recipes.lessons import Stop, ernie, losses, stop_at
 from tests.sighted import VISION, sighted_decoder, sighted_folder
 
 CAPTIONS = {
@@ -111,22 +111,12 @@ def test_the_taught_model_loads_in_transformers(taught, data):
 
 
 def test_a_stopped_run_with_pictures_goes_on_to_the_bit(seer, data, tmp_path, monkeypatch):
-    from ernie45.recipes import lesson
-
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = ("--data", data / "rows.jsonl", *LEARN, "--steps", 3, "--save-every", 1, "--losses.bias-rate", 0.01, "--shelf-mb", 0)
     ernie("sft", seer, *words, "--out", whole)
 
-    class Stop(Exception):
-        pass
-
-    class Stopper(lesson.Watcher):
-        def __call__(self, report):
-            if report.step == 1:
-                raise Stop
-
     with monkeypatch.context() as patch:
-        patch.setattr(lesson, "Watcher", Stopper)
+        stop_at(1, patch)
         with pytest.raises(Stop):
             ernie("sft", seer, *words, "--out", cut)
     ernie("sft", seer, *words, "--out", cut)

@@ -20,7 +20,7 @@ from ernie45.recipes.learning import open_pupil, plan_text
 from ernie45.train.preference import as_pair, make_each
 from ernie45.train.records import read_records
 from ernie45.train.reward import load_reward_model
-from tests.recipes.lessons import COMMON, ernie, losses
+from tests.recipes.lessons import COMMON, Stop, ernie, losses, stop_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,22 +194,12 @@ def test_pretrain_prepares_a_corpus_and_learns_it(model, tmp_path, capsys):
 
 
 def test_a_stopped_run_goes_on_where_it_stood(model, rows, tmp_path, monkeypatch):
-    from ernie45.recipes import lesson
-
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = ("--data", rows, "--steps", 6, "--save-every", 2, "--batch-tokens", 128)
     ernie("sft", model, *words, "--out", whole)
 
-    class Stop(Exception):
-        pass
-
-    class Stopper(lesson.Watcher):
-        def __call__(self, report):
-            if report.step == 4:
-                raise Stop
-
     with monkeypatch.context() as patch:
-        patch.setattr(lesson, "Watcher", Stopper)
+        stop_at(4, patch)
         with pytest.raises(Stop):
             ernie("sft", model, *words, "--out", cut)
     ernie("sft", model, *words, "--out", cut)
