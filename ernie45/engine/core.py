@@ -179,7 +179,7 @@ class Engine:
         self._clock = clock
         drafter = _drafter(config.speculation.by, decoder, draft, self.limits)
         self._speculation = Speculation(config.speculation.most) if drafter is not None else None
-        self._runner = Runner(decoder, _cache(config, self.limits, decoder), self._adapters, self._eyes, drafter, clock)
+        self._runner = Runner(decoder, _cache(config, self.limits, decoder), self._adapters, self._eyes, drafter, clock, self._experts.text)
 
     @property
     def rules(self) -> PixelRules | None:
@@ -198,13 +198,8 @@ class Engine:
         return replace(load, waiting=load.waiting + self._eyes.waiting) if self._eyes is not None else load
 
     def experts_load(self) -> tuple[BankLoad, ...]:
-        """As `ExpertsLoad.read`; empty for a model without experts, and where they are not counted."""
-        return () if self._runner.whole else self._experts.read()
-
-    @property
-    def uncounted(self) -> bool:
-        """Whether it has experts and nobody counts which are chosen: where a whole step is one native call, no router of ours is asked."""
-        return self._runner.whole and bool(self._experts.read())
+        """As `ExpertsLoad.read`; empty for a model without experts."""
+        return self._experts.read()
 
     def check(self, request: Request) -> int:
         """max_tokens as it would be served. Raises `RequestError` (names the field) when the request could not be."""

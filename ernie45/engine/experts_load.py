@@ -1,4 +1,4 @@
-"""How often each expert was chosen: counted where the router chooses, one addition per layer and step."""
+"""How often each expert was chosen: counted where the router chooses, one addition per layer and step; in native code, where it sorts."""
 
 from collections.abc import Callable
 
@@ -20,6 +20,11 @@ class ExpertsLoad:
                 counts_E = torch.zeros(module.weight.shape[0], dtype=torch.int64)
                 self._counts[int(name.split(".")[1]), ".vision." in name] = counts_E
                 module.register_forward_hook(_counter(counts_E))
+
+    @property
+    def text(self) -> dict[int, Tensor]:
+        """The counts [E] of text's experts by layer, for whoever computes them without their routers."""
+        return {layer: counts_E for (layer, vision), counts_E in self._counts.items() if not vision}
 
     def read(self) -> tuple[BankLoad, ...]:
         """Of each layer with experts, and each of its banks, how many tokens chose which."""

@@ -81,22 +81,19 @@ class Runner:
         eyes: Eyes | None = None,
         drafter: Drafter | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        chosen: Mapping[int, Tensor] | None = None,
     ) -> None:
+        """chosen: as `native_network` takes it."""
         self._decoder = decoder
         self._eyes = eyes
         seen = decoder.sight.config.placeholder_ids if decoder.sight is not None else frozenset()
         self._unspeakable = sorted(seen)  # what stands for a picture in a prompt is nothing to say
         self._adapters = adapters
         self._cache = cache
-        self._network = native_network(decoder, ops.KERNELS) if ops.KERNELS is not None else None
+        self._network = native_network(decoder, ops.KERNELS, chosen) if ops.KERNELS is not None else None
         self._batches = BatchBuilder(cache.page_size)
         self._states: dict[str, SampleState] = {}
         self._drafter, self._clock = drafter, clock
-
-    @property
-    def whole(self) -> bool:
-        """Whether steps of the bare decoder are computed in one native call."""
-        return self._network is not None and isinstance(self._cache, PagedCache)
 
     def admit(self, request: Request, seed: int, matcher: Matcher | None = None) -> None:
         self._states[request.id] = SampleState.of(request, seed, self._decoder.config.vocab_size, matcher)

@@ -376,7 +376,6 @@ def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: MemoryPlan, si
         "context": f"{limits.max_length:,} tokens",
         "step": limits.describe(),
         "kernels": ops.describe(),
-        **({"experts": "which are chosen is not counted: packed ones are computed in one native call a step"} if engine.uncounted else {}),
         **({} if spec.speculative == "off" else {"drafts": _config(spec).speculation.text()}),
     }
 

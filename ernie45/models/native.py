@@ -4,7 +4,9 @@ A block with a float matrix, a bias or a size the kernels do not take leaves the
 native code would save little.
 """
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from ernie45.models.text import Decoder
 from ernie45.nn.attention import Attention
@@ -16,8 +18,11 @@ from ernie45.ops.network import ExpertStack, Network, NetworkSizes
 from ernie45.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 
 
-def native_network(decoder: Decoder, kernels: Native) -> Network | None:
-    """The network over the decoder's own tensors, or None where it has parts the kernels do not know."""
+def native_network(decoder: Decoder, kernels: Native, chosen: Mapping[int, Tensor] | None = None) -> Network | None:
+    """The network over the decoder's own tensors, or None where it has parts the kernels do not know.
+
+    chosen: of layers with experts, int64 [E] to which it adds how often each was chosen.
+    """
     config = decoder.config
     head = decoder.embed if decoder.head is None else decoder.head
     if decoder.head_bias is not None or config.head_size % 16 or not all(map(_is_packed, decoder.layers)):
@@ -33,7 +38,7 @@ def native_network(decoder: Decoder, kernels: Native) -> Network | None:
     if isinstance(head, QuantEmbedding | QuantLinear):
         network.set_head(head.weight)
     for number, block in enumerate(decoder.layers):
-        _add(network, number, block)
+        _add(network, number, block, (chosen or {}).get(number))
     return network
 
 
@@ -63,7 +68,7 @@ def _is_packed(block: nn.Module) -> bool:
     )
 
 
-def _add(network: Network, number: int, block: nn.Module) -> None:
+def _add(network: Network, number: int, block: nn.Module, chosen_E: Tensor | None) -> None:
     attn, ffn, norm, ffn_norm = block.attn, block.ffn, block.attn_norm, block.ffn_norm
     assert isinstance(attn, Attention)
     assert isinstance(norm, RMSNorm)
@@ -80,6 +85,6 @@ def _add(network: Network, number: int, block: nn.Module) -> None:
         assert isinstance(e, QuantExperts)
         stack = ExpertStack(
             router.weight, router.selection_bias, (e.gate_up_packed, e.gate_up_scale), (e.down_packed, e.down_scale),
-            e.expert(0)[0].format, e.expert_size, router.top_k, router.norm_min,
+            e.expert(0)[0].format, e.expert_size, router.top_k, router.norm_min, chosen_E,
         )  # fmt: skip
         network.set_experts(number, ffn_norm.weight, stack)

@@ -28,7 +28,10 @@ class NetworkSizes(NamedTuple):
 
 
 class ExpertStack(NamedTuple):
-    """Routed experts of one layer: router [E, D] and selection bias [E] in float32, stacked packed matrices, and how they are chosen."""
+    """Routed experts of one layer: router [E, D] and selection bias [E] in float32, stacked packed matrices, and how they are chosen.
+
+    counts: int64 [E] to which every step adds how often each was chosen, where someone counts.
+    """
 
     router_ED: Tensor
     bias_E: Tensor
@@ -38,6 +41,7 @@ class ExpertStack(NamedTuple):
     inner_size: int
     top_k: int
     norm_min: float
+    counts_E: Tensor | None = None
 
 
 class StepResult(NamedTuple):
@@ -101,7 +105,7 @@ class Network:
         """The routed experts of a layer, with the norm before them."""
         e = experts
         torch.ops.ernie45.set_experts(
-            self._data, layer, norm_D, e.router_ED, e.bias_E, *e.gate_up, *e.down, e.format, e.inner_size, e.top_k, e.norm_min
+            self._data, layer, norm_D, e.router_ED, e.bias_E, *e.gate_up, *e.down, e.format, e.inner_size, e.top_k, e.norm_min, e.counts_E
         )
         self._kept += norm_D, experts
 

@@ -383,6 +383,7 @@ class Pass {
     num_used_ = 0;
     for (int64_t x = 0; x < e.E; x++) {
       if (starts_[x + 1]) used_[num_used_++] = x;
+      if (e.counts) e.counts[x] += starts_[x + 1];
       starts_[x + 1] += starts_[x];
     }
     for (int64_t p = 0; p < pairs; p++) {

@@ -4,12 +4,14 @@
 
 namespace ernie {
 
-// Routed experts: matrices of expert 0, the others follow at the same distance. `E` is 0 where a layer has none.
+// Routed experts: matrices of expert 0, the others follow at the same distance. `E` is 0 where a layer has none; `counts`, [E] or null, is
+// told how often each was chosen.
 struct Experts {
   int64_t E, top_k;
   float norm_min;
   const float *router, *bias;  // [E, D] and [E]
   Packed gate_up, down;
+  int64_t* counts = nullptr;
 };
 
 // `gate_up` and `down` are the dense feed-forward, or the shared experts beside the routed ones; their `O` is 0 where a layer has none.

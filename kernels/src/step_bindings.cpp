@@ -92,7 +92,8 @@ void set_feed_forward(const Tensor& network, int64_t layer, const Tensor& norm, 
 }
 
 void set_experts(const Tensor& network, int64_t layer, const Tensor& norm, const Tensor& router, const Tensor& bias, const Tensor& gate_up,
-                 const Tensor& gate_up_scale, const Tensor& down, const Tensor& down_scale, int64_t bits, int64_t inner, int64_t top_k, double norm_min) {
+                 const Tensor& gate_up_scale, const Tensor& down, const Tensor& down_scale, int64_t bits, int64_t inner, int64_t top_k, double norm_min,
+                 const std::optional<Tensor>& counts) {
   Network& n = network_of(network);
   ernie::Layer& l = layer_of(n, layer);
   STD_TORCH_CHECK(router.is_cpu() && router.is_contiguous() && router.scalar_type() == ScalarType::Float && router.dim() == 2 && router.size(1) == n.D,
@@ -100,9 +101,11 @@ void set_experts(const Tensor& network, int64_t layer, const Tensor& norm, const
   const int64_t E = router.size(0);
   STD_TORCH_CHECK(bias.is_cpu() && bias.is_contiguous() && bias.scalar_type() == ScalarType::Float && bias.numel() == E, "the bias must be float32 [", E, "]");
   STD_TORCH_CHECK(E > 0 && top_k > 0 && top_k <= E && inner > 0 && inner % 16 == 0, "experts must be chosen among those there are, their width a multiple of 16");
+  STD_TORCH_CHECK(!counts || (counts->is_cpu() && counts->is_contiguous() && counts->scalar_type() == ScalarType::Long && counts->numel() == E),
+                  "the counts must be int64 [", E, "]");
   l.norm = norm_in(n, norm);
   l.experts = {E, top_k, float(norm_min), static_cast<const float*>(router.data_ptr()), static_cast<const float*>(bias.data_ptr()),
-               stack(gate_up, gate_up_scale, E, 2 * inner, bits, n.D), stack(down, down_scale, E, n.D, bits, inner)};
+               stack(gate_up, gate_up_scale, E, 2 * inner, bits, n.D), stack(down, down_scale, E, n.D, bits, inner), counts ? static_cast<int64_t*>(counts->data_ptr()) : nullptr};
 }
 
 const int64_t* whole(const Tensor& t, const char* name) {
@@ -173,7 +176,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernie45, m) {
   m.def("set_feed_forward(Tensor(a!) network, int layer, Tensor norm, Tensor gate_up, Tensor gate_up_scale, int gate_up_bits, Tensor down, "
         "Tensor down_scale, int down_bits, int inner) -> ()");
   m.def("set_experts(Tensor(a!) network, int layer, Tensor norm, Tensor router, Tensor bias, Tensor gate_up, Tensor gate_up_scale, Tensor down, "
-        "Tensor down_scale, int bits, int inner, int top_k, float norm_min) -> ()");
+        "Tensor down_scale, int bits, int inner, int top_k, float norm_min, Tensor(b!)? counts=None) -> ()");
   m.def("step(Tensor network, Tensor tokens, Tensor turns, Tensor slots, Tensor(a!) cache, Tensor spans, Tensor pages, int page_size, "
         "Tensor answers, str isa) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <sstream>
 #include <thread>
@@ -114,7 +115,8 @@ std::vector<float> step(const ernie::Kernels& k, const StepCase& c) {
   if (!c.packed_embedding) n.embedding = whole_embedding.data();
   for (int64_t i = 0; i < 2; i++) n.layer(i) = {norm, norm, qkv.packed, out.packed, gate_up.packed, down.packed, {}};
   if (!c.shared) n.layer(1).gate_up = n.layer(1).down = {};
-  n.layer(1).experts = {E, 2, 1e-12f, router.data(), bias.data(), expert_up.packed, expert_down.packed};
+  std::vector<int64_t> chosen(E, 1);  // added to
+  n.layer(1).experts = {E, 2, 1e-12f, router.data(), bias.data(), expert_up.packed, expert_down.packed, chosen.data()};
   // the prompt's pages lie in falling order, the single row has the last page to itself
   std::vector<int64_t> tokens, places, pages(size_t(2 * max_pages));
   for (int64_t p = 0; p < max_pages; p++) pages[size_t(p)] = max_pages - 1 - p;
@@ -132,6 +134,7 @@ std::vector<float> step(const ernie::Kernels& k, const StepCase& c) {
   ernie::run_step(k, {c.threads, run}, n, {T, tokens.data(), turns.data(), places.data(), cache.data(), slots, c.page_size, spans.data(),
                                            int64_t(spans.size()), pages.data(), max_pages, hidden.data(), answers.data(), 2, result.data(), best.data(),
                                            best_logit.data()});
+  if (std::accumulate(chosen.begin(), chosen.end(), int64_t{0}) != E + 2 * T) failures++, std::printf("step, %s: not every choice of an expert was counted\n", k.name);
   for (size_t r = 0; r < 2; r++)
     if (result[r * size_t(V) + size_t(best[r])] != best_logit[r]) failures++, std::printf("step, %s: the best logit is not where it is said to be\n", k.name);
   return result;
