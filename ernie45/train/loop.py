@@ -13,6 +13,7 @@ import torch
 from ernie45.errors import ConfigError, RunError
 from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.train.accounting import accounted, memory_by_kind
+from ernie45.train.ahead import Ahead
 from ernie45.train.checkpoint import Checkpoints, Progress
 from ernie45.train.examples import Batch, Batches, digest_after, digest_of
 from ernie45.train.lock import locked
@@ -103,9 +104,11 @@ def train(
         progress = checkpoints.load_last(model, learner.optimiser, average) or Progress()
         write = held.enter_context(_log(folder / LOG, progress.step)) if ranks.is_first else _nowhere
         skipped, first = 0, True
+        ahead = Ahead(data, ranks.share(config.accumulate), config.accumulate, config.steps * config.accumulate)
+        held.callback(ahead.close)
         peaks = ranks.sums([peak])[0] if peak is not None else None
         while progress.step < config.steps:
-            batches = [data.batch(progress.consumed + n) for n in ranks.share(config.accumulate)]
+            batches = ahead.take(progress.consumed)
             report = learner(batches, progress.step, schedule.at(progress.step, config.steps))
             report = accounted(report, peaks, again, memory_by_kind(model, learner.optimiser, average) if first else None)
             first = False

@@ -181,7 +181,9 @@ def test_when_a_rank_is_killed_the_other_ends_with_a_reason(two, one, tmp_path):
     assert killed == -signal.SIGKILL
     assert code == 2, said
     assert "RunError: rank 0 of 2 lost the others" in said
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002"]
+    first, *second = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert first == "step-00000002"  # the fifth step begins when it is whole, and maybe before the next one is
+    assert second in ([], ["step-00000004"])
     progress, weights, _, _ = facts.run(ALONE, tmp_path / "run", 4)
     assert progress == one["run"][0]
     assert_same(weights, one["run"][1], atol=2e-6, rtol=1e-4)
