@@ -23,16 +23,18 @@ from torch import Tensor, nn
 from ernie45.config import Environment
 from ernie45.errors import CheckpointError, ConfigError, DataError, RunError
 from ernie45.models.adapters import save_adapter
+from ernie45.models.layout import Layout
 from ernie45.models.load import LoadedModel, load
 from ernie45.models.on_the_fly import completed
 from ernie45.models.save import save_model, save_packed
 from ernie45.models.text import Decoder
-from ernie45.models.vision_config import VisionConfig
+from ernie45.models.vision_config import ModelConfig, VisionConfig
 from ernie45.nn.attention import PackedCausal
 from ernie45.nn.lora import LoraConfig, merge
 from ernie45.nn.moe import Router
 from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.parallel.shard import Run, plainly, shard_weights, whole
+from ernie45.plan.split import Weight, split_text
 from ernie45.quant.fp8_training import train_in_fp8
 from ernie45.quant.frozen import freeze, thaw
 from ernie45.quant.qat import pack_trained, prepare_training
@@ -55,6 +57,7 @@ WITHOUT_EFFECT = (
     "out",
     "save_every",
     "dry_run",
+    "layout",
     "skip_bad",
     "recompute",
     "samples",
@@ -123,6 +126,8 @@ class LearningConfig:
     """Seconds that a rank of several waits for a silent one before the run ends."""
     dry_run: bool = False
     """Say what would be done, and stop."""
+    layout: Layout = field(default_factory=Layout)
+    """Ranks along other axes than data: with `dry_run` what each would hold; training splits by `shard` alone."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     """How gradients become steps."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -144,6 +149,8 @@ class LearningConfig:
             raise ConfigError("recompute keeps nothing but the inputs of layers, and keep_gb says how much to keep; give one of the two")
         if self.keep_gb is not None and self.shard != "none":
             raise ConfigError("keep_gb is measured on a whole model, and ranks that share the weights have none; take --recompute there")
+        if self.layout.ranks > 1 and not self.dry_run:
+            raise ConfigError("a layout is only planned so far: --dry-run prints what each rank would hold; train with --shard weights")
         if self.offload != "none" and self.shard != "none":
             raise ConfigError(f"offload {self.offload} is for ranks that have the whole model; take --shard none, or --offload none")
         if not (math.isfinite(self.rank_timeout) and self.rank_timeout > 0):
@@ -305,10 +312,7 @@ def plan_text(decoder: Decoder, facts: Mapping[str, object], ranks: Ranks = ALON
     on_every_rank = {id(p) for part in decoder.modules() if isinstance(part, Router) or not ranks.sharded for p in part.parameters()}
     for parameter in decoder.parameters():
         kinds[parameter.requires_grad] += parameter.numel()
-        each = parameter.element_size()
-        if parameter.requires_grad:  # gradient, two float32 means, and a float32 master where the weight is not
-            each += parameter.element_size() + 8 + (0 if parameter.dtype == torch.float32 else 4)
-        held += parameter.numel() * each / (1 if id(parameter) in on_every_rank else ranks.world)
+        held += parameter.numel() * _bytes_each(parameter) / (1 if id(parameter) in on_every_rank else ranks.world)
     shared = f" on each of {ranks.world} ranks" if ranks.sharded else ""
     lines = {
         "parameters": f"{sum(kinds.values()):,}, of which {kinds[True]:,} learn",
@@ -317,6 +321,22 @@ def plan_text(decoder: Decoder, facts: Mapping[str, object], ranks: Ranks = ALON
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {fact:,}" if isinstance(fact, int) else f"{name:<{width}}  {fact}" for name, fact in lines.items())
+
+
+def _bytes_each(parameter: Tensor) -> int:
+    """Of one number: itself, and where it learns its gradient, two float32 means, and a float32 master where it is not float32."""
+    size = parameter.element_size()
+    return size + (size + 8 + (0 if parameter.dtype == torch.float32 else 4) if parameter.requires_grad else 0)
+
+
+def show_plan(config: LearningConfig, pupil: Pupil, facts: Mapping[str, object]) -> None:
+    """Print the plan, and how the model splits over the ranks of a layout, on the first rank. Raises ConfigError where it cannot."""
+    if not pupil.ranks.is_first:
+        return
+    print(plan_text(pupil.decoder, facts, pupil.ranks))
+    if config.layout.ranks > 1:
+        weights = [Weight(name, tuple(p.shape), _bytes_each(p)) for name, p in pupil.decoder.named_parameters()]
+        print(split_text(weights, ModelConfig(pupil.decoder.config, pupil.vision), config.layout, config.batch_tokens))
 
 
 class Watcher:

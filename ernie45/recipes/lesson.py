@@ -25,10 +25,10 @@ from ernie45.recipes.learning import (
     in_precision,
     open_pupil,
     plain_settings,
-    plan_text,
     prepare,
     put_together,
     refuse_packed,
+    show_plan,
     within_memory,
     write_result,
 )
@@ -83,8 +83,7 @@ def announce(config: LessonConfig, pupil: Pupil, bad: BadRows, facts: Mapping[st
     if config.lora.rank:
         put_adapters(pupil.decoder, config.lora, config.seed)
     common = {"computed in": f"{pupil.loaded.compute.dtype}".removeprefix("torch."), "left out": len(bad.errors)}
-    if pupil.ranks.is_first:
-        print(plan_text(pupil.decoder, common | dict(facts), pupil.ranks))
+    show_plan(config, pupil, common | dict(facts))
 
 
 def teach(

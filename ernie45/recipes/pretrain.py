@@ -27,10 +27,10 @@ from ernie45.recipes.learning import (
     keeping,
     open_pupil,
     plain_settings,
-    plan_text,
     prepare,
     put_together,
     refuse_packed,
+    show_plan,
     spread,
     state_folder,
     within_memory,
@@ -153,8 +153,7 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
         "steps": f"{steps:,} of {config.accumulate} x {config.batch_tokens:,} tokens",
         "epochs": f"{steps * config.accumulate * config.batch_tokens / tokens:.2f}",
     }
-    if ranks.is_first:
-        print(plan_text(pupil.decoder, facts, ranks))
+    show_plan(config, pupil, facts)
     if config.dry_run:
         return None
     way = spread(pupil, config.samples)

@@ -1,6 +1,7 @@
 """`ernie sft`, `align` and `pretrain` as people use them: from rows in a file to a model that loads everywhere."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -213,6 +214,19 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(model, rows, tmp_path, capsy
     assert "parameters" in text
     assert "examples     4" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_the_ranks_of_a_layout_would_hold(model, rows, tmp_path, capsys):
+    words = ("sft", model, "--data", rows, "--out", tmp_path / "run", "--lora.rank", 0)
+    ernie(*words, "--dry-run", "--layout.tensor", 2, "--layout.pipeline", 2)
+    text = capsys.readouterr().out
+    whole, first, second = (int(found.replace(",", "")) for found in re.findall(r"([\d,]+)(?:, of which| parameters, )", text))
+    copies = second + first - whole / 2  # norms and routers whole, and the embedding at both ends
+    assert 384 * 64 / 2 < copies < 0.1 * whole + 384 * 64 / 2
+    assert "layers.{0..3}.attn.out.weight: [64, 128] -> [64, 64] (tensor along 1)" in text
+    for more, says in (((), "--dry-run prints"), (("--dry-run", "--lora.rank", 4), "no rule for layers.0.attn.qkv.*adapter_a|base")):
+        with pytest.raises(ConfigError, match=says):
+            ernie(*words, "--layout.tensor", 2, *more)
 
 
 def test_mistakes_are_named(model, rows, pairs, tmp_path):
