@@ -1,10 +1,12 @@
 """Four-bit weights side by side: this engine, llama.cpp, ik_llama.cpp and OpenVINO, in turn and in one run; prints a Markdown table.
 
-python benchmarks/four_bit.py PACKED_FOLDER GGUF [--peers FOLDER] [--engines ernie45,llama.cpp,ik_llama.cpp,openvino]
+python benchmarks/four_bit.py PACKED_FOLDER GGUF [--qwen3 GGUF] [--peers FOLDER] [--engines ernie45,llama.cpp,ik_llama.cpp,openvino]
 
 PACKED_FOLDER comes from `ernie bench make SHAPE --scheme w4a8` or `ernie quantize`, GGUF from `ernie export` of the same weights with
 `--type q4_0`; FOLDER is what `benchmarks/peers.py` filled. llama.cpp and ik_llama.cpp run by their own benchmark programs, in the
-settings that suit them best; OpenVINO GenAI reads GGUF files of Llama models, not of ERNIE. Several sequences have prompts of 64 tokens.
+settings that suit them best. OpenVINO GenAI reads GGUF files of Qwen3, not of ERNIE: `--qwen3` is GGUF rewritten by
+`benchmarks/as_qwen3.py`. Several sequences have prompts of 64 tokens. The read bandwidth is measured behind each of our own runs: where
+it moves, figures compare nothing.
 """
 
 import argparse
@@ -20,24 +22,27 @@ BATCHED_PROMPT = 64
 OWN_OPTIONS = {"llama.cpp": ["-fa", "1"], "ik_llama.cpp": ["-fa", "1", "-rtr", "1"]}
 OPENVINO = """
 import sys, time, numpy as np, openvino as ov, openvino_genai as g
-path, prompt, output, threads = sys.argv[1], *map(int, sys.argv[2:])
+path, batch, prompt, output, threads = sys.argv[1], *map(int, sys.argv[2:])
 pipe = g.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
-def run(n, k):
-    ids = ov.Tensor(np.random.default_rng(0).integers(100, 40000, (1, n)).astype(np.int64))
+random = np.random.default_rng(0)  # no prompt comes twice: what is known of one would be read from the cache
+def seconds(n, k):
+    ids = ov.Tensor(random.integers(100, 40000, (batch, n)).astype(np.int64))
     c = g.GenerationConfig(); c.max_new_tokens = c.min_new_tokens = k; c.ignore_eos, c.do_sample = True, False
-    m = pipe.generate(g.TokenizedInputs(ids, ov.Tensor(np.ones((1, n), np.int64))), c).perf_metrics
-    return m.get_ttft().mean / 1e3, m.get_tpot().mean / 1e3
-run(64, 4)
-runs = [run(prompt, output) for _ in range(3)]
-print(prompt / sorted(a for a, _ in runs)[1], 1 / sorted(b for _, b in runs)[1])
+    start = time.perf_counter()
+    pipe.generate(g.TokenizedInputs(ids, ov.Tensor(np.ones((batch, n), np.int64))), c)
+    return time.perf_counter() - start
+seconds(16, 4)
+runs = [(first, seconds(prompt, output + 1) - first) for first in (seconds(prompt, 1) for _ in range(3))]
+print(batch * prompt / sorted(a for a, _ in runs)[1], batch * output / sorted(b for _, b in runs)[1])
 """
 
 
-def run_ours(folder: Path, args: argparse.Namespace) -> tuple[float, float]:
-    """Tokens per second through the engine: scheduler, paged cache and sampler included."""
+def run_ours(folder: Path, args: argparse.Namespace) -> tuple[float, float, float]:
+    """Tokens per second through the engine: scheduler, paged cache and sampler included; then the GB/s that this machine reads."""
     import torch
 
     from benchmarks.peer import Ernie45
+    from ernie45.recipes.bench.limits import read_bandwidth
 
     torch.set_num_threads(args.threads)
     chosen, length = random.Random(1), _prompt(args)
@@ -48,6 +53,7 @@ def run_ours(folder: Path, args: argparse.Namespace) -> tuple[float, float]:
     return (
         args.batch * length / statistics.median(first for first, _ in runs),
         args.batch * args.output / statistics.median(rest for _, rest in runs),
+        read_bandwidth(),
     )
 
 
@@ -68,8 +74,9 @@ def run_llama(engine: str, args: argparse.Namespace) -> tuple[float, float]:
 
 
 def run_openvino(args: argparse.Namespace) -> tuple[float, float]:
-    """OpenVINO GenAI, one sequence, by its own metrics."""
-    command = [args.peers / "openvino/bin/python", "-c", OPENVINO, args.gguf, str(args.prompt), str(args.output), str(args.threads)]
+    """OpenVINO GenAI: the time to one token, and how much longer `output` more take."""
+    command = [args.peers / "openvino/bin/python", "-c", OPENVINO, args.qwen3 or args.gguf]
+    command += [str(number) for number in (args.batch, _prompt(args), args.output, args.threads)]
     prefill, decode = map(float, _output(command).split()[-2:])
     return prefill, decode
 
@@ -90,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("gguf", type=Path)
+    parser.add_argument("--qwen3", type=Path)
     parser.add_argument("--peers", type=Path, default=Path("peers"))
     parser.add_argument("--engines", default="ernie45,llama.cpp,ik_llama.cpp")
     for name, default in (("prompt", 512), ("output", 64), ("rounds", 2), ("threads", 2), ("batch", 0)):
@@ -102,13 +110,16 @@ def main() -> None:
     print("| engine | sequences | prefill, tok/s | decode, tok/s | prefill ratio | decode ratio |\n|---|---|---|---|---|---|")
     for batch in map(int, args.batches.split(",")):
         args.batch = batch
-        engines = [engine for engine in args.engines.split(",") if engine != "openvino" or args.batch == 1]
+        engines = args.engines.split(",")
         rates: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
+        bandwidths = []
         for _ in range(args.rounds):
             for engine in engines:
                 if engine == "ernie45":
-                    prefill, decode = _output([sys.executable, __file__, *sys.argv[1:], "--batch", str(args.batch)]).split()[-2:]
-                    rates[engine].append((float(prefill), float(decode)))
+                    done = _output([sys.executable, __file__, *sys.argv[1:], "--batch", str(args.batch)])
+                    prefill, decode, bandwidth = map(float, done.split()[-3:])
+                    rates[engine].append((prefill, decode))
+                    bandwidths.append(bandwidth)
                 else:
                     rates[engine].append(run_openvino(args) if engine == "openvino" else run_llama(engine, args))
         medians = {engine: tuple(statistics.median(column) for column in zip(*found, strict=True)) for engine, found in rates.items()}
@@ -116,6 +127,8 @@ def main() -> None:
             ours = medians.get("ernie45")
             ratios = f"{ours[0] / prefill:.2f}x | {ours[1] / decode:.2f}x" if ours and engine != "ernie45" else "|"
             print(f"| {engine} | {args.batch} | {prefill:.0f} | {decode:.1f} | {ratios} |", flush=True)
+        if bandwidths:
+            print(f"\n{args.batch} at once, read: {', '.join(f'{bandwidth:.1f}' for bandwidth in bandwidths)} GB/s\n", flush=True)
 
 
 if __name__ == "__main__":

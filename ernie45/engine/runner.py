@@ -50,10 +50,13 @@ class StepResult:
 
 
 class _Computed(NamedTuple):
-    """Hidden states of all rows, float32 logits of those that sample, and where native code found them, their best tokens and logits."""
+    """Hidden states of all rows, float32 logits of those that sample, and where native code found them, their best tokens and logits.
+
+    No logits where the best are all that is wanted, and were found without them.
+    """
 
     hidden_TD: Tensor
-    logits_RV: Tensor
+    logits_RV: Tensor | None
     best: tuple[Tensor, Tensor] | None
 
 
@@ -118,13 +121,14 @@ class Runner:
             vision_T = look.vision_T if look is not None else None
             decoder = self._adapters.network([row.request_id for row in plan.rows], spans, vision_T)
         wanted, ends = self._wanted(plan, batch, drafts)
-        computed = self._compute(decoder, batch, ends, look)
+        only_best = not self._unspeakable and all(one.state.takes_best for one in wanted)
+        computed = self._compute(decoder, batch, ends, look, only_best=only_best)
         scored = {
             row.request_id: found
             for row, span in zip(plan.rows, batch.spans, strict=True)
             if (found := self._score_prompt(row, computed.hidden_TD[span.first : span.end]))
         }
-        if self._unspeakable and ends:
+        if self._unspeakable and computed.logits_RV is not None and ends:
             computed.logits_RV[:, self._unspeakable] = float("-inf")
         best = computed.best if computed.best is not None and self._may_say(computed.best[0]) else None
         verify(computed.logits_RV, best, wanted)
@@ -164,8 +168,9 @@ class Runner:
     def _may_say(self, best_R: Tensor) -> bool:
         return not self._unspeakable or not set(best_R.tolist()) & set(self._unspeakable)
 
-    def _compute(self, decoder: Decoder, batch: Batch, ends: list[int], look: Look | None) -> "_Computed":
-        """`decoder` over the batch, and the logits of rows `ends`; one native call where it is the bare one, packed, over a whole cache."""
+    def _compute(self, decoder: Decoder, batch: Batch, ends: list[int], look: Look | None, *, only_best: bool) -> _Computed:
+        """`decoder` over the batch, and the logits of rows `ends`, or their best alone; one native call where it is the bare one, packed,
+        over a whole cache."""
         if look is not None and look.vision_T is None:  # text behind pictures is text further on
             batch, look = replace(batch, positions_T=look.positions), None
         if look is not None:
@@ -175,8 +180,8 @@ class Runner:
             h_TD = decoder(x_TD, look.positions, self._cache.attend(batch), look.vision_T)
         elif self._network is not None and isinstance(self._cache, PagedCache) and decoder is self._decoder:
             done = self._network.step(batch.tokens_T, batch.positions_T, batch.slots_T, self._cache.store, batch.places_R3, batch.pages_RP,
-                                      self._cache.page_size, torch.tensor(ends, dtype=torch.int64))  # fmt: skip
-            if done.logits_RV is not None:
+                                      self._cache.page_size, torch.tensor(ends, dtype=torch.int64), only_best)  # fmt: skip
+            if len(done.best_R) == len(ends):
                 return _Computed(done.hidden_TD, done.logits_RV, (done.best_R, done.best_logit_R))
             h_TD = done.hidden_TD
         else:

@@ -55,9 +55,9 @@ class Wanted:
         return place < len(self.draft) and self.draft[place] == token and not self.state.ended
 
 
-def verify(logits_RV: Tensor, best: tuple[Tensor, Tensor] | None, wanted: Sequence[Wanted]) -> None:
+def verify(logits_RV: Tensor | None, best: tuple[Tensor, Tensor] | None, wanted: Sequence[Wanted]) -> None:
     """Fills in what each request gets, from float32 logits, which may be overwritten, and where they are known, the place and value of
-    each row's best. When it raises, nothing is remembered."""
+    each row's best; without logits when these are enough for all. When it raises, nothing is remembered."""
     try:
         _verify(logits_RV, best, wanted)
     except BaseException:
@@ -66,19 +66,21 @@ def verify(logits_RV: Tensor, best: tuple[Tensor, Tensor] | None, wanted: Sequen
         raise
 
 
-def _verify(logits_RV: Tensor, best: tuple[Tensor, Tensor] | None, wanted: Sequence[Wanted]) -> None:
+def _verify(logits_RV: Tensor | None, best: tuple[Tensor, Tensor] | None, wanted: Sequence[Wanted]) -> None:
     going: Sequence[Wanted] = wanted
+    count = sum(1 + len(one.draft) for one in wanted)
     while going:
         rows = [one.row for one in going]
         states = [one.state for one in going]
-        every = len(rows) == len(logits_RV)
+        every = len(rows) == count
         if best is not None and all(state.takes_best for state in states):
             result = take_best(*(best if every else (best[0][rows], best[1][rows])))
         else:
+            assert logits_RV is not None, "who computed the step took a request for one that wants its best token"
             result = sample(logits_RV if every else logits_RV[rows], states)
         chosen = zip(going, result.tokens, result.logprobs, strict=True)
         going = [one for one, token, logprob in chosen if one.take(token, logprob, numbers=not _broken(logits_RV, one.row, token))]
 
 
-def _broken(logits_RV: Tensor, row: int, token: int | None) -> bool:
-    return token is None and bool(logits_RV[row].isnan().any())
+def _broken(logits_RV: Tensor | None, row: int, token: int | None) -> bool:
+    return token is None and logits_RV is not None and bool(logits_RV[row].isnan().any())

@@ -159,7 +159,8 @@ def _step(c: TextConfig, use: Use, longest: int) -> int:
 
 def _native_step(c: TextConfig, use: Use) -> int:
     """A step in one native call, whose memory is asked for once: T (D + 2 Q + F) values, inputs of 8 bits twice, T I (1 + 1/4)
-    with scales and sums for groups of 32; for experts T 2 D + P (D + F) values and the inputs of pairs."""
+    with scales and sums for groups of 32; for experts T 2 D + P (D + F) values and the inputs of pairs. Kept beside it: the sketch of a
+    head of 8 bits, V D (1/2 + 1/16) with scales for groups of 32 at most."""
     e, tokens = c.experts, use.step_tokens
     values = tokens * (c.hidden_size + 2 * c.query_size + c.ffn_size)
     inputs = tokens * max(c.hidden_size, c.query_size, c.ffn_size)
@@ -167,7 +168,7 @@ def _native_step(c: TextConfig, use: Use) -> int:
         pairs = tokens * e.top_k
         values += 2 * tokens * c.hidden_size + pairs * (c.hidden_size + e.expert_size)
         inputs += pairs * max(c.hidden_size, e.expert_size)
-    return values * use.value_bytes + 2 * inputs * 5 // 4
+    return values * use.value_bytes + 2 * inputs * 5 // 4 + c.vocab_size * c.hidden_size * 9 // 16
 
 
 def _picture_work(v: VisionConfig, value_bytes: int) -> int:

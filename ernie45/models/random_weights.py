@@ -2,7 +2,8 @@
 
 Float weights are drawn as `Decoder.initialise` draws them. Packed ones are a quantised random matrix of at most `PATTERN_ROWS` rows whose
 blocks are laid down in random order: they cost the kernels what real weights cost, and the largest checkpoint needs the memory of one
-layer's experts. Such a model writes noise; nothing about quality can be learned from it.
+layer's experts. No two rows of a vocabulary are alike, though: with a hundred tokens as good as the best one, finding it would cost more
+than it does in earnest. Such a model writes noise; nothing about quality can be learned from it.
 """
 
 import json
@@ -22,7 +23,7 @@ from ernie45.models.text import Decoder, fill_initial
 from ernie45.nn.layers import Embedding, Linear
 from ernie45.nn.moe import Experts
 from ernie45.quant.model import prepare_model, quantisable, quantise_model
-from ernie45.quant.spec import AnyScheme, QuantSpec
+from ernie45.quant.spec import AnyScheme, QuantSpec, Scheme
 from ernie45.tokens.filler import filler_tokenizer
 from ernie45.weights.safetensors_write import TensorSpec, check_room, write_safetensors
 
@@ -95,12 +96,16 @@ class _Packed:
         self._dtype, self._seed = dtype, seed
         self._schemes = {name: (module, scheme) for name, module in quantisable(plain) if (scheme := spec.scheme_for(name)) is not None}
         self._patterns: dict[tuple[str, tuple[int, ...], AnyScheme], dict[str, Tensor]] = {}
+        self._vocabularies: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, name: str) -> Tensor:
         owner, _, own = name.rpartition(".")
         if owner not in self._schemes or own == "bias":
             return _drawn(name, name, self._shapes[name], packed_dtype(name, self._dtype), self._seed)
-        pattern = self._pattern(*self._schemes[owner])[own]
+        module, scheme = self._schemes[owner]
+        if owner in ("embed", "head") and isinstance(scheme, Scheme) and not scheme.code:
+            return self._vocabulary(owner, module, scheme)[own]
+        pattern = self._pattern(module, scheme)[own]
         matrix = own.rpartition("_")[0]  # `gate_up_packed` and `gate_up_scale` take their blocks in the same order
         order = _generator(f"{owner}.{matrix}", self._seed)
         shape = self._shapes[name]
@@ -111,14 +116,26 @@ class _Packed:
         """The packed tensors of a random matrix like `module`'s, of an expert stack those of one expert; blocks of rows come first."""
         key = (type(module).__name__, tuple(size for value in module.state_dict().values() for size in value.shape), scheme)
         if key not in self._patterns:
-            small = _like(module)
-            for name, value in small.state_dict().items():
-                fill_initial(name, value, _generator(str(key) + name, self._seed))
-            holder = nn.ModuleDict({"matrix": small})
-            quantise_model(holder, QuantSpec.uniform(str(scheme)))
-            made = holder["matrix"].state_dict()
+            made = self._packed(_like(module), scheme, str(key))
             self._patterns[key] = {name: value[0] if isinstance(module, Experts) else value for name, value in made.items()}
         return self._patterns[key]
+
+    def _vocabulary(self, owner: str, module: nn.Module, scheme: Scheme) -> dict[str, Tensor]:
+        """The packed tensors of an embedding or head, every row drawn for itself."""
+        if owner not in self._vocabularies:
+            assert isinstance(module, Linear | Embedding)
+            rows, width = module.weight.shape
+            starts = range(0, rows, PATTERN_ROWS)
+            parts = [self._packed(Linear(width, min(rows - start, PATTERN_ROWS)), scheme, f"{owner} {start}") for start in starts]
+            self._vocabularies[owner] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return self._vocabularies[owner]
+
+    def _packed(self, matrix: nn.Module, scheme: AnyScheme, label: str) -> dict[str, Tensor]:
+        for name, value in matrix.state_dict().items():
+            fill_initial(name, value, _generator(label + name, self._seed))
+        holder = nn.ModuleDict({"matrix": matrix})
+        quantise_model(holder, QuantSpec.uniform(str(scheme)))
+        return dict(holder["matrix"].state_dict())
 
 
 def _like(module: nn.Module) -> nn.Module:

@@ -15,6 +15,14 @@ from torch import Tensor
 from ernie45.ops.native import Native
 from ernie45.ops.quantised import PackedWeight
 
+SKETCHED_ROWS = 8
+"""So many rows' best tokens are found by the head's sketch (kernels/src/sketch.h); more read the whole head."""
+
+
+def unread_bytes(head: PackedWeight) -> int:
+    """Bytes of an output head that its sketch spares a step, but for the few rows that are computed whole."""
+    return head.values.nbytes // 2 if head.bits == 8 and not head.float_inputs else 0
+
 
 class NetworkSizes(NamedTuple):
     """What the tensors alone do not say. `eps` is that of every norm."""
@@ -46,7 +54,8 @@ class ExpertStack(NamedTuple):
 
 class StepResult(NamedTuple):
     """What a step brought: hidden states [T, D] before the final norm; of the wanted rows float32 logits [A, V], rounded to the network's
-    type, the place of the best [A] and its logit [A] (NaN where a logit is no number); None where the caller owns the head.
+    type, the place of the best [A] and its logit [A] (NaN where a logit is no number). No logits where the caller owns the head, or where
+    only the best were wanted and they were found without them.
     """
 
     hidden_TD: Tensor
@@ -60,7 +69,7 @@ class Network:
 
     def __init__(self, kernels: Native, sizes: NetworkSizes, final_norm_D: Tensor, turns_P: Tensor) -> None:
         """`turns_P`: the rotary frequencies, float32 [H / 2]."""
-        self._isa, self._frequencies_P, self._has_head = kernels.isa, turns_P, False
+        self._isa, self._frequencies_P = kernels.isa, turns_P
         self._data = torch.ops.ernie45.network(
             final_norm_D, sizes.eps, sizes.num_layers, sizes.vocab_size, sizes.num_heads, sizes.num_kv_heads, sizes.head_size
         )
@@ -75,10 +84,9 @@ class Network:
         self._kept.append(rows)
 
     def set_head(self, weight: PackedWeight) -> None:
-        """The output head [V, D]. Without it a step returns no logits."""
+        """The output head [V, D]. Without it a step returns no logits. One of 8 bits is sketched in 4 more, see kernels/src/sketch.h."""
         torch.ops.ernie45.set_head(self._data, weight.values, weight.scales, weight.format)
-        self._kept.append(weight)
-        self._has_head = True
+        self._kept += weight, torch.ops.ernie45.sketch_head(self._data)
 
     def set_attention(self, layer: int, norm_D: Tensor, qkv: PackedWeight, out: PackedWeight) -> None:
         """Attention of layer `layer` (from 0), with the norm before it."""
@@ -111,16 +119,16 @@ class Network:
 
     def step(
         self, tokens_T: Tensor, positions_T: Tensor, slots_T: Tensor, cache: Tensor, places_R3: Tensor, pages_RP: Tensor, page_size: int,
-        answers_A: Tensor,
+        answers_A: Tensor, only_best: bool = False,
     ) -> StepResult:  # fmt: skip
         """One step: every row attends its request's keys up to itself, in the pages of `cache` [layers, 2, slots, K, H].
 
-        places: first row, end and start position of each request; rows stand in the order of requests. Integers are int64. Raises
-        RuntimeError for tokens, slots, pages or rows that do not exist.
+        places: first row, end and start position of each request; rows stand in the order of requests. Integers are int64. only_best: the
+        logits of other tokens are not wanted. Raises RuntimeError for tokens, slots, pages or rows that do not exist.
         """
         angles_TP = positions_T[:, None].float() * self._frequencies_P
         turns_TP2 = torch.stack((angles_TP.cos(), angles_TP.sin()), dim=-1)
         hidden_TD, logits_AV, best_A, best_logit_A = torch.ops.ernie45.step(
-            self._data, tokens_T, turns_TP2, slots_T, cache, places_R3, pages_RP, page_size, answers_A, self._isa
+            self._data, tokens_T, turns_TP2, slots_T, cache, places_R3, pages_RP, page_size, answers_A, only_best, self._isa
         )
-        return StepResult(hidden_TD, logits_AV if self._has_head else None, best_A, best_logit_A)
+        return StepResult(hidden_TD, logits_AV if len(logits_AV) == len(answers_A) else None, best_A, best_logit_A)

@@ -136,13 +136,14 @@ class Pass {
       expert_inner_ = l.experts.gate_up.O / 2 > expert_inner_ ? l.experts.gate_up.O / 2 : expert_inner_;
     }
     see(n_.head);
-    num_phases_ = n_.layers * 16 + 8;
+    num_phases_ = n_.layers * 16 + 12;
     phases_ = room_.of<Phase>(num_phases_);
     lengths_ = room_.of<int64_t>(T), span_of_ = room_.of<int64_t>(T), chunks_ = room_.of<Chunk>(T);
     const int64_t rows = T > s_.num_answers ? T : s_.num_answers;
     input_ = room_.take(quantised_bytes(rows)), middle_ = room_.take(quantised_bytes(T));
     q_ = room_.take(size_t(T * n_.N * n_.H) * element_), seen_ = room_.take(size_t(T * n_.N * n_.H) * element_);
     between_ = room_.take(size_t(T * inner_) * element_);
+    if (by_sketch(n_, s_)) search_ = room_.take(Search::bytes(n_.sketch, s_.num_answers));
     if (num_parts_) parts_ = static_cast<char*>(room_.take(size_t(num_parts_) * part_bytes_));
     if (pairs) {
       normed_ = room_.take(size_t(T * n_.D) * element_), shared_ = room_.take(size_t(T * n_.D) * element_);
@@ -401,12 +402,37 @@ class Pass {
     m.run(R, 1, [&](int64_t r, int64_t end) {
       for (; r < end; r++) k_.norm_quantise({row(s_.hidden, s_.answers[r], n_.D), n_.type, n_.D}, 1, n_.D, n_.norm, n_.type, n_.eps, row_of(x, r), 0);
     });
+    if (by_sketch(n_, s_)) return search(m, x);
     Output to{};
     to.finish = Finish::logits, to.type = n_.type, to.out = s_.logits, to.stride = to.width = n_.vocabulary;
     product(m, n_.head, x, to);
     m.run(R, 1, [&](int64_t r, int64_t end) {
       for (; r < end; r++) k_.rows->best(s_.logits + r * n_.vocabulary, n_.vocabulary, s_.best + r, s_.best_logit + r);
     });
+  }
+
+  // The best tokens of `x` alone.
+  void search(Member& m, const Quantised& x) {
+    Search search(k_, n_.head, n_.sketch, x, n_.type, search_);
+    const Packed& w = n_.sketch.weight;
+    const Output to = search.approximate();
+    struct Sketched : Product {
+      Search& search;
+      void operator()(int64_t first, int64_t end) const {
+        Product::operator()(first, end);
+        search.note(first, end);
+      }
+    };
+    const auto rows = [&](auto&& each) {
+      return [each](int64_t r, int64_t end) {
+        for (; r < end; r++) each(r);
+      };
+    };
+    m.run(x.T, 1, rows([&](int64_t r) { search.see(r); }));
+    m.run(w.blocks(), piece(w, w.blocks(), x.T, false), Sketched{{*this, w, search.seen(), to, false}, search},
+          ThenRows{x.T, rows([&](int64_t r) { search.measure(r); })});
+    m.run(w.blocks(), 64, [&](int64_t block, int64_t end) { search.look(block, end); },
+          ThenRows{x.T, rows([&](int64_t r) { search.best(r, s_.best + r, s_.best_logit + r); })});
   }
 
   const Kernels& k_;
@@ -424,7 +450,7 @@ class Pass {
   int64_t *lengths_, *span_of_, *starts_, *used_, *filled_;
   int32_t *ids_, *places_, *tokens_;
   float *scores_, *weights_, *pair_weights_;
-  void *input_, *middle_, *q_, *seen_, *between_, *normed_, *shared_, *pair_input_, *pair_middle_, *pair_between_, *pair_out_;
+  void *input_, *middle_, *q_, *seen_, *between_, *normed_, *shared_, *pair_input_, *pair_middle_, *pair_between_, *pair_out_, *search_;
 };
 
 }  // namespace

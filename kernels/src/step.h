@@ -1,6 +1,6 @@
 // A whole step of a decoder: tokens in, the next tokens' logits out, keys and values written to the cache on the way. Every matrix is packed.
 #pragma once
-#include "layers.h"
+#include "sketch.h"
 
 namespace ernie {
 
@@ -30,6 +30,7 @@ struct Network {
   const void* norm;
   const void* embedding;  // [vocabulary, D] of `type`, or null: packed
   Packed packed_embedding, head;  // a head whose O is 0 is computed by the caller
+  Sketch sketch;                  // of the head, or none
 
   Layer& layer(int64_t i) { return reinterpret_cast<Layer*>(this + 1)[i]; }
   const Layer& layer(int64_t i) const { return reinterpret_cast<const Layer*>(this + 1)[i]; }
@@ -57,10 +58,14 @@ struct Step {
   // rows whose next token is wanted: logits [answers, vocabulary], rounded to `type`, the best of each row and its logit (NaN if any is)
   const int64_t* answers;
   int64_t num_answers;
+  bool only_best;  // the logits are not wanted: they may be null where `by_sketch`
   float* logits;
   int64_t* best;
   float* best_logit;
 };
+
+// Whether the step finds the best tokens by the head's sketch, and computes no other logits.
+inline bool by_sketch(const Network& n, const Step& s) { return s.only_best && n.sketch.weight.O && s.num_answers <= kFewRows; }
 
 void run_step(const Kernels& k, const Threads& threads, const Network& n, const Step& s);
 

@@ -72,6 +72,15 @@ void set_head(const Tensor& network, const Tensor& values, const Tensor& scales,
   n.head = matrix(values, scales, n.vocabulary, bits, n.D);
 }
 
+// Draws the head's sketch; returns its memory, which must be kept as the matrices are, empty where the head has no sketch.
+Tensor sketch_head(const Tensor& network) {
+  Network& n = network_of(network);
+  const size_t bytes = ernie::sketch_bytes(n.head);
+  Tensor memory = empty_of<1>(aoti_torch_dtype_uint8(), {int64_t(bytes)});
+  if (bytes && ernie::draw_sketch(threads(), n.head, memory.data_ptr(), n.sketch)) return memory;
+  return empty_of<1>(aoti_torch_dtype_uint8(), {0});
+}
+
 void set_attention(const Tensor& network, int64_t layer, const Tensor& norm, const Tensor& qkv, const Tensor& qkv_scale, int64_t qkv_bits,
                    const Tensor& out, const Tensor& out_scale, int64_t out_bits) {
   Network& n = network_of(network);
@@ -138,7 +147,7 @@ void check_places(const Network& n, const ernie::Step& s) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> step(const Tensor& network, const Tensor& tokens, const Tensor& turns, const Tensor& slots, Tensor cache,
                                                 const Tensor& spans, const Tensor& pages, int64_t page_size, const Tensor& answers,
-                                                const std::string& isa) {
+                                                bool only_best, const std::string& isa) {
   const Network& n = network_of(network);
   check_complete(n);
   ernie::Step s{};
@@ -153,11 +162,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step(const Tensor& network, const Ten
                   "spans must be [requests, 3] and pages [requests, P]");
   s.turns = static_cast<const float*>(turns.data_ptr()), s.cache = static_cast<char*>(cache.data_ptr()), s.num_slots = cache.size(2);
   s.page_size = page_size, s.spans = reinterpret_cast<const ernie::Span*>(whole(spans, "spans")), s.num_spans = spans.size(0);
-  s.pages = whole(pages, "pages"), s.max_pages = pages.size(1), s.answers = whole(answers, "answers"), s.num_answers = answers.numel();
+  s.pages = whole(pages, "pages"), s.max_pages = pages.size(1), s.answers = whole(answers, "answers"), s.num_answers = answers.numel(), s.only_best = only_best;
   check_places(n, s);
   Tensor hidden = empty_of<2>(n.type == ernie::Type::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(), {s.T, n.D});
   const int64_t R = n.head.O ? s.num_answers : 0;
-  Tensor logits = empty_of<2>(aoti_torch_dtype_float32(), {R, n.vocabulary}), best = empty_of<1>(aoti_torch_dtype_int64(), {R}),
+  Tensor logits = empty_of<2>(aoti_torch_dtype_float32(), {ernie::by_sketch(n, s) ? 0 : R, n.vocabulary}), best = empty_of<1>(aoti_torch_dtype_int64(), {R}),
          best_logit = empty_of<1>(aoti_torch_dtype_float32(), {R});
   s.hidden = hidden.data_ptr(), s.logits = static_cast<float*>(logits.data_ptr());
   s.best = static_cast<int64_t*>(best.data_ptr()), s.best_logit = static_cast<float*>(best_logit.data_ptr());
@@ -171,6 +180,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernie45, m) {
   m.def("network(Tensor norm, float eps, int layers, int vocabulary, int heads, int kv_heads, int head_size) -> Tensor");
   m.def("set_embedding(Tensor(a!) network, Tensor values, Tensor? scales, int bits) -> ()");
   m.def("set_head(Tensor(a!) network, Tensor values, Tensor scales, int bits) -> ()");
+  m.def("sketch_head(Tensor(a!) network) -> Tensor");
   m.def("set_attention(Tensor(a!) network, int layer, Tensor norm, Tensor qkv, Tensor qkv_scale, int qkv_bits, Tensor out, Tensor out_scale, "
         "int out_bits) -> ()");
   m.def("set_feed_forward(Tensor(a!) network, int layer, Tensor norm, Tensor gate_up, Tensor gate_up_scale, int gate_up_bits, Tensor down, "
@@ -178,13 +188,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernie45, m) {
   m.def("set_experts(Tensor(a!) network, int layer, Tensor norm, Tensor router, Tensor bias, Tensor gate_up, Tensor gate_up_scale, Tensor down, "
         "Tensor down_scale, int bits, int inner, int top_k, float norm_min, Tensor(b!)? counts=None) -> ()");
   m.def("step(Tensor network, Tensor tokens, Tensor turns, Tensor slots, Tensor(a!) cache, Tensor spans, Tensor pages, int page_size, "
-        "Tensor answers, str isa) -> (Tensor, Tensor, Tensor, Tensor)");
+        "Tensor answers, bool only_best, str isa) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ernie45, CPU, m) {
   m.impl("network", TORCH_BOX(&network));
   m.impl("set_embedding", TORCH_BOX(&set_embedding));
   m.impl("set_head", TORCH_BOX(&set_head));
+  m.impl("sketch_head", TORCH_BOX(&sketch_head));
   m.impl("set_attention", TORCH_BOX(&set_attention));
   m.impl("set_feed_forward", TORCH_BOX(&set_feed_forward));
   m.impl("set_experts", TORCH_BOX(&set_experts));

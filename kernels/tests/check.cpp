@@ -99,10 +99,10 @@ std::vector<float> step(const ernie::Kernels& k, const StepCase& c) {
   random_bits.seed(7);
   const int64_t D = 80, N = 6, K = 2, H = c.H, F = 96, E = 5, V = 50, T = c.T, past = 3;
   const int64_t max_pages = (T + past) / c.page_size + 1, slots = (max_pages + 1) * c.page_size;
-  Matrix embedding(V, D, 32, 4), qkv((N + 2 * K) * H, D, 32, 4), out(D, N * H, 32, 8), gate_up(2 * F, D, 32, 4), down(D, F, 32, 4);
+  Matrix embedding(V, D, 32, 4), head(V, D, 32, 8), qkv((N + 2 * K) * H, D, 32, 4), out(D, N * H, 32, 8), gate_up(2 * F, D, 32, 4), down(D, F, 32, 4);
   Matrix expert_up(2 * F * E, D, 32, 4), expert_down(D * E, F, 32, 4);
   expert_up.packed.O = 2 * F, expert_down.packed.O = D;
-  for (Matrix* m : {&embedding, &qkv, &out, &gate_up, &down, &expert_up, &expert_down}) m->packed.hadamard = c.hadamard;
+  for (Matrix* m : {&embedding, &head, &qkv, &out, &gate_up, &down, &expert_up, &expert_down}) m->packed.hadamard = c.hadamard;
   const size_t element = c.bf16 ? 2 : 4;
   const std::vector<float> norm_f32(D, 1.0f), router = numbers(E * D), bias(E, 0.01f);
   const std::vector<uint16_t> norm_bf16(D, 0x3f80);
@@ -111,7 +111,9 @@ std::vector<float> step(const ernie::Kernels& k, const StepCase& c) {
   std::vector<char> memory(sizeof(ernie::Network) + 2 * sizeof(ernie::Layer));
   auto& n = *reinterpret_cast<ernie::Network*>(memory.data());
   n.type = c.bf16 ? ernie::Type::bf16 : ernie::Type::f32, n.D = D, n.N = N, n.K = K, n.H = H, n.vocabulary = V, n.layers = 2, n.eps = 1e-5f;
-  n.norm = norm, n.packed_embedding = n.head = embedding.packed;
+  n.norm = norm, n.packed_embedding = embedding.packed, n.head = head.packed;
+  std::vector<std::array<char, 64>> sketch((ernie::sketch_bytes(n.head) + 63) / 64);
+  if (!ernie::draw_sketch({c.threads, run}, n.head, sketch.data(), n.sketch)) failures++, std::puts("the head has no sketch");
   if (!c.packed_embedding) n.embedding = whole_embedding.data();
   for (int64_t i = 0; i < 2; i++) n.layer(i) = {norm, norm, qkv.packed, out.packed, gate_up.packed, down.packed, {}};
   if (!c.shared) n.layer(1).gate_up = n.layer(1).down = {};
@@ -131,12 +133,17 @@ std::vector<float> step(const ernie::Kernels& k, const StepCase& c) {
   std::vector<char> cache(size_t(2 * 2 * slots * K * H) * element), hidden(size_t(T * D) * element);
   std::vector<float> result(size_t(2 * V)), best_logit(2);
   std::vector<int64_t> best(2);
-  ernie::run_step(k, {c.threads, run}, n, {T, tokens.data(), turns.data(), places.data(), cache.data(), slots, c.page_size, spans.data(),
-                                           int64_t(spans.size()), pages.data(), max_pages, hidden.data(), answers.data(), 2, result.data(), best.data(),
-                                           best_logit.data()});
+  ernie::Step s{T, tokens.data(), turns.data(), places.data(), cache.data(), slots, c.page_size, spans.data(), int64_t(spans.size()), pages.data(),
+                max_pages, hidden.data(), answers.data(), 2, false, result.data(), best.data(), best_logit.data()};
+  ernie::run_step(k, {c.threads, run}, n, s);
   if (std::accumulate(chosen.begin(), chosen.end(), int64_t{0}) != E + 2 * T) failures++, std::printf("step, %s: not every choice of an expert was counted\n", k.name);
   for (size_t r = 0; r < 2; r++)
     if (result[r * size_t(V) + size_t(best[r])] != best_logit[r]) failures++, std::printf("step, %s: the best logit is not where it is said to be\n", k.name);
+  std::vector<float> alone_logit(2);
+  std::vector<int64_t> alone(2);
+  s.only_best = true, s.logits = nullptr, s.best = alone.data(), s.best_logit = alone_logit.data();
+  ernie::run_step(k, {c.threads, run}, n, s);
+  if (alone != best || alone_logit != best_logit) failures++, std::printf("step, %s: the sketch finds another best token\n", k.name);
   return result;
 }
 

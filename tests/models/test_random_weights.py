@@ -59,7 +59,7 @@ def test_packed_weights_load_and_compute(tmp_path, config, scheme):
         gate_up = decoder.layers[1].ffn.experts.gate_up_packed
         assert not torch.equal(gate_up[0], gate_up[1])
     else:
-        assert len({bytes(block.numpy()) for block in decoder.embed.weight_packed[:, 0]}) > 30, "of 65 blocks drawn from 64"
+        assert len({bytes(block.numpy()) for block in decoder.embed.weight_packed[:, 0]}) == 65, "no two tokens are alike"
 
 
 def test_the_seed_decides_everything(tmp_path):

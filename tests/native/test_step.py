@@ -144,6 +144,75 @@ def test_what_other_requests_left_in_a_page_is_not_seen(each, dtype):
     assert torch.equal(clean.feed({0: prompt(20), 1: prompt(1)}), dirty.feed({0: prompt(20), 1: prompt(1)}))
 
 
+def sketched(head_VD, dtype, group):
+    """A step's way from embedding to best token with the head given, 8 bits in groups, and no layer that adds anything."""
+    vocab_size, width = head_VD.shape
+    config = TextConfig(hidden_size=width, num_layers=1, num_heads=2, num_kv_heads=1, head_size=16, ffn_size=32, vocab_size=vocab_size,
+                        tie_embeddings=False)  # fmt: skip
+    decoder = Decoder(config).initialise(torch.Generator().manual_seed(0), std=0.5).to(dtype).eval().requires_grad_(False)
+    decoder.layers[0].attn.out.weight.zero_()
+    decoder.layers[0].ffn.down.weight.zero_()
+    decoder.head.weight.copy_(head_VD)
+    quantise_model(decoder, QuantSpec.uniform(f"w8a8-g{group}" if group else "w8a8"))
+    return decoder
+
+
+def both_ways(decoder, kernels, tokens):
+    """Best tokens and logits of a prompt's rows, with all logits and without them."""
+    network, cache = native_network(decoder, kernels), PagedCache(decoder.config, PAGES, SIZE, decoder.dtype)
+    batch = BatchBuilder(SIZE).build(Plan((PlanRow("a", tuple(tokens), 0, (0,), True),)))
+    wanted = torch.arange(len(tokens))
+    places = (batch.tokens_T, batch.positions_T, batch.slots_T, cache.store, batch.places_R3, batch.pages_RP, SIZE, wanted)
+    return network.step(*places), network.step(*places, only_best=True)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 999), vocab_size=st.integers(17, 1500), width=st.sampled_from([48, 64, 200, 256]), rows=st.integers(1, 9),
+    group=st.sampled_from([0, 32, 64, 128]), bf16=st.booleans(),
+    kind=st.sampled_from(["normal", "tied", "near", "zero", "one long row", "rare long inputs", "tiny"]),
+)  # fmt: skip
+def test_the_best_token_found_by_a_sketch_is_that_of_all_logits(each, seed, vocab_size, width, rows, group, bf16, kind):
+    generator = torch.Generator().manual_seed(seed)
+    head_VD = torch.randn(vocab_size, width, generator=generator)
+    match kind:
+        case "tied":  # the first of equal ones wins
+            head_VD = head_VD[torch.arange(vocab_size) % 5]
+        case "near":  # closer to each other than the sketch can tell
+            head_VD = head_VD[:1] + 0.01 * head_VD
+        case "zero":
+            head_VD *= torch.randint(0, 2, (vocab_size, 1), generator=generator)
+        case "one long row":
+            head_VD[vocab_size // 2] *= 1000
+        case "rare long inputs":
+            head_VD[:, ::40] *= 50
+        case "tiny":
+            head_VD *= 1e-7
+    decoder = sketched(head_VD, torch.bfloat16 if bf16 else torch.float32, group)
+    whole, alone = both_ways(decoder, each, torch.randint(0, vocab_size, (rows,), generator=generator).tolist())
+    assert (alone.logits_RV is None) == (rows <= 8), "few rows are found by the sketch, many as ever"
+    assert torch.equal(alone.best_R, whole.logits_RV.argmax(-1))
+    assert torch.equal(alone.best_R, whole.best_R)
+    assert torch.equal(alone.best_logit_R, whole.best_logit_R)
+
+
+def test_a_head_without_a_sketch_computes_all_logits(each):
+    """Scales near the end of float16 have no room for steps that are 17 times as long; activations that stay floats have no sums."""
+    head_VD = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
+    long = sketched(head_VD * 2e6, torch.float32, 64)
+    floats = packed(tied=False, scheme="w8a16")
+    for decoder in (long, floats, packed(scheme="w4a8-g32")):
+        whole, alone = both_ways(decoder, each, [1, 2, 3])
+        assert torch.equal(alone.logits_RV, whole.logits_RV)
+        assert torch.equal(alone.best_R, whole.best_R)
+
+
+def test_what_is_no_number_has_no_best_token_by_a_sketch_either(each):
+    decoder = sketched(torch.randn(40, 64, generator=torch.Generator().manual_seed(1)), torch.float32, 64)
+    decoder.norm.weight[3] = float("nan")
+    assert both_ways(decoder, each, [1, 2])[1].best_logit_R.isnan().all()
+
+
 def test_what_is_no_number_has_no_best_token(each):
     decoder = packed()
     decoder.norm.weight[3] = float("nan")

@@ -15,7 +15,7 @@ from ernie45.ops import native
 # Every operator the code calls, as the library of this interface declares it. Does this fail after a change of an operator? Raise
 # kInterface in kernels/src/tensors.h and INTERFACE in ernie45/ops/native.py, then change it here.
 DECLARED = {
-    3: {
+    4: {
         "available": "() -> str",
         "bf16_linear": "(Tensor x, Tensor weight, str isa) -> Tensor",
         "feed_forward": "(Tensor x, Tensor? norm, float eps, Tensor gate_up, Tensor gate_up_scale, int gate_up_bits, Tensor down, "
@@ -38,8 +38,9 @@ DECLARED = {
         "Tensor down, Tensor down_scale, int down_bits, int inner) -> ()",
         "set_head": "(Tensor(a!) network, Tensor values, Tensor scales, int bits) -> ()",
         "swiglu": "(Tensor x, str isa) -> Tensor",
+        "sketch_head": "(Tensor(a!) network) -> Tensor",
         "step": "(Tensor network, Tensor tokens, Tensor turns, Tensor slots, Tensor(a!) cache, Tensor spans, Tensor pages, int page_size, "
-        "Tensor answers, str isa) -> (Tensor, Tensor, Tensor, Tensor)",
+        "Tensor answers, bool only_best, str isa) -> (Tensor, Tensor, Tensor, Tensor)",
         "tower_heads": "(Tensor x, Tensor norm, Tensor norm_bias, float eps, Tensor qkv, Tensor? qkv_scale, Tensor qkv_bias, Tensor turns, "
         "int heads, int size, int first, Tensor(a!) space, str isa) -> ()",
         "tower_rest": "(Tensor x, Tensor space, int heads, int size, int first, Tensor out, Tensor? out_scale, Tensor out_bias, "

@@ -1,29 +1,34 @@
 """How fast a model could be at most, given what a machine can do: bytes that must be read, products that must be made.
 
-Decoding reads every weight it touches and the sequence's cache once a step; reading a prompt is bound by the products. Nothing is taken
-off for norms, sampling or Python, so no engine reaches 100 %.
+Decoding reads every weight it touches and the sequence's cache once a step, of a head that few sequences need the best token of its
+sketch alone; reading a prompt is bound by the products. Nothing is taken off for norms, sampling or Python, so no engine reaches 100 %.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from ernie45 import ops
 from ernie45.models.config import TextConfig
 from ernie45.models.counts import count_parameters, kv_bytes_per_token
 from ernie45.models.packed import PACKED_ENDING
 from ernie45.models.text import Decoder
+from ernie45.ops.network import SKETCHED_ROWS, unread_bytes
+from ernie45.quant.linear import PackedMatrix
 from ernie45.recipes.bench.limits import Limits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What speed depends on in a loaded model. Bytes: `always` are read every step, `routed` are those of all experts together."""
+    """What speed depends on in a loaded model. Bytes: `always` are read every step, `routed` are those of all experts together, `unread`
+    are those of the head that a sketch spares greedy steps of few sequences."""
 
     model: TextConfig
     dtype: torch.dtype
     packed: bool
     always: int
     routed: int
+    unread: int
 
     @classmethod
     def of(cls, decoder: Decoder) -> "Footprint":
@@ -38,13 +43,16 @@ class Footprint:
                 routed += value.nbytes
             else:
                 always += value.nbytes
-        return cls(model=decoder.config, dtype=decoder.dtype, packed=packed, always=always, routed=routed)
+        head = decoder.embed if decoder.head is None else decoder.head
+        unread = unread_bytes(head.weight) if ops.KERNELS is not None and isinstance(head, PackedMatrix) else 0
+        return cls(model=decoder.config, dtype=decoder.dtype, packed=packed, always=always, routed=routed, unread=unread)
 
     def step_bytes(self, batch: int, context: int) -> float:
         """Bytes that a decode step of `batch` sequences with `context` tokens each reads; of the experts those that chance would choose."""
         experts = self.model.experts
         touched = 1 - (1 - experts.top_k / experts.num_experts) ** batch if experts else 0.0
-        return self.always + self.routed * touched + batch * context * kv_bytes_per_token(self.model, self.dtype.itemsize)
+        always = self.always - (self.unread if batch <= SKETCHED_ROWS else 0)
+        return always + self.routed * touched + batch * context * kv_bytes_per_token(self.model, self.dtype.itemsize)
 
     def decode_limit(self, limits: Limits, batch: int, context: int) -> float:
         """Tokens a second that `batch` sequences together could write at most."""

@@ -36,9 +36,7 @@ class Limits:
 def measure_limits(threads: int, repeats: int = 7) -> Limits:
     """Time a sum over 1 GiB and products of 1024 x 2048 x 4096, each the best of `repeats` after one to warm up; takes some seconds."""
     torch.set_num_threads(threads)
-    data = torch.ones(_READ_BYTES // 4)
-    read = _READ_BYTES / best_seconds(data.sum, repeats) / 1e9
-    del data
+    read = read_bandwidth(repeats)
     work = 2 * _M * _N * _K / 1e9
     floats = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -54,6 +52,12 @@ def measure_limits(threads: int, repeats: int = 7) -> Limits:
         bfloat16_gflops=floats[torch.bfloat16],
         int8_gops=work / min(best_seconds(product, repeats) for product in _int8_products()),
     )
+
+
+def read_bandwidth(repeats: int = 7) -> float:
+    """GB/s in which the threads that torch uses now read memory, the best of `repeats` sums over 1 GiB; takes a second."""
+    data = torch.ones(_READ_BYTES // 4)
+    return _READ_BYTES / best_seconds(data.sum, repeats) / 1e9
 
 
 def float_peak(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:

@@ -11,6 +11,7 @@ from ernie45.models.load import load_model
 from ernie45.models.random_weights import write_random
 from ernie45.models.released import tiny
 from ernie45.models.text import Decoder
+from ernie45.quant.model import quantise_model
 from ernie45.quant.spec import QuantSpec
 from ernie45.recipes.bench.ceiling import Footprint
 from ernie45.recipes.bench.latency import time_run
@@ -98,6 +99,18 @@ def test_experts_are_read_as_chance_chooses_them(folder):
     assert many == pytest.approx(footprint.always + footprint.routed)
     # many sequences are bound by products and no longer by bytes
     assert footprint.decode_limit(LIMITS, 100_000, 1) < 100_000 * footprint.decode_limit(LIMITS, 1, 1)
+
+
+def test_a_head_that_is_sketched_is_half_read_for_few_sequences(monkeypatch):
+    decoder = Decoder(tiny()).initialise(torch.Generator().manual_seed(0))
+    quantise_model(decoder, QuantSpec.uniform("w4a8-g64", head="w8a8-g64"))
+    head = decoder.embed.weight_packed.nbytes
+    monkeypatch.setattr(ops, "KERNELS", object())
+    footprint = Footprint.of(decoder)
+    assert footprint.step_bytes(8, 0) == footprint.always - head // 2
+    assert footprint.step_bytes(9, 0) == footprint.always
+    monkeypatch.setattr(ops, "KERNELS", None)
+    assert Footprint.of(decoder).step_bytes(1, 0) == footprint.always
 
 
 def test_the_limits_of_this_machine_are_positive_and_repeatable():
