@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -300,7 +299,7 @@ class ServedModel:
     def cancel(self, ticket: Ticket) -> None:
         """Ends an answer that nobody waits for any more. What it held is free before the engine's next step."""
         if ticket.state is State.running:
-            self._stop(ticket)
+            self.stop(ticket)
         if ticket.state is not State.over:
             self._end(ticket)
             self._fill()
@@ -379,7 +378,7 @@ class ServedModel:
             if ticket is None:  # it was cancelled while the step ran
                 continue
             assert self._engine is not None
-            ticket.feed(output, now, partial(self._resubmit, ticket), partial(self._stop, ticket))
+            ticket.feed(output, now, self)
             if output.tokens and ticket.gap is not None:
                 gaps[ticket.gap] = gaps.get(ticket.gap, 0) + 1
             if ticket.state is State.over:
@@ -387,7 +386,7 @@ class ServedModel:
         self._observer.stepped(self.name, Step(message, now, self.written - before, max(0, read), gaps))
         self._fill()
 
-    def _resubmit(self, ticket: Ticket, request: Request) -> None:
+    def resubmit(self, ticket: Ticket, request: Request) -> None:
         """Goes on with another request. Under another id: what the engine wrote before it heard of the end is still on its way here."""
         assert self._engine is not None
         del self._running[ticket.id]
@@ -395,7 +394,8 @@ class ServedModel:
         self._running[ticket.id] = ticket
         self._engine.submit(replace(request, id=ticket.id))
 
-    def _stop(self, ticket: Ticket) -> None:
+    def stop(self, ticket: Ticket) -> None:
+        """The engine need not go on with it."""
         if self._engine is not None:
             self._engine.cancel(ticket.id)
 
@@ -416,7 +416,7 @@ class ServedModel:
         while (ticket := self._line.take()) is not None:
             self._end(ticket, failure)
         for ticket in list(self._running.values()):
-            self._stop(ticket)
+            self.stop(ticket)
             self._end(ticket, failure)
 
     def _too_long_in_line(self, ticket: Ticket) -> None:
@@ -425,7 +425,7 @@ class ServedModel:
 
     def _too_long(self, ticket: Ticket) -> None:
         seconds = self._limits.request_seconds
-        self._stop(ticket)
+        self.stop(ticket)
         self._end(ticket, Failure(504, f"the request took {seconds:g} s, the longest it may", code="request_timeout"))
 
 

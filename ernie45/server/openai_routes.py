@@ -15,7 +15,7 @@ from ernie45.server.protocol import REFUSED, ChatRequest, CompletionRequest, che
 from ernie45.server.reply import DONE, Writer, new_id, usage
 from ernie45.server.resume import HeldStream
 from ernie45.server.service import Service
-from ernie45.server.stream import EventStream, event, unless_gone
+from ernie45.server.stream import EventStream, Outlet, event, unless_gone
 from ernie45.server.ticket import Job, Ticket
 
 _LAST_EVENT = {"name": "Last-Event-ID", "in": "header", "required": True, "schema": {"type": "string"}}
@@ -85,7 +85,7 @@ async def chat_answer(service: Service, request: Request, asked: ChatRequest) ->
     writer = _writer(service, context.text.tokenizer, asked.model or model.name, asked.request_id or new_id("chatcmpl-"))
     request.state.told.update(user=asked.user or asked.safety_identifier, cache_key=asked.prompt_cache_key)
     if asked.stream:
-        return _streamed(service, request, model, jobs, writer, lambda tickets: writer.chat_chunks(asked, tickets))
+        return _streamed(service, request, model, jobs, writer, lambda *answers: writer.chat_chunks(asked, *answers))
     return await _whole(service, request, model, jobs, writer, lambda tickets: writer.chat(asked, tickets))
 
 
@@ -97,7 +97,7 @@ async def completion_answer(service: Service, request: Request, asked: Completio
     writer = _writer(service, context.text.tokenizer, asked.model or model.name, asked.request_id or new_id("cmpl-"))
     request.state.told.update(user=asked.user)
     if asked.stream:
-        return _streamed(service, request, model, jobs, writer, lambda tickets: writer.completion_chunks(asked, tickets))
+        return _streamed(service, request, model, jobs, writer, lambda *answers: writer.completion_chunks(asked, *answers))
     return await _whole(service, request, model, jobs, writer, lambda tickets: writer.completion(asked, tickets))
 
 
@@ -128,9 +128,9 @@ def _streamed(
     model: ServedModel,
     jobs: Sequence[Job],
     writer: Writer,
-    write: Callable[[list[Ticket]], AsyncIterator[bytes]],
+    write: Callable[[list[Ticket], Outlet], AsyncIterator[bytes]],
 ) -> Response:
-    tickets = service.admit(model, jobs, writer.id)
+    tickets, outlet = service.admit(model, jobs, writer.id), Outlet()
 
     def on_failure(failure: Failure) -> bytes:
         request.state.told.update(code=failure.code)
@@ -140,7 +140,7 @@ def _streamed(
         tell(request, model, tickets)
         service.release(model, tickets, writer.id)
 
-    return stream_response(service, request, write(tickets), on_failure, on_end)
+    return stream_response(service, request, write(tickets, outlet), on_failure, on_end, outlet)
 
 
 def stream_response(
@@ -149,8 +149,12 @@ def stream_response(
     events: AsyncIterator[bytes],
     on_failure: Callable[[Failure], bytes],
     on_end: Callable[[], None],
+    outlet: Outlet | None = None,
 ) -> Response:
-    """Events as a response, with the server's patience; they can be taken up again when the client asked for it."""
+    """Events as a response, with the server's patience; they can be taken up again when the client asked for it.
+
+    outlet: opened for the client, unless what it gets must be kept.
+    """
     try:
         held = service.streams.hold(request.headers, request.state.caller, events, on_failure, on_end)
     except Failure:
@@ -158,7 +162,7 @@ def stream_response(
         raise
     if held is not None:
         return _held_response(service, held, 0)
-    return EventStream(events, on_failure=on_failure, on_end=on_end, headers={}, **_patience(service))
+    return EventStream(events, on_failure=on_failure, on_end=on_end, headers={}, outlet=outlet, **_patience(service))
 
 
 def _held_response(service: Service, held: HeldStream, after: int) -> Response:
@@ -167,7 +171,7 @@ def _held_response(service: Service, held: HeldStream, after: int) -> Response:
     )
 
 
-def _patience(service: Service) -> dict[str, float]:
+def _patience(service: Service) -> dict[str, Any]:
     return {"keep_alive": service.settings.keep_alive_seconds, "write_seconds": service.settings.limits.write_seconds}
 
 

@@ -2,14 +2,14 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ernie45.engine.output import TokenLogprobs
-from ernie45.server.merge import Merged, merged
+from ernie45.server.merge import Merged, as_events
 from ernie45.server.protocol import ChatRequest, CompletionRequest
-from ernie45.server.stream import Mould, event
+from ernie45.server.stream import Mould, Outlet, event
 from ernie45.server.ticket import Piece, Ticket
 from ernie45.tokens.parse import Delta
 from ernie45.tokens.tokenizer import Tokenizer
@@ -58,41 +58,54 @@ class Writer:
         whole = self._head("chat.completion") | {"choices": choices, "usage": usage(tickets)}
         return whole | self._prompt_extras(request.return_token_ids, tickets, request.prompt_logprobs is not None)
 
-    async def chat_chunks(self, request: ChatRequest, tickets: Sequence[Ticket]) -> AsyncIterator[bytes]:
+    async def chat_chunks(self, request: ChatRequest, tickets: Sequence[Ticket], outlet: Outlet) -> AsyncIterator[bytes]:
         """An event with a `chat.completion.chunk` for each piece. Raises `Failure` when the engine broke."""
         counts = request.stream_options is not None and request.stream_options.continuous_usage_stats
         head = self._head("chat.completion.chunk")
-        names: dict[tuple[int, int], str] = {}
         await tickets[0].begun()
         for index, ticket in enumerate(tickets):
             first = _chunk(index, {"role": "assistant", "content": ""})
             if request.return_token_ids:
                 first["prompt_token_ids"] = list(ticket.job.request.prompt)
             yield event(head | {"choices": [first]} | ({"usage": usage(tickets)} if counts else {}))
-        bare = not (counts or request.logprobs or request.return_token_ids)  # then nothing but the text differs
-        moulds: dict[tuple[int, str], Mould] = {}
-        async for item in merged(tickets):
-            if bare and item.piece is not None and all(delta.kind != "tool_call" for delta in item.piece.deltas):
-                for delta in item.piece.deltas:
-                    if delta.text:
-                        yield self._mould(moulds, head, item.index, delta.kind).fill(delta.text)
-                continue
-            for choice in self._chat_choices(request, item, names):
-                yield event(head | {"choices": [choice]} | ({"usage": usage(tickets)} if counts else {}))
+        async for data in as_events(tickets, self._chat_events(request, tickets, head, counts), outlet):
+            yield data
         if request.stream_options is not None and request.stream_options.include_usage:
             yield event(head | {"choices": [], "usage": usage(tickets)})
         yield DONE
 
+    def _chat_events(
+        self, request: ChatRequest, tickets: Sequence[Ticket], head: dict[str, Any], counts: bool
+    ) -> Callable[[Merged], list[bytes]]:
+        """What says a piece in events."""
+        bare = not (counts or request.logprobs or request.return_token_ids)  # then nothing but the text differs
+        moulds: dict[tuple[int, str], Mould] = {}
+        names: dict[tuple[int, int], str] = {}
+
+        def write(item: Merged) -> list[bytes]:
+            if not bare or item.piece is None:
+                choices = self._chat_choices(request, item, names)
+                return [event(head | {"choices": [choice]} | ({"usage": usage(tickets)} if counts else {})) for choice in choices]
+            events = []
+            for delta in item.piece.deltas:
+                if delta.text:
+                    mould = moulds.get((item.index, delta.kind)) or self._mould(moulds, head, item.index, delta.kind)
+                    events.append(mould.fill(delta.text))
+                elif delta.name or delta.arguments:
+                    events.append(event(head | {"choices": [_chunk(item.index, self._delta(delta, item.index, names))]}))
+            return events
+
+        return write
+
     def _mould(self, moulds: dict[tuple[int, str], Mould], head: dict[str, Any], index: int, kind: str) -> Mould:
         """For chunks of one answer's content, or of its reasoning."""
-        if (made := moulds.get((index, kind))) is None:
 
-            def shape(text: str) -> dict[str, Any]:
-                delta = {"content": text} if kind == "content" else self._reasoned(text)
-                return head | {"choices": [_chunk(index, delta)]}
+        def shape(text: str) -> dict[str, Any]:
+            delta = {"content": text} if kind == "content" else self._reasoned(text)
+            return head | {"choices": [_chunk(index, delta)]}
 
-            made = moulds[index, kind] = Mould(shape)
-        return made
+        moulds[index, kind] = Mould(shape)
+        return moulds[index, kind]
 
     def _chat_choices(self, request: ChatRequest, item: Merged, names: dict[tuple[int, int], str]) -> list[dict[str, Any]]:
         if item.piece is None:
@@ -156,29 +169,39 @@ class Writer:
             choices.append(choice)
         return self._head("text_completion") | {"choices": choices, "usage": usage(tickets, per_prompt=request.n)}
 
-    async def completion_chunks(self, request: CompletionRequest, tickets: Sequence[Ticket]) -> AsyncIterator[bytes]:
+    async def completion_chunks(self, request: CompletionRequest, tickets: Sequence[Ticket], outlet: Outlet) -> AsyncIterator[bytes]:
         """An event with a `text_completion` for each piece. Raises `Failure` when the engine broke."""
         counts = request.stream_options is not None and request.stream_options.continuous_usage_stats
         head = self._head("text_completion")
-        shown = dict.fromkeys(range(len(tickets)), 0)
         await tickets[0].begun()
         if request.echo:
             for index, ticket in enumerate(tickets):
                 echo = _plain_chunk(index, self._echo(ticket))
                 yield event(head | {"choices": [echo]} | ({"usage": usage(tickets, per_prompt=request.n)} if counts else {}))
-        bare = not (counts or request.logprobs is not None or request.return_token_ids)  # then nothing but the text differs
-        moulds = [_plain_mould(head, index) for index in range(len(tickets))] if bare else []
-        async for item in merged(tickets):
-            if bare and item.piece is not None:
-                if text := _text(item.piece):
-                    yield moulds[item.index].fill(text)
-                continue
-            choice = self._plain_choice(request, item, shown)
-            if choice is not None:
-                yield event(head | {"choices": [choice]} | ({"usage": usage(tickets, per_prompt=request.n)} if counts else {}))
+        async for data in as_events(tickets, self._plain_events(request, tickets, head, counts), outlet):
+            yield data
         if request.stream_options is not None and request.stream_options.include_usage:
             yield event(head | {"choices": [], "usage": usage(tickets, per_prompt=request.n)})
         yield DONE
+
+    def _plain_events(
+        self, request: CompletionRequest, tickets: Sequence[Ticket], head: dict[str, Any], counts: bool
+    ) -> Callable[[Merged], list[bytes]]:
+        """What says a piece in events."""
+        bare = not (counts or request.logprobs is not None or request.return_token_ids)  # then nothing but the text differs
+        moulds = [_plain_mould(head, index) for index in range(len(tickets))] if bare else []
+        shown = dict.fromkeys(range(len(tickets)), 0)
+
+        def write(item: Merged) -> list[bytes]:
+            if bare and item.piece is not None:
+                text = _text(item.piece)
+                return [moulds[item.index].fill(text)] if text else []
+            choice = self._plain_choice(request, item, shown)
+            if choice is None:
+                return []
+            return [event(head | {"choices": [choice]} | ({"usage": usage(tickets, per_prompt=request.n)} if counts else {}))]
+
+        return write
 
     def _plain_choice(self, request: CompletionRequest, item: Merged, shown: dict[int, int]) -> dict[str, Any] | None:
         choice = _plain_chunk(item.index, "")

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import json
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from json.encoder import encode_basestring
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -37,7 +39,7 @@ class Mould:
 
     def fill(self, text: str) -> bytes:
         """The event with this text."""
-        return _as_json(text).encode().join(self._parts)
+        return encode_basestring(text).encode().join(self._parts)
 
 
 class Chunks(Protocol):
@@ -51,10 +53,37 @@ class Chunks(Protocol):
     def write(self, data: bytes) -> None: ...
 
 
+class Outlet:
+    """The short way to a stream's client, for whoever has something while the stream itself waits for more: nobody need be woken for it.
+
+    used    when something was written here, on the clock of `time.monotonic`
+    """
+
+    def __init__(self) -> None:
+        self.used = 0.0
+        self._chunks: Chunks | None = None
+
+    def open(self, chunks: Chunks | None) -> None:
+        """The stream has begun: from now on this way may be taken, where there is one."""
+        self._chunks = chunks
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is open, and the client takes what is written."""
+        return self._chunks is not None and self._chunks.ready
+
+    def write(self, data: bytes) -> None:
+        """Sends events; only while it is ready."""
+        assert self._chunks is not None
+        self._chunks.write(data)
+        self.used = time.monotonic()
+
+
 class EventStream(Response):
     """An ASGI response that sends events.
 
     events     bytes to send; a `Failure` it raises is sent by `on_failure`, and ends the stream
+    outlet     a way past `events`, which is opened when the stream has begun
     on_end     called exactly once, however it ends: there the answers are cancelled
     """
 
@@ -67,9 +96,11 @@ class EventStream(Response):
         headers: Mapping[str, str],
         keep_alive: float,
         write_seconds: float,
+        outlet: Outlet | None = None,
     ) -> None:
         super().__init__()
         self._events = events
+        self._outlet = outlet or Outlet()
         self._on_failure = on_failure
         self._on_end = on_end
         sent = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no", **headers}
@@ -83,7 +114,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends until the events end, the client is gone, or it takes nothing for too long."""
-        self._sent = asyncio.get_running_loop().time()
+        self._sent = time.monotonic()
         chunks: Chunks | None = scope.get("extensions", {}).get(CHUNKS)
         writing, *others = tasks = [asyncio.ensure_future(work) for work in (self._write(send, chunks), _gone(receive), self._watch(send))]
         try:
@@ -101,15 +132,14 @@ class EventStream(Response):
                 await close()
 
     async def _write(self, send: Send, chunks: Chunks | None) -> None:
-        now = asyncio.get_running_loop().time
         with contextlib.suppress(OSError):  # the client is gone
             try:
                 async for data in self._events:
-                    if chunks is not None and chunks.ready and self._begun:
-                        chunks.write(data)
-                        self._sent = now()
+                    if self._outlet.ready:
+                        self._outlet.write(data)
                         continue
                     await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
+                    self._outlet.open(chunks)
             except Failure as failure:
                 if not self._begun:
                     raise  # nothing was said yet: it is an answer with a status of its own
@@ -118,15 +148,14 @@ class EventStream(Response):
 
     async def _watch(self, send: Send) -> None:
         """Sends comments while it is quiet; ends when the client has taken nothing for too long. One timer for all events of a stream."""
-        loop = asyncio.get_running_loop()
         comment = {"type": "http.response.body", "body": _COMMENT, "more_body": True}
         while True:
             if self._sending is not None:
-                left = self._sending + self._write_seconds - loop.time()
+                left = self._sending + self._write_seconds - time.monotonic()
                 if left <= 0:
                     return
             else:
-                left = self._sent + self._keep_alive - loop.time()
+                left = max(self._sent, self._outlet.used) + self._keep_alive - time.monotonic()
                 if left <= 0:
                     try:
                         async with asyncio.timeout(self._write_seconds):
@@ -137,16 +166,15 @@ class EventStream(Response):
             await asyncio.sleep(min(left, self._write_seconds))
 
     async def _send(self, send: Send, message: Any) -> None:
-        loop = asyncio.get_running_loop()
         async with self._turn:
-            self._sending = loop.time()
+            self._sending = time.monotonic()
             try:
                 if not self._begun:
                     self._begun = True
                     await send({"type": "http.response.start", "status": 200, "headers": self._head})
                 await send(message)
             finally:
-                self._sending, self._sent = None, loop.time()
+                self._sending, self._sent = None, time.monotonic()
 
 
 async def _gone(receive: Receive) -> None:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ernie45.engine.answer import Answer
 from ernie45.engine.output import Output, TokenLogprobs
@@ -55,18 +55,28 @@ def _failure(finish: FinishReason, id: str) -> Failure | None:
     return engine_lost(id) if finish is FinishReason.error else None
 
 
+class Host(Protocol):
+    """Whoever runs tickets: the engine goes on with another request for one, or need not go on."""
+
+    def resubmit(self, ticket: "Ticket", request: Request) -> None: ...
+    def stop(self, ticket: "Ticket") -> None: ...
+
+
 class Ticket:
     """All methods are for the event loop's thread.
 
+    answer    what there is of it
     id        the engine's name for it; another one when it goes on behind a closed thinking
     failure   why it ended without an answer
     came, began, first, ended   seconds of the loop's clock: put in line, handed to the engine, first token, over
     gap       seconds between its last two outputs with tokens
     timer     ends it when it waits or runs too long;  counted: the metrics know it
+    shortcut  asked when there is news and its reader waits for nothing else: True when it took the news, and the reader may sleep on
     """
 
     def __init__(self, job: Job, now: float) -> None:
         self.job = job
+        self.answer = job.answer
         self.id = job.request.id
         self.state = State.waiting
         self.failure: Failure | None = None
@@ -78,45 +88,41 @@ class Ticket:
         self._fed: float | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.counted = False
+        self.shortcut: Callable[[], bool] | None = None
         self._news = False  # something came that was not told
         self._reader: asyncio.Future[None] | None = None  # who waits for news, or for the end alone
         self._patient = False
         self._told_ids = 0
         self._told_logprobs = 0
 
-    @property
-    def answer(self) -> Answer:
-        """What there is of the answer."""
-        return self.job.answer
-
-    def feed(self, output: Output, now: float, resubmit: Callable[[Request], None], stop: Callable[[], None]) -> None:
-        """An output of the engine. resubmit: the answer goes on with this request; stop: the engine need not go on."""
+    def feed(self, output: Output, now: float, host: Host) -> None:
+        """An output of the engine."""
         if output.tokens:
             self.first = now if self.first is None else self.first
             self.gap = None if self._fed is None else now - self._fed
             self._fed = now
         if len(output.tokens) < 2:
-            self._take(output, now, resubmit, stop)
+            self._take(output, now, host)
         else:
             for single in output.one_by_one():
-                if not self._take(single, now, resubmit, stop):
+                if not self._take(single, now, host):
                     break
         self._tell()
 
-    def _take(self, output: Output, now: float, resubmit: Callable[[Request], None], stop: Callable[[], None]) -> bool:
+    def _take(self, output: Output, now: float, host: Host) -> bool:
         """Takes in at most one token; True when the one behind it counts."""
-        answer = self.job.answer
+        answer = self.answer
         answer.take(output, now)
         if over_budget := answer.over_budget:
-            stop()
+            host.stop(self)
             following = answer.closing()
             if following is not None:
-                resubmit(following if self.job.after is None else replace(following, grammar=self.job.after))
+                host.resubmit(self, following if self.job.after is None else replace(following, grammar=self.job.after))
         if answer.finish is None and self.job.one_call and answer.calls_done:
             answer.stop_here()
         if answer.finish is not None:
             if output.finish is None:
-                stop()
+                host.stop(self)
             self.over(now, _failure(answer.finish, self.id))
         return not over_budget and answer.finish is None
 
@@ -137,9 +143,12 @@ class Ticket:
         self._tell()
 
     def _tell(self) -> None:
-        self._news = True
-        if self._reader is not None and not self._reader.done() and (self.state is State.over or not self._patient):
-            self._reader.set_result(None)
+        reader = self._reader
+        if reader is None or reader.done():
+            self._news = True
+        elif self.state is State.over or not (self._patient or (self.shortcut is not None and self.shortcut())):
+            self._news = True
+            reader.set_result(None)
 
     async def _wait(self, patient: bool = False) -> None:
         """Until there is news; patient: until it is over."""
@@ -163,7 +172,7 @@ class Ticket:
         while True:
             if self._news:
                 self._news = False
-                piece = self._piece()
+                piece = self.take()
                 if piece.deltas or piece.ids:
                     return piece
             if self.failure is not None:
@@ -179,7 +188,8 @@ class Ticket:
         if self.failure is not None:
             raise self.failure
 
-    def _piece(self) -> Piece:
+    def take(self) -> Piece:
+        """What came since the last call."""
         ids, logprobs = self.answer.ids, self.answer.logprobs
         piece = Piece(tuple(self.answer.deltas()), tuple(ids[self._told_ids :]), tuple(logprobs[self._told_logprobs :]), len(ids))
         self._told_ids, self._told_logprobs = len(ids), len(logprobs)

@@ -16,7 +16,7 @@ What is done with malformed replies:
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ernie45.errors import RequestError, did_you_mean
 from ernie45.tokens.messages import ToolCall
@@ -28,8 +28,7 @@ ALL = 1 << 30
 _STEP = 1024  # characters scanned at once
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """A piece of a reply.
 
     kind "content" or "reasoning": `text` follows what came before.
@@ -292,8 +291,7 @@ def _joined(deltas: Iterator[Delta]) -> list[Delta]:
     for delta in deltas:
         last = joined[-1] if joined else None
         if last is not None and last.kind == delta.kind and last.index == delta.index:
-            joined[-1] = replace(
-                last,
+            joined[-1] = last._replace(
                 text=last.text + delta.text,
                 name=last.name + delta.name,
                 arguments=last.arguments + delta.arguments,

@@ -137,19 +137,25 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, hide: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._hide = hide
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = b""  # the bytes of a character that is not complete
         self._at_start = tokenizer.drops_first_space
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that is complete after these ids; may be empty. Raises TokenizerError when an id is out of range."""
-        bytes_of, hide = self._tokenizer.bytes_of, self._hide
-        read = [(id, bytes_of(id)) for id in ids]  # all of them first: an id out of range must leave nothing behind
-        return self._emit(self._decoder.decode(b"".join([piece for id, piece in read if id not in hide])))
+        bytes_of, hide, pieces = self._tokenizer.bytes_of, self._hide, [self._begun]
+        for id in ids:  # all of them first: an id out of range must leave nothing behind
+            piece = bytes_of(id)
+            if id not in hide:
+                pieces.append(piece)
+        data = b"".join(pieces)
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._begun = data[used:]
+        return self._emit(text)
 
     def finish(self) -> str:
         """The rest: U+FFFD when the ids end inside a character, else nothing. The stream is then at its beginning again."""
-        text = self._emit(self._decoder.decode(b"", final=True))
-        self._decoder.reset()
+        text = self._emit(self._begun.decode(errors="replace"))
+        self._begun = b""
         self._at_start = self._tokenizer.drops_first_space
         return text
 

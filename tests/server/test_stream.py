@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from ernie45.engine.scheduler import Load
+from ernie45.engine.scheduler import Load, SchedulerConfig
 from ernie45.engine.wire import Stepped
-from ernie45.server import listener
+from ernie45.server import listener, merge
 from ernie45.server.metrics import _EACH, Metrics
 from ernie45.server.model import Step
 from ernie45.server.stream import Mould, event
@@ -85,6 +85,30 @@ def test_a_client_of_http_1_0_gets_no_chunks(running, events):
     head, _, body = read(running, ask("1.0", ASK)).partition(b"\r\n\r\n")
     assert b"chunked" not in head
     assert said(body, events) == "one two three"
+
+
+def test_who_reads_in_fits_gets_everything_in_its_order(serve, events, until, monkeypatch):
+    """While the client takes what comes, pieces go to it as they come; while it does not, they wait for it, and then go on the short way."""
+    hurried, hurry = [], merge._hurry
+    monkeypatch.setattr(merge, "_hurry", lambda *about: hurried.append(hurry(*about)) or hurried[-1])
+    running = serve(engine_limits=SchedulerConfig(token_budget=64, max_running=4, page_size=64, num_pages=400, max_length=2000))
+    asked = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "seed": 3, "logprobs": 5, "return_token_ids": True}
+    (listening,) = running.server.servers[0].sockets
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it: little is between the two
+    whole = running.post("/v1/completions", asked).json()["choices"][0]
+    with socket.socket() as link:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        link.connect(("127.0.0.1", int(running.url.rpartition(":")[2])))
+        link.sendall(ask("1.1", asked | {"stream": True}))
+        until(lambda: hurried and not hurried[-1])
+        data = bytearray()
+        while piece := link.recv(1 << 16):
+            data += piece
+    _, body, _ = unframed(bytes(data))
+    chunks = events(body.decode())[:-1]
+    assert [id for chunk in chunks for id in chunk["choices"][0].get("token_ids", [])] == whole["token_ids"]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["text"]
+    assert len(set(hurried)) == 2, "both ways were taken"
 
 
 @given(st.lists(st.dictionaries(st.floats(0, 10, allow_nan=False), st.integers(1, 9), max_size=3), max_size=5))
