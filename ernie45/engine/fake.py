@@ -36,7 +36,6 @@ _TAGS = (
 )
 _FIRST_BYTE = len(_NAMED)
 _CLOSERS = b'"}]0,:'  # what a grammar is given first where the script has nothing to say: it soon ends so
-FAKE_NAME = "fake"
 WIDTH = 16  # of its embeddings
 
 

@@ -5,12 +5,11 @@ The two share a pair of connected sockets that exists nowhere else: there is no 
 
 import asyncio
 import contextlib
-import socket
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from ernie45.engine.request import Request
+from ernie45.engine.spawn import Spawned, spawn
 from ernie45.engine.wire import (
     Cancel,
     Chosen,
@@ -32,8 +31,6 @@ from ernie45.engine.wire import (
 )
 from ernie45.errors import CheckpointError
 from ernie45.models.memory import MemoryPlan
-
-_STOP_SECONDS = 5.0
 
 Listener = Callable[[Stepped | Refused | Embedded | Chosen], None]
 
@@ -65,6 +62,7 @@ class EngineProcess:
     on_message  called for each message about requests
     on_death    called once when the process is gone without having been asked; the text says how
     on_loading  called while it loads: stage, done, total
+    on_found    called before it reads weights: the folder of its tokenizer and template, so that both sides may load at a time
     on_planned  called before it reads weights: how many bytes it may take of what it plans; what it raises ends the start
     """
 
@@ -77,17 +75,22 @@ class EngineProcess:
         on_death: Callable[[str], None],
         on_loading: Callable[[str, int, int], None] = lambda stage, done, total: None,
         on_planned: Callable[[MemoryPlan], Awaitable[int]],
+        on_found: Callable[[str], None] = lambda folder: None,
         stuck_seconds: float = 300.0,
+        spawned: Spawned | None = None,
     ) -> None:
-        """environment: of the process, whole. stuck_seconds: without a message while requests run, it is ended."""
+        """environment: of the process, whole. stuck_seconds: without a message while requests run, it is ended.
+
+        spawned: a process that was started ahead, and is this one's from now on.
+        """
         self._spec = spec
         self._environment = dict(environment)
         self._on_message = on_message
         self._on_death = on_death
         self._on_loading = on_loading
-        self._on_planned = on_planned
+        self._on_planned, self._on_found = on_planned, on_found
         self._stuck_seconds = stuck_seconds
-        self._process: asyncio.subprocess.Process | None = None
+        self._spawned = spawned
         self._link: asyncio.WriteTransport | None = None
         self._started: asyncio.Future[EngineInfo]
         self._tasks: list[asyncio.Task[None]] = []
@@ -98,24 +101,14 @@ class EngineProcess:
     @property
     def pid(self) -> int | None:
         """The process's number, while there is one."""
-        return self._process.pid if self._process is not None else None
+        return self._spawned.process.pid if self._spawned is not None else None
 
     async def start(self) -> EngineInfo:
         """Starts it and waits until it has loaded. Raises `CheckpointError` (what it said), or `EngineDied`."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "ernie45.engine.worker",
-                str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
-                env=self._environment,
-                stdin=asyncio.subprocess.DEVNULL,
-            )
+        self._spawned = self._spawned or await spawn(self._environment)
         loop = asyncio.get_running_loop()
         self._started = loop.create_future()
-        self._link, _ = await loop.create_connection(lambda: _Link(self._take, self._lost), sock=ours)
+        self._link, _ = await loop.create_connection(lambda: _Link(self._take, self._lost), sock=self._spawned.link)
         self._send(self._spec)
         try:
             info = await self._started
@@ -148,13 +141,8 @@ class EngineProcess:
             task.cancel()
         if self._link is not None:
             self._link.close()
-        if self._process is not None:
-            try:
-                await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
-            except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.kill()
-                await self._process.wait()
+        if self._spawned is not None:
+            await self._spawned.ended()
 
     def _note(self, id: str) -> None:
         if not self._alive:
@@ -183,6 +171,7 @@ class EngineProcess:
         if isinstance(message, Loading):
             self._on_loading(message.stage, message.done, message.total)
         elif isinstance(message, Planned):
+            self._on_found(message.text_folder)
             self._tasks.append(asyncio.ensure_future(self._grant(message.plan)))
         elif self._started.done():  # who waited for the start has given up
             return
@@ -203,8 +192,8 @@ class EngineProcess:
             self._tasks.append(asyncio.ensure_future(self._mourn()))
 
     async def _mourn(self) -> None:
-        assert self._process is not None
-        code = await self._process.wait()
+        assert self._spawned is not None
+        code = await self._spawned.process.wait()
         if self._started.done():
             await self._die(f"the engine process ended with code {code}")
         else:
@@ -215,9 +204,9 @@ class EngineProcess:
         while True:
             await asyncio.sleep(min(1.0, self._stuck_seconds / 4))
             if self._alive and loop.time() - self._heard > self._stuck_seconds:
-                assert self._process is not None
+                assert self._spawned is not None
                 with contextlib.suppress(ProcessLookupError):
-                    self._process.kill()
+                    self._spawned.process.kill()
                 await self._die(f"the engine did nothing for {self._stuck_seconds:g} s and was ended")
                 return
 

@@ -114,9 +114,10 @@ class Loading(msgspec.Struct, frozen=True, tag="loading"):
 
 
 class Planned(msgspec.Struct, frozen=True, tag="planned"):
-    """What a model that is about to be read will take; its reading waits for `Grant`."""
+    """What a model that is about to be read will take; its reading waits for `Grant`. text_folder: as in `EngineInfo`."""
 
     plan: MemoryPlan
+    text_folder: str
 
 
 class Grant(msgspec.Struct, frozen=True, tag="grant"):

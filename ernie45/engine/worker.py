@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ernie45.config import from_mapping
-from ernie45.engine.fake import FAKE_NAME, WIDTH, FakeEngine
 from ernie45.engine.grammar import Grammars
 from ernie45.engine.output import BankLoad, Output
 from ernie45.engine.request import Request
 from ernie45.engine.scheduler import Load, SchedulerConfig
+from ernie45.engine.spawn import AHEAD, FAKE_NAME
 from ernie45.engine.speculate import SpeculationConfig, check_mtp
 from ernie45.engine.thread_settings import ThreadSettings
 from ernie45.engine.wire import (
@@ -198,9 +198,28 @@ class Worker:
             self._channel.send(Refused(message.id, str(error), error.field))
 
 
-def open_engine(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
+class Laps:
+    """How long each part of a start took."""
+
+    def __init__(self) -> None:
+        self._laps: list[str] = []
+        self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """A part is over."""
+        last, self._last = self._last, time.perf_counter()
+        self._laps.append(f"{name} {self._last - last:.1f} s")
+
+    def text(self) -> str:
+        """All of them."""
+        return ", ".join(self._laps)
+
+
+def open_engine(spec: EngineSpec, channel: Channel, laps: Laps) -> tuple[Steps, EngineInfo]:
     """Loads what the spec names. Raises ErnieError subclasses."""
     if spec.model == FAKE_NAME:
+        from ernie45.engine.fake import WIDTH, FakeEngine
+
         limits = SchedulerConfig(
             token_budget=spec.token_budget,
             idle_budget=spec.idle_budget,
@@ -221,10 +240,20 @@ def open_engine(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
             settings={"model": "fake: no weights, tokens are a function of place and seed"},
         )
         return engine, info
-    return _open_real(spec, channel)
+    return _open_real(spec, channel, laps)
 
 
-def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
+def load_libraries() -> None:
+    """What every engine but the fake needs: torch takes two seconds."""
+    from ernie45.config import shorten_thread_waits
+
+    shorten_thread_waits()
+    import ernie45.engine.core
+    import ernie45.engine.threads
+    import ernie45.models.on_the_fly  # noqa: F401
+
+
+def _open_real(spec: EngineSpec, channel: Channel, laps: Laps) -> tuple[Steps, EngineInfo]:
     told = 0.0
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -235,9 +264,9 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
             channel.send(Loading(stage, done, total))
 
     progress("starting", 0, 0)
-    from ernie45.config import Environment, shorten_thread_waits
-
-    shorten_thread_waits()
+    load_libraries()
+    laps.end("libraries")
+    from ernie45.config import Environment
     from ernie45.engine.core import Engine
     from ernie45.engine.draft_model import check_draft, load_draft
     from ernie45.engine.threads import Crew
@@ -260,7 +289,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         packed = opened.spec is not None or spec.quantize is not None
         use = config.use(opened.config, compute.dtype, adapters=bool(spec.adapters), packed=packed, draft=draft)
         plan = plan_memory(opened.described, held if draft is None else replace(held, total=held.total + draft.size), use)
-        channel.send(Planned(plan))
+        channel.send(Planned(plan, str(text_folder(opened, Path(spec.text_folder)))))
         (grant,) = channel.receive(None)
         assert isinstance(grant, Grant), "nothing else comes before the engine is ready"
         check_fits(plan, grant.size, spec.model, opened.described, use, packed=packed)
@@ -269,9 +298,11 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
 
     loaded = _load(spec, path, environment, progress, approve)
     assert granted is not None
+    laps.end("weights")
     progress("threads", 0, 0)
     plan, size = granted
     seating = crew.after_loading(loaded.decoder, str(path))
+    laps.end("threads")
     folder = text_folder(loaded.opened, Path(spec.text_folder))
     tokenizer = load_tokenizer(folder)
     check_draft(draft, tokenizer)
@@ -289,6 +320,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         on_fault=lambda request_id, error: traceback.print_exception(error),
         draft=draft,
     )
+    laps.end("tokenizer and cache")
     info = EngineInfo(
         name=path.stem if path.suffix == ".gguf" else path.resolve().name,
         text_folder=str(folder),
@@ -296,7 +328,7 @@ def _open_real(spec: EngineSpec, channel: Channel) -> tuple[Steps, EngineInfo]:
         width=engine.model.hidden_size,
         eos_ids=tokenizer.eos_ids or engine.model.eos_ids,
         limits=engine.limits,
-        settings=_told(spec, engine, str(loaded.compute), plan, size) | {"threads": seating.text()},
+        settings=_told(spec, engine, str(loaded.compute), plan, size) | {"threads": seating.text(), "start": laps.text()},
         rules=engine.rules,
         max_adapters=spec.max_adapters,
         speculative=spec.speculative,
@@ -398,16 +430,19 @@ def text_folder(opened: "OpenModel", made: Path) -> Path:
     return made
 
 
-def main(fd: int) -> int:
-    """The process: spec in, engine up, loop."""
+def main(fd: int, *, ahead: bool = False) -> int:
+    """The process: spec in, engine up, loop. ahead: the spec comes later, and is not for the fake."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when to stop: it drains first
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=fd), EngineSpec)
+    laps = Laps()
     try:
+        if ahead:
+            load_libraries()
         (spec,) = channel.receive(None)
         channel.expect(ToEngine)
         try:
-            engine, info = open_engine(spec, channel)
+            engine, info = open_engine(spec, channel, laps)
         except ErnieError as error:
             channel.send(LoadFailed(str(error), True))
             channel.drain(5.0)
@@ -421,4 +456,4 @@ def main(fd: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), ahead=AHEAD in sys.argv[2:]))

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ import tyro
 
 from ernie45 import __version__
 from ernie45.config import Environment
+from ernie45.engine.spawn import FAKE_NAME, Spawned, spawn
 from ernie45.errors import CheckpointError, ConfigError, MissingExtra
 from ernie45.machine import allowed_cpus, keep_to
 
@@ -50,10 +52,23 @@ def run(config: ServeConfig, environment: Environment) -> int:
 
 async def serve(config: ServeConfig, environment: Environment, started: Callable[[str], None] | None = None) -> int:
     """The server's life. started: called with its address once it answers."""
+    began = time.perf_counter()
+    spawned = None if config.models[0] == FAKE_NAME else await spawn(environment.for_children, ahead=True)
+    try:
+        return await _serve(config, environment, spawned, began, started)
+    finally:
+        if spawned is not None:
+            spawned.link.close()
+            await spawned.ended()
+
+
+async def _serve(
+    config: ServeConfig, environment: Environment, spawned: Spawned | None, began: float, started: Callable[[str], None] | None
+) -> int:
     from ernie45.server.build import build
     from ernie45.server.listener import listen, make_server
 
-    service, app = build(config.models, config, environment, chat_format=config.chat_format, version=__version__)
+    service, app = build(config.models, config, environment, chat_format=config.chat_format, version=__version__, spawned=spawned)
     link = listen(config)
     server = make_server(app, config)
     host, port = link.getsockname()[:2]
@@ -73,7 +88,7 @@ async def serve(config: ServeConfig, environment: Environment, started: Callable
                 keep_to(set(allowed_cpus()) - set(first.info.cpus))  # the front leaves these to the model, where others are left
             for name, value in first.info.settings.items():
                 print(f"  {name:<10} {value}", file=sys.stderr)
-            print(f"ready: {address}/v1 for clients", file=sys.stderr, flush=True)
+            print(f"ready: {address}/v1 for clients, after {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
         gc.freeze()  # what is there by now stays: looking through it again and again would hold up answers
         if started is not None:
             started(address)

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp
 
 from ernie45.config import Environment
 from ernie45.engine.process import EngineProcess
+from ernie45.engine.spawn import Spawned
 from ernie45.engine.wire import EngineSpec
 from ernie45.machine import allowed_cpus
 from ernie45.models.adapter_folder import AdapterFolder
@@ -31,10 +32,11 @@ def build(
     opener: Opener | None = None,
     version: str = "0",
     write: Callable[[str], object] | None = None,
+    spawned: Spawned | None = None,
 ) -> tuple[Service, ASGIApp]:
     """Everything but the sockets; inside a running event loop. opener: how engines are made; write: where log lines go.
 
-    version: what it says of itself.
+    version: what it says of itself. spawned: the process of the first engine that is opened, started ahead.
 
     Raises `ConfigError`.
     """
@@ -45,7 +47,7 @@ def build(
     if settings.otlp_endpoint is not None:
         observer = Telemetry(metrics, otlp_exporter(settings.otlp_endpoint))
         at_end.append(observer.close)
-    open_engine = opener or process_opener(settings, environment)
+    open_engine = opener or process_opener(settings, environment, spawned)
     adapters = None if settings.adapters is None else AdapterFolder(settings.adapters)
     models = []
     for n, source in enumerate(sources):
@@ -58,9 +60,10 @@ def build(
     return service, make_app(service, keys, open_storage(settings.storage, environment.cache_dir, settings.port))
 
 
-def process_opener(settings: ServerSettings, environment: Environment) -> Opener:
-    """Engines in processes of their own, which get of the environment what they need and no keys."""
+def process_opener(settings: ServerSettings, environment: Environment, spawned: Spawned | None = None) -> Opener:
+    """Engines in processes of their own, which get of the environment what they need and no keys. spawned: for the first of them."""
     engine, cpus = settings.engine, allowed_cpus()  # engines of later models get them too, whatever this process keeps to by then
+    ready = [] if spawned is None else [spawned]
 
     def open_engine(model: str, text_folder: str, **listeners: Any) -> Engine:
         spec = EngineSpec(
@@ -88,6 +91,8 @@ def process_opener(settings: ServerSettings, environment: Environment) -> Opener
             draft_model=engine.draft_model,
             draft_tokens=engine.draft_tokens,
         )
-        return EngineProcess(spec, environment.for_children, stuck_seconds=engine.stuck_seconds, **listeners)
+        return EngineProcess(
+            spec, environment.for_children, stuck_seconds=engine.stuck_seconds, spawned=ready.pop() if ready else None, **listeners
+        )
 
     return open_engine

@@ -30,6 +30,7 @@ from ernie45.server.line import Line
 from ernie45.server.seeing import Seeing
 from ernie45.server.settings import Limits
 from ernie45.server.ticket import State, Ticket
+from ernie45.tokens.pictures import PixelRules
 from ernie45.tokens.template import ChatTemplate, load_template
 from ernie45.tokens.tokenizer import Tokenizer, load_tokenizer
 
@@ -59,6 +60,7 @@ class Opener(Protocol):
         on_death: Callable[[str], None],
         on_loading: Callable[[str, int, int], None],
         on_planned: Callable[[MemoryPlan], Awaitable[int]],
+        on_found: Callable[[str], None],
     ) -> Engine: ...
 
 
@@ -72,6 +74,11 @@ class TextSide:
     grammars: Grammars
     sampling: Mapping[str, Any]
     seeing: Seeing | None = None
+
+    def seeing_by(self, rules: PixelRules | None, limits: Limits, media_folder: Path | None) -> "TextSide":
+        """With eyes, for a model that has them and a template that says where pictures stand."""
+        can_write = self.template is not None and (self.template.family is None or self.template.family.media)
+        return replace(self, seeing=Seeing(rules, limits, media_folder)) if rules is not None and can_write else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +151,7 @@ class ServedModel:
         self._media_folder = media_folder
         self._engine: Engine | None = None
         self._opening: asyncio.Task[None] | None = None
+        self._reading: asyncio.Future[TextSide] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._line: Line[Ticket] = Line(limits.queue)
         self._running: dict[str, Ticket] = {}
@@ -211,10 +219,15 @@ class ServedModel:
             on_death=self._on_death,
             on_loading=self._on_loading,
             on_planned=self._on_planned,
+            on_found=self._on_found,
         )
+        self._reading = None
         try:
             self.info = await engine.start()
-            self.text = await asyncio.to_thread(read_text_side, self.info, self._chat_format, self._limits, self._media_folder)
+            if self._reading is None:
+                self._on_found(self.info.text_folder)
+            assert self._reading is not None
+            self.text = (await self._reading).seeing_by(self.info.rules, self._limits, self._media_folder)
         except (ErnieError, EngineDied) as error:
             self.state, self.trouble, self.granted = "failed", str(error), 0
             self._refusal = error if isinstance(error, Failure) else None
@@ -248,6 +261,11 @@ class ServedModel:
 
     def _on_loading(self, stage: str, done: int, total: int) -> None:
         self.progress = (stage, done, total)
+
+    def _on_found(self, folder: str) -> None:
+        """The text side is read here while the engine reads the weights."""
+        self._reading = asyncio.ensure_future(asyncio.to_thread(read_text_side, folder, self._chat_format))
+        self._reading.add_done_callback(lambda reading: reading.cancelled() or reading.exception())  # nobody may want it any more
 
     async def _on_planned(self, plan: MemoryPlan) -> int:
         self.granted = 0
@@ -433,27 +451,25 @@ async def _all_of_it(model: ServedModel, plan: MemoryPlan) -> int:
     return plan.total
 
 
-def read_text_side(info: EngineInfo, chat_format: str | None, limits: Limits, media_folder: Path | None = None) -> TextSide:
-    """Tokenizer, template, sampling and eyes of a model that an engine has loaded. Raises ErnieError subclasses."""
-    if not info.text_folder:
+def read_text_side(text_folder: str, chat_format: str | None) -> TextSide:
+    """Tokenizer, template and sampling from a folder; none: those of the fake. Raises ErnieError subclasses."""
+    if not text_folder:
         tokenizer = fake_tokenizer()
         template = fake_template(tokenizer, chat_format)
         return TextSide(tokenizer=tokenizer, template=template, without_template="", grammars=Grammars(tokenizer), sampling={})
-    folder = Path(info.text_folder)
+    folder = Path(text_folder)
     tokenizer = load_tokenizer(folder)
     template, without = None, ""
     try:
         template = load_template(folder, tokenizer, chat_format)
     except CheckpointError as error:
         without = str(error)
-    can_write = template is not None and (template.family is None or template.family.media)
     return TextSide(
         tokenizer=tokenizer,
         template=template,
         without_template=without,
         grammars=Grammars(tokenizer),
         sampling=read_sampling(folder),
-        seeing=Seeing(info.rules, limits, media_folder) if info.rules is not None and can_write else None,
     )
 
 

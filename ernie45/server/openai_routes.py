@@ -1,6 +1,7 @@
 """OpenAI's routes: chat completions, completions, models; and what vLLM adds: tokenize, detokenize, apply_template, cancel."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -85,7 +86,7 @@ async def chat_answer(service: Service, request: Request, asked: ChatRequest) ->
     writer = _writer(service, context.text.tokenizer, asked.model or model.name, asked.request_id or new_id("chatcmpl-"))
     request.state.told.update(user=asked.user or asked.safety_identifier, cache_key=asked.prompt_cache_key)
     if asked.stream:
-        return _streamed(service, request, model, jobs, writer, lambda *answers: writer.chat_chunks(asked, *answers))
+        return _streamed(service, request, model, jobs, writer, partial(writer.chat_chunks, asked))
     return await _whole(service, request, model, jobs, writer, lambda tickets: writer.chat(asked, tickets))
 
 
@@ -97,7 +98,7 @@ async def completion_answer(service: Service, request: Request, asked: Completio
     writer = _writer(service, context.text.tokenizer, asked.model or model.name, asked.request_id or new_id("cmpl-"))
     request.state.told.update(user=asked.user)
     if asked.stream:
-        return _streamed(service, request, model, jobs, writer, lambda *answers: writer.completion_chunks(asked, *answers))
+        return _streamed(service, request, model, jobs, writer, partial(writer.completion_chunks, asked))
     return await _whole(service, request, model, jobs, writer, lambda tickets: writer.completion(asked, tickets))
 
 

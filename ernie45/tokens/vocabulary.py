@@ -7,6 +7,7 @@ caller, because only the caller knows whether a piece begins the text.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -257,13 +258,26 @@ def _decoder(content: dict[str, Any], path: Path) -> Callable[[str], bytes]:
     """How one token's text becomes bytes, from the file's decoder. Raises TokenizerError when the decoder is not known here."""
     kinds = {step.get("type") for step in _steps(content.get("decoder"), "decoders")}
     if "ByteLevel" in kinds:
-        table = byte_level_table()
-        return lambda text: b"".join(table.get(char) or char.encode() for char in text)
+        return _byte_level()
     if kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
         falls_back = "ByteFallback" in kinds
         return lambda text: _piece_bytes(text, falls_back and _is_byte_piece(text))
     named = ", ".join(sorted(str(kind) for kind in kinds)) or "none"
     raise TokenizerError(f"{path}: the decoder ({named}) is not one this reads: ByteLevel, or SentencePiece style with ByteFallback")
+
+
+def _byte_level() -> Callable[[str], bytes]:
+    """A byte-level token's bytes; a character outside the alphabet stands for its own UTF-8."""
+    table = byte_level_table()
+    latin_1 = str.maketrans({char: byte.decode("latin-1") for char, byte in table.items()})
+    outside = re.compile(f"[^{re.escape(''.join(table))}]")
+
+    def to_bytes(text: str) -> bytes:
+        if outside.search(text):  # hardly ever: the rest is 100,000 tokens at a start
+            return b"".join(table.get(char) or char.encode() for char in text)
+        return text.translate(latin_1).encode("latin-1")
+
+    return to_bytes
 
 
 def _is_byte_piece(text: str) -> bool:

@@ -151,7 +151,7 @@ def servers():
         async def main():
             engines, lines = {}, []
 
-            def opener(model, text_folder, *, on_message, on_death, on_loading, on_planned):
+            def opener(model, text_folder, *, on_message, on_death, on_loading, on_planned, on_found):
                 async def load():
                     await (loads or nothing)()
                     if plans is not None:

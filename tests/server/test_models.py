@@ -4,10 +4,8 @@ import re
 
 import pytest
 
-from ernie45.engine.wire import EngineInfo
 from ernie45.errors import CheckpointError, ConfigError
 from ernie45.server.model import read_sampling, read_text_side
-from ernie45.server.settings import Limits
 
 
 def ask(running, model):
@@ -93,13 +91,6 @@ def test_sampling_comes_from_the_models_folder(tmp_path):
             read_sampling(tmp_path)
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path, running):
-    info = running.service.models[0].info
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="tokenizer"):
-        read_text_side(
-            EngineInfo(
-                **{name: getattr(info, name) for name in info.__struct_fields__ if name != "text_folder"}, text_folder=str(tmp_path)
-            ),
-            None,
-            Limits(),
-        )
+        read_text_side(str(tmp_path), None)

@@ -88,7 +88,7 @@ def test_a_client_of_http_1_0_gets_no_chunks(running, events):
 
 
 def test_who_reads_in_fits_gets_everything_in_its_order(serve, events, until, monkeypatch):
-    """While the client takes what comes, pieces go to it as they come; while it does not, they wait for it, and then go on the short way."""
+    """While the client takes what comes, pieces go to it as they come; while it does not, they wait for it."""
     hurried, hurry = [], merge._hurry
     monkeypatch.setattr(merge, "_hurry", lambda *about: hurried.append(hurry(*about)) or hurried[-1])
     running = serve(engine_limits=SchedulerConfig(token_budget=64, max_running=4, page_size=64, num_pages=400, max_length=2000))
