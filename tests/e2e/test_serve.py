@@ -4,40 +4,29 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import openai
 import pytest
 
-PROGRAM = "import sys; from ernie45.cli import main; sys.exit(main())"
+from tests.serving import serving
 
 
 @pytest.fixture(scope="module")
-def process(starter):
-    """The server, ready."""
-    command = [sys.executable, "-c", PROGRAM, "serve", str(starter), "--port", "0", "--engine.threads", "1", "--engine.max-length", "2048"]
-    command += ["--served-model-name", "starter"]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"ERNIE45_API_KEYS": "me:key-for-this-test"}
-    ) as made:
-        lines = []
-        for line in made.stderr:
-            lines.append(line)
-            if line.startswith("ready:"):
-                break
-        else:
-            pytest.fail("".join(lines))
-        made.told = "".join(lines)
+def server(starter):
+    arguments = [str(starter), "--engine.threads", "1", "--engine.max-length", "2048", "--served-model-name", "starter"]
+    with serving(*arguments, env={"ERNIE45_API_KEYS": "me:key-for-this-test"}) as made:
         yield made
-        made.kill()
 
 
 @pytest.fixture(scope="module")
-def client(process):
-    address = re.search(r"http://\S+:\d+", process.told).group()
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="key-for-this-test", max_retries=0, timeout=120) as made:
+def process(server):
+    return server.process
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="key-for-this-test", max_retries=0, timeout=120) as made:
         yield made
 
 
@@ -55,7 +44,7 @@ def ask(client, text, **fields):
     return client.chat.completions.create(model="starter", messages=[{"role": "user", "content": text}], temperature=0, **fields)
 
 
-def test_it_says_what_it_serves_with(process):
+def test_it_says_what_it_serves_with(server):
     for word in (
         "listening on http://127.0.0.1:",
         "threads    1 ",
@@ -64,8 +53,9 @@ def test_it_says_what_it_serves_with(process):
         "context    2,048 tokens",
         "memory     weights ",
         "cache",
+        "start      libraries ",
     ):
-        assert word in process.told
+        assert word in server.told
 
 
 def test_it_answers_whole_and_streamed_alike(client):

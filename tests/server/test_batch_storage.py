@@ -3,11 +3,8 @@
 import errno
 import json
 import os
-import re
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 
 import openai
@@ -18,8 +15,8 @@ from ernie45.server.batches.database import guarded
 from ernie45.server.batches.input import Line
 from ernie45.server.batches.storage import Storage, open_storage
 from ernie45.server.failures import Failure
+from tests.serving import start
 
-PROGRAM = "import sys; from ernie45.cli import main; sys.exit(main())"
 ROWS = 200
 
 
@@ -33,17 +30,9 @@ class Server:
     """`ernie serve fake` as a process of its own over a folder."""
 
     def __init__(self, folder):
-        command = [sys.executable, "-c", PROGRAM, "serve", "fake", "--port", "0", "--storage", str(folder), "--engine.max-running", "4"]
-        command += ["--log", "off"]  # nobody reads its standard error
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=dict(os.environ))
-        told = ""
-        for line in self.process.stderr:
-            told += line
-            if line.startswith("ready:"):
-                break
-        else:
-            pytest.fail(told)
-        self.api = openai.OpenAI(base_url=re.search(r"http://\S+:\d+", told).group() + "/v1", api_key="none", max_retries=0)
+        made = start("fake", "--storage", str(folder), "--engine.max-running", "4", start_new_session=True)
+        self.process = made.process
+        self.api = openai.OpenAI(base_url=made.url + "/v1", api_key="none", max_retries=0)
 
     def kill(self):
         os.killpg(self.process.pid, signal.SIGKILL)

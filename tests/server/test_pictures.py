@@ -1,28 +1,21 @@
 """Pictures over HTTP, to a tiny random model that sees in an engine process of its own: every protocol, and what each refuses."""
 
 import base64
-import subprocess
-import sys
 
 import httpx
 import pytest
 
 from ernie45.server.anthropic_types import MessagesRequest, as_chat
 from ernie45.server.failures import Failure
+from tests.serving import serving
 from tests.sighted import RULES, sighted_folder
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     folder = sighted_folder(tmp_path_factory.mktemp("served") / "model")
-    command = [sys.executable, "-m", "ernie45", "serve", str(folder), "--port", "0", "--limits.images", "2", "--log", "off"]
-    with subprocess.Popen([*command, "--engine.num-pages", "256"], stderr=subprocess.PIPE, text=True) as server:
-        for line in server.stderr:
-            if line.startswith("ready: "):
-                break
-        yield line.split()[1].removesuffix("/v1")
-        server.terminate()
-        server.stderr.read()
+    with serving(str(folder), "--limits.images", "2", "--engine.num-pages", "256") as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ import base64
 import contextlib
 import socketserver
 import ssl
-import subprocess
-import sys
 import threading
 import time
 
@@ -19,6 +17,7 @@ from ernie45.server.failures import Failure
 from ernie45.server.fetch import Fetcher
 from ernie45.server.remote import is_public, read_address, read_origins
 from ernie45.server.settings import ServerSettings
+from tests.serving import serving
 from tests.sighted import sighted_folder
 
 PUBLIC = "93.184.215.14"
@@ -428,19 +427,9 @@ def served(tmp_path_factory, hosts, photo):
     folder = sighted_folder(home / "model")
     (home / "pictures").mkdir()
     (home / "pictures" / "cat.png").write_bytes(photo("chelsea.png"))
-    command = [sys.executable, "-m", "ernie45", "serve", str(folder), "--port", "0", "--engine.num-pages", "256", "--log", "off"]
-    command += ["--media-hosts", f"http://127.0.0.1:{hosts[0].port}", "--media-folder", str(home / "pictures"), "--limits.images", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        lines = []
-        for line in server.stderr:
-            lines.append(line)
-            if line.startswith("ready: "):
-                break
-        else:
-            pytest.fail("".join(lines))
-        yield line.split()[1].removesuffix("/v1"), f"http://127.0.0.1:{hosts[0].port}"
-        server.terminate()
-        server.stderr.read()
+    arguments = ["--media-hosts", f"http://127.0.0.1:{hosts[0].port}", "--media-folder", str(home / "pictures"), "--limits.images", "2"]
+    with serving(str(folder), "--engine.num-pages", "256", *arguments) as server:
+        yield server.url, f"http://127.0.0.1:{hosts[0].port}"
 
 
 def ask(url, *addresses):

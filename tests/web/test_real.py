@@ -3,34 +3,21 @@
 import base64
 import json
 import re
-import subprocess
-import sys
 import threading
 import urllib.request
 
 import pytest
 from playwright.sync_api import expect
 
+from tests.serving import serving
 from tests.sighted import RULES, sighted_folder
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     folder = sighted_folder(tmp_path_factory.mktemp("seeing") / "eyes")
-    command = [sys.executable, "-m", "ernie45", "serve", str(folder), "--port", "0", "--engine.max-running", "2", "--log", "off"]
-    with subprocess.Popen(
-        [*command, "--engine.num-pages", "64", "--engine.max-length", "256"], stderr=subprocess.PIPE, text=True
-    ) as server:
-        lines = []
-        for line in server.stderr:
-            lines.append(line)
-            if line.startswith("ready: "):
-                break
-        else:
-            pytest.fail("".join(lines))
-        yield line.split()[1].removesuffix("/v1")
-        server.terminate()
-        server.stderr.read()
+    with serving(str(folder), "--engine.max-running", "2", "--engine.num-pages", "64", "--engine.max-length", "256") as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module")
