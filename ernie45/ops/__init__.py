@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ernie45.config import Environment
-from ernie45.ops import eager, native, quantised
+from ernie45.ops import eager, native, optimise, quantised
 from ernie45.ops.eager import (
     causal_attention,
     framed_attention,
@@ -18,14 +18,18 @@ from ernie45.ops.eager import (
     route,
 )
 from ernie45.ops.native import Native
+from ernie45.ops.optimise import AdamwNumbers, joined, parted
 from ernie45.ops.packed_dense import dense, packed_dense_linear
 from ernie45.ops.quantised import PackedWeight, dequantise, dequantise_rows
 from ernie45.ops.reference import Routing
 
 __all__ = [
     "KERNELS",
+    "AdamwNumbers",
     "PackedWeight",
     "Routing",
+    "adamw",
+    "add_product",
     "causal_attention",
     "dense",
     "dense_linear",
@@ -34,6 +38,7 @@ __all__ = [
     "describe",
     "experts",
     "framed_attention",
+    "joined",
     "linear",
     "over_experts",
     "packed_feed_forward",
@@ -42,12 +47,14 @@ __all__ = [
     "packed_qkv",
     "packed_swiglu",
     "paged_attention",
+    "parted",
     "quick_gelu",
     "rms_norm",
     "rotate_halves",
     "rotate_pairs",
     "route",
     "swiglu",
+    "wide_product",
 ]
 
 _ISA = Environment.read().isa
@@ -58,7 +65,10 @@ linear = KERNELS.linear if KERNELS else eager.linear
 rms_norm = KERNELS.rms_norm if KERNELS else eager.rms_norm
 rotate_pairs = KERNELS.rotate_pairs if KERNELS else eager.rotate_pairs
 swiglu = KERNELS.swiglu if KERNELS else eager.swiglu
+wide_product = KERNELS.wide_product if KERNELS else eager.wide_product
+add_product = KERNELS.add_product if KERNELS else eager.add_product
 experts = KERNELS.experts if KERNELS else eager.experts
+adamw = KERNELS.adamw if KERNELS else optimise.adamw
 _chosen = KERNELS or quantised
 packed_linear = _chosen.packed_linear
 packed_linear_add = _chosen.packed_linear_add

@@ -48,6 +48,19 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
     return out_TO if bias_O is None else out_TO + bias_O
 
 
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` as float32."""
+    return (left @ right).float()
+
+
+def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to float32 sums, in place."""
+    if left.dtype == sums.dtype:
+        sums.addmm_(left, right)
+    else:
+        sums += left @ right
+
+
 def _widened(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """`linear` for a weight that is held in fewer bits than `x`: the whole of it never stands in memory in the type of `x`."""
     step = max(1, _WIDENED // weight_OI.shape[1])

@@ -1,14 +1,32 @@
-"""Row work with a gradient written by hand: it keeps its input and nothing else, where autograd keeps what lies between.
+"""Layers with a gradient written by hand: row work keeps its input and nothing else, where autograd keeps what lies between.
 
-Forward does the operations of `eager`, to the bit; backward makes what it needs again, which takes less time than memory that is new to the
-process. Letters: T tokens, D width, F feed-forward width.
+Forward of row work does the operations of `eager`, to the bit; backward makes what it needs again, which takes less time than memory that
+is new to the process. Letters: T tokens, D width, F feed-forward width, I and O in- and output widths.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Linear(torch.autograd.Function):
+    """`x @ weight.T` of matrices by a product that takes either factor by rows or by columns, for all three products of a layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        x_needed, weight_needed, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x_TI if weight_needed else None, weight_OI if x_needed else None)
+        ctx.product = product
+        return product(x_TI, weight_OI.t())
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (x_TI, weight_OI), (pull_TO,) = ctx.saved_tensors, upstream
+        into_x = ctx.product(pull_TO, weight_OI) if weight_OI is not None else None
+        return into_x, ctx.product(pull_TO.t(), x_TI) if x_TI is not None else None, None
 
 
 class SwiGLU(torch.autograd.Function):

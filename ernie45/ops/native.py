@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ernie45.errors import ConfigError, did_you_mean
-from ernie45.ops import eager
+from ernie45.ops import eager, learned
+from ernie45.ops.optimise import AdamwNumbers, adamw
 from ernie45.ops.quantised import PackedWeight
 from ernie45.ops.reference import Routing
 
@@ -76,11 +77,38 @@ class Native:
         return torch.ops.ernie45.bf16_linear(x_TI, weight_OI, self.isa)
 
     def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        """See `reference.linear`; torch computes what the kernels do not take or would not make faster, and all that has a gradient."""
+        """See `reference.linear`; torch computes what the kernels do not take or would not make faster."""
+        if self._multiplies(x_TI, weight_OI) and not torch.is_inference_mode_enabled():
+            out_TO = learned.Linear.apply(x_TI, weight_OI, self.product)
+            return out_TO if bias_O is None else out_TO + bias_O
         if weight_OI.dtype != torch.bfloat16 or not self._faster(x_TI) or not _plain_memory(x_TI, weight_OI):
             return eager.linear(x_TI, weight_OI, bias_O)
         out_TO = torch.ops.ernie45.bf16_linear(x_TI, weight_OI, self.isa)
         return out_TO if bias_O is None else out_TO + bias_O
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """`left @ right` of bfloat16 matrices that lie by rows or by columns; sums in float32, in one order on any number of threads."""
+        return torch.ops.ernie45.matmul(_lying(left), _lying(right), False, self.isa)
+
+    def wide_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """See `eager.wide_product`: the sums are not rounded to bfloat16 first."""
+        if not self._multiplies(left, right):
+            return eager.wide_product(left, right)
+        return torch.ops.ernie45.matmul(_lying(left), _lying(right), True, self.isa)
+
+    def add_product(self, sums: Tensor, left: Tensor, right: Tensor) -> None:
+        """See `eager.add_product`: the sums are added as they come, and nothing of their size is made."""
+        if self._multiplies(left, right):
+            torch.ops.ernie45.add_matmul(sums, _lying(left), _lying(right), self.isa)
+        else:
+            eager.add_product(sums, left, right)
+
+    def adamw(self, weight: Tensor, low: Tensor | None, gradient: Tensor, mean: Tensor, square: Tensor, numbers: AdamwNumbers) -> None:
+        """See `ops.optimise`: one pass over memory, and the same bits."""
+        if weight.is_cpu and hasattr(torch.ops.ernie45, "adamw"):
+            torch.ops.ernie45.adamw(weight, low, gradient, mean, square, *numbers, self.isa)
+        else:
+            adamw(weight, low, gradient, mean, square, numbers)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """See `reference.rms_norm`: one pass over each row, where torch makes eight."""
@@ -105,6 +133,13 @@ class Native:
         """See `reference.experts`."""
         return eager.experts(x_TD, routing, gate_up_EFD, down_EDF, self.linear, self.swiglu)
 
+    def _multiplies(self, left: Tensor, right: Tensor) -> bool:
+        """Whether these two are matrices for the kernels' products of learning: torch's take two to three times as long where a factor lies
+        by columns (docs/log-train.md)."""
+        two = (left, right)
+        fits = all(x.dim() == 2 and x.is_cpu and x.dtype == torch.bfloat16 and min(x.shape) >= _LEAST_SIDE for x in two)
+        return fits and self.isa == "amx" and hasattr(torch.ops.ernie45, "matmul")  # an operator that came after interface 2 was numbered
+
     def _faster(self, x_TI: Tensor) -> bool:
         """Whether the kernels beat torch for these activations and a bfloat16 weight, as measured (docs/log.md)."""
         if x_TI.dtype == torch.float32:  # tiles: 2 to 3 times as fast for any number of rows; vectors read the weight once for eight rows
@@ -112,9 +147,15 @@ class Native:
         return self.isa == "amx" and x_TI.shape[0] <= _TILE_ROWS
 
 
+_LEAST_SIDE = 33  # fewer rows or columns leave most of a tile empty
 _FLOATS = (torch.float32, torch.bfloat16)
 _VECTOR_ROWS = 16
 _TILE_ROWS = 32  # bfloat16 throughout: beyond, torch's own tiles are as fast
+
+
+def _lying(matrix: Tensor) -> Tensor:
+    """The matrix as it is where it lies by rows or by columns, else a copy that does."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
 def _inferring(x: Tensor) -> bool:
@@ -214,6 +255,9 @@ def _register_shapes() -> None:
     def paged_attention(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, page_size: int, isa: str) -> Tensor:
         return torch.empty_like(q)
 
+    def matmul(left: Tensor, right: Tensor, wide: bool, isa: str) -> Tensor:
+        return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32 if wide else None)
+
     def tower_heads(
         x: Tensor, norm: Tensor, norm_bias: Tensor, eps: float, qkv: Tensor, qkv_scale: Tensor | None, qkv_bias: Tensor, turns: Tensor,
         heads: int, size: int, first: int, space: Tensor, isa: str,
@@ -227,5 +271,5 @@ def _register_shapes() -> None:
     ) -> Tensor:  # fmt: skip
         return torch.empty_like(x)
 
-    for shape_of in (linear, qkv, feed_forward, bf16_linear, rms_norm, rotate, swiglu, paged_attention, tower_heads, tower_rest):
+    for shape_of in (linear, qkv, feed_forward, bf16_linear, rms_norm, rotate, swiglu, paged_attention, matmul, tower_heads, tower_rest):
         torch.library.register_fake(f"ernie45::{shape_of.__name__}", shape_of, allow_override=True)

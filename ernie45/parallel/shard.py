@@ -73,8 +73,22 @@ def whole(tensor: Tensor) -> Tensor:
 
 def own_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor, or of this rank's share of it."""
-    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return own.numel() * own.element_size()
+    share = own(tensor)
+    return share.numel() * share.element_size()
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This rank's share of a tensor, or the whole of one that is not shared; writing into it writes into the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def of_numbers(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function(*tensors)`, which treats every number by itself; tensors in equal shares give one in shares."""
+    first = tensors[0]
+    if not isinstance(first, DTensor):
+        return function(*tensors)
+    made = function(*map(own, tensors))
+    return DTensor.from_local(made, first.device_mesh, first.placements, shape=first.shape, stride=first.stride())
 
 
 def of_matrices(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
@@ -85,8 +99,7 @@ def of_matrices(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return function(tensor)
     if tensor.ndim > 2:
-        own = function(tensor.to_local())
-        return DTensor.from_local(own, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
+        return of_numbers(function, tensor)
     return distribute_tensor(function(tensor.full_tensor()), tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
@@ -96,12 +109,6 @@ def total_norm(gradients: Sequence[Tensor]) -> float:
     if not norms:
         return 0.0
     return (norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))).item()
-
-
-def clip(parameters: Sequence[Tensor], largest: float, norm: float) -> None:
-    """Shorten the gradients of the parameters, whose norm together is `norm`, to at most `largest`."""
-    for group in _by_kind(parameters):
-        torch.nn.utils.clip_grads_with_norm_(group, largest, torch.tensor(norm))
 
 
 def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

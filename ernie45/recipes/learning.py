@@ -305,14 +305,14 @@ class BadRows:
             print(f"left out: {error}", file=sys.stderr)
 
 
-def plan_text(decoder: Decoder, facts: Mapping[str, object], ranks: Ranks = ALONE) -> str:
-    """The plan, a fact a line: parameters, memory of a rank without activations, then `facts`."""
+def plan_text(decoder: Decoder, facts: Mapping[str, object], ranks: Ranks = ALONE, means: str = "float32") -> str:
+    """The plan, a fact a line: parameters, memory of a rank without activations, then `facts`; means: the type of the optimiser's."""
     kinds: Counter[bool] = Counter()
     held = 0
     on_every_rank = {id(p) for part in decoder.modules() if isinstance(part, Router) or not ranks.sharded for p in part.parameters()}
     for parameter in decoder.parameters():
         kinds[parameter.requires_grad] += parameter.numel()
-        held += parameter.numel() * _bytes_each(parameter) / (1 if id(parameter) in on_every_rank else ranks.world)
+        held += parameter.numel() * _bytes_each(parameter, means) / (1 if id(parameter) in on_every_rank else ranks.world)
     shared = f" on each of {ranks.world} ranks" if ranks.sharded else ""
     lines = {
         "parameters": f"{sum(kinds.values()):,}, of which {kinds[True]:,} learn",
@@ -323,19 +323,19 @@ def plan_text(decoder: Decoder, facts: Mapping[str, object], ranks: Ranks = ALON
     return "\n".join(f"{name:<{width}}  {fact:,}" if isinstance(fact, int) else f"{name:<{width}}  {fact}" for name, fact in lines.items())
 
 
-def _bytes_each(parameter: Tensor) -> int:
-    """Of one number: itself, and where it learns its gradient, two float32 means, and a float32 master where it is not float32."""
+def _bytes_each(parameter: Tensor, means: str) -> int:
+    """Of one number: itself, and where it learns its gradient, two means, and what it lacks of float32."""
     size = parameter.element_size()
-    return size + (size + 8 + (0 if parameter.dtype == torch.float32 else 4) if parameter.requires_grad else 0)
+    return 4 + size + 2 * getattr(torch, means).itemsize if parameter.requires_grad else size
 
 
 def show_plan(config: LearningConfig, pupil: Pupil, facts: Mapping[str, object]) -> None:
     """Print the plan, and how the model splits over the ranks of a layout, on the first rank. Raises ConfigError where it cannot."""
     if not pupil.ranks.is_first:
         return
-    print(plan_text(pupil.decoder, facts, pupil.ranks))
+    print(plan_text(pupil.decoder, facts, pupil.ranks, config.optimiser.state))
     if config.layout.ranks > 1:
-        weights = [Weight(name, tuple(p.shape), _bytes_each(p)) for name, p in pupil.decoder.named_parameters()]
+        weights = [Weight(name, tuple(p.shape), _bytes_each(p, config.optimiser.state)) for name, p in pupil.decoder.named_parameters()]
         print(split_text(weights, ModelConfig(pupil.decoder.config, pupil.vision), config.layout, config.batch_tokens))
 
 

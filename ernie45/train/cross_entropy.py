@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ernie45 import ops
 from ernie45.ops import PackedWeight
@@ -85,8 +84,9 @@ def _chunks(
 
 def _logits(h_RD: Tensor, weight_VD: Tensor | PackedWeight, bias_V: Tensor | None) -> Tensor:
     if not isinstance(weight_VD, PackedWeight):
-        return F.linear(h_RD, weight_VD, bias_V)
-    logits_RV = ops.dense_linear(h_RD, weight_VD)
+        logits_RV = ops.wide_product(h_RD, weight_VD.t())
+    else:
+        logits_RV = ops.dense_linear(h_RD, weight_VD)
     return logits_RV if bias_V is None else logits_RV.add_(bias_V)
 
 
@@ -125,10 +125,7 @@ class _Gradients:
             else:
                 self.h_TD[chunk.rows_R] = outer_RV @ self.weight_VD
         if self.matrix_VD is not None:
-            if chunk.h_RD.dtype == torch.float32:
-                self.matrix_VD.addmm_(outer_RV.t(), chunk.h_RD)
-            else:
-                self.matrix_VD += outer_RV.t() @ chunk.h_RD
+            ops.add_product(self.matrix_VD, outer_RV.t(), chunk.h_RD)
 
     def times(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The three gradients times a number; the usual 1 copies nothing."""

@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ernie45 import ops
 from ernie45.errors import CheckpointError, ConfigError
 from ernie45.models.vision import TowerAttention
-from ernie45.parallel.shard import clip, of_matrices, total_norm
+from ernie45.parallel.shard import of_matrices, of_numbers, own, total_norm
 from ernie45.train.recompute import filed
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -49,6 +50,8 @@ class OptimiserConfig:
     """Learning rate of the B matrices of LoRA adapters, as a multiple (LoRA+)."""
     momentum: float = 0.95
     """Of Muon."""
+    state: Literal["float32", "bfloat16"] = "float32"
+    """Type of AdamW's two means. bfloat16 takes half the memory; what it cannot hold is rounded by chance, so that small changes add up."""
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2", "momentum"):
@@ -74,12 +77,21 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not name.endswith(_NO_HIDDEN_MATRIX)
 
 
+@dataclass
+class _Means:
+    """Of one parameter: decaying means of its gradient and of the gradient's square, and the steps that are in them."""
+
+    mean: Tensor
+    square: Tensor
+    steps: int = 0
+
+
 class Optimiser:
     """One step at a time over the parameters of `model` that want a gradient.
 
-    Parameters that are not float32 have float32 masters here: the step is taken in float32 and rounded back.
-    `head_size` is the rows of one attention head, for Muon's split of fused qkv matrices. `folder` is where masters and state are kept, as
-    files that nobody sees; None keeps them in memory.
+    Parameters in bfloat16 have float32 masters: the optimiser holds what the bfloat16 number lacks of it (`ops.optimise`), the step is
+    taken in float32 and rounded back. `head_size` is the rows of one attention head, for Muon's split of fused qkv matrices. `folder` is
+    where masters and state are kept, as files that nobody sees; None keeps them in memory.
     """
 
     def __init__(self, model: nn.Module, config: OptimiserConfig, head_size: int, folder: Path | None = None) -> None:
@@ -87,29 +99,17 @@ class Optimiser:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ConfigError("nothing is to be trained: every parameter is frozen")
+        assert all(p.dtype in (torch.float32, torch.bfloat16) for p in self.parameters.values()), "models learn in these types alone"
         self._kept: Callable[[Tensor], Tensor] = partial(filed, folder=folder) if folder is not None else torch.clone
-        self.masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(self._kept(p.detach().float()), requires_grad=False)
-            for name, p in self.parameters.items()
-        }
+        self._low = {name: self._zeros(p, torch.int16) for name, p in self.parameters.items() if p.dtype == torch.bfloat16}
         muon = {name for name, p in self.parameters.items() if config.kind == "muon" and is_hidden_matrix(name, p)}
         towers = {name: part for name, part in model.named_modules() if isinstance(part, TowerAttention)}
         self._tower_heads = {f"{name}.qkv.weight": part.head_size for name, part in towers.items()}
-        self._muon = {name: self._zeros(name) for name in self.parameters if name in muon}
-        groups = [
-            {"params": [self.masters[name]], "lr": 0.0, "weight_decay": self._decay(name), "name": name}
-            for name in self.parameters
-            if name not in muon
-        ]
-        # the fused form reads each tensor once instead of ten times
-        self._adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True) if groups else None
-        if self._adamw is not None and folder is not None:  # in memory torch makes its state itself, for those that learn
-            for group in groups:
-                held = {"step": torch.zeros(()), "exp_avg": self._zeros(group["name"]), "exp_avg_sq": self._zeros(group["name"])}
-                self._adamw.state[group["params"][0]] = held
+        self._muon = {name: self._zeros(p, torch.float32) for name, p in self.parameters.items() if name in muon}
+        self._means: dict[str, _Means] = {}  # of those that have learned
 
-    def _zeros(self, name: str) -> Tensor:
-        return self._kept(torch.zeros_like(self.masters[name], requires_grad=False))
+    def _zeros(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._kept(torch.zeros_like(like, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format))
 
     def _decay(self, name: str) -> float:
         return self.config.weight_decay if decays(name, self.parameters[name]) else 0.0
@@ -121,44 +121,58 @@ class Optimiser:
             rate *= self.config.tower_rate
         return rate * self.config.b_rate if name.endswith(".adapter_b") else rate
 
+    def master(self, name: str) -> Tensor:
+        """A parameter in float32, as exactly as it is known; itself where it is float32, else a copy."""
+        parameter = self.parameters[name].detach()
+        return parameter if name not in self._low else of_numbers(ops.joined, parameter, self._low[name])
+
     def gradient_norm(self) -> float:
         """Norm of all gradients together; not a number or infinite when any of them is."""
         return total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
 
-    def step(self, rate: float, norm: float) -> None:
-        """Clip by the known `norm`, step at learning rate `rate`, and drop the gradients."""
-        assert math.isfinite(norm), "a step with a gradient that is not finite is refused before it comes here"
-        if self.config.clip:
-            clip(list(self.parameters.values()), self.config.clip, norm)
-        for name, master in self.masters.items():
-            parameter = self.parameters[name]
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-                parameter.grad = None  # it goes as its wide copy comes
-        if self._adamw is not None:
-            for group in self._adamw.param_groups:
-                group["lr"] = self._rate(group["name"], rate)
-            self._adamw.step()
-        for name, momentum in self._muon.items():
-            self._step_muon(name, momentum, rate)
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                if master is not self.parameters[name]:
-                    self.parameters[name].copy_(master)
-                    master.grad = None
-        self.drop_gradients()
-
     @torch.no_grad()
-    def _step_muon(self, name: str, momentum: Tensor, rate: float) -> None:
-        master = self.masters[name]
-        if master.grad is None:
-            return
-        momentum.lerp_(master.grad, 1 - self.config.momentum)
-        ahead = master.grad.lerp(momentum, self.config.momentum)
+    def step(self, rate: float, norm: float) -> None:
+        """Clip by the known `norm`, step at learning rate `rate`, and drop each gradient when its parameter has stepped."""
+        assert math.isfinite(norm), "a step with a gradient that is not finite is refused before it comes here"
+        scale = min(1.0, self.config.clip / (norm + 1e-6)) if self.config.clip else 1.0
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                take = self._step_muon if name in self._muon else self._step_adamw
+                take(name, parameter.grad, self._rate(name, rate), scale)
+                parameter.grad = None
+
+    def _step_adamw(self, name: str, gradient: Tensor, rate: float, scale: float) -> None:
+        config, parameter, low = self.config, self.parameters[name], self._low.get(name)
+        if name not in self._means:
+            state = getattr(torch, config.state)
+            self._means[name] = _Means(mean=self._zeros(parameter, state), square=self._zeros(parameter, state))
+        held = self._means[name]
+        held.steps += 1
+        numbers = ops.AdamwNumbers(
+            scale=scale,
+            mean_share=1 - config.beta1,
+            square_rest=config.beta2,
+            rate=rate / (1 - config.beta1**held.steps),
+            root_scale=(1 - config.beta2**held.steps) ** -0.5,
+            eps=config.eps,
+            decay=rate * self._decay(name),
+            step=held.steps,
+        )
+        ops.adamw(own(parameter), None if low is None else own(low), own(gradient).contiguous(), own(held.mean), own(held.square), numbers)
+
+    def _step_muon(self, name: str, gradient: Tensor, rate: float, scale: float) -> None:
+        momentum, gradient = self._muon[name], gradient.float() * scale
+        momentum.lerp_(gradient, 1 - self.config.momentum)
+        ahead = gradient.lerp(momentum, self.config.momentum)
         rows = matrix_rows(name, tuple(ahead.shape), self._tower_heads.get(name, self.head_size))
         update = of_matrices(lambda whole: orthogonalised(whole.unflatten(-2, (-1, rows))).flatten(-3, -2), ahead)
         # 0.2 sqrt(max side) gives the update the root mean square that AdamW's has, so one learning rate serves both
+        master = self.master(name)
         master.mul_(1 - rate * self._decay(name)).add_(update, alpha=-rate * 0.2 * math.sqrt(max(rows, ahead.shape[-1])))
+        if name in self._low:
+            high, low = ops.parted(own(master))
+            own(self.parameters[name]).copy_(high)
+            own(self._low[name]).copy_(low)
 
     def drop_gradients(self) -> None:
         """Forget the gradients."""
@@ -166,14 +180,11 @@ class Optimiser:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Everything beside the parameters that the next step depends on: `mean/NAME`, `square/NAME`, `steps/NAME`, ..."""
-        state: dict[str, Tensor] = {f"momentum/{name}": momentum for name, momentum in self._muon.items()}
-        for name, master in self.masters.items():
-            if master is not self.parameters[name]:
-                state[f"master/{name}"] = master.detach()
-            held = self._adamw.state.get(master) if self._adamw is not None else None
-            if held:
-                state |= {f"mean/{name}": held["exp_avg"], f"square/{name}": held["exp_avg_sq"], f"steps/{name}": held["step"]}
+        """Everything beside the parameters that the next step depends on: `mean/NAME`, `square/NAME`, `steps/NAME`, `low/NAME`, ..."""
+        state = {f"momentum/{name}": momentum for name, momentum in self._muon.items()}
+        state |= {f"low/{name}": low for name, low in self._low.items()}
+        for name, held in self._means.items():
+            state |= {f"mean/{name}": held.mean, f"square/{name}": held.square, f"steps/{name}": torch.tensor(float(held.steps))}
         return state
 
     def blank_state(self, keys: Iterable[str], where: str) -> dict[str, Tensor]:
@@ -181,12 +192,15 @@ class Optimiser:
 
         Raises CheckpointError when they are of another model or optimiser.
         """
+        types = {"momentum": torch.float32, "low": torch.int16, "mean": getattr(torch, self.config.state)}
+        types["square"] = types["mean"]
         blank: dict[str, Tensor] = {}
         for key in keys:
             kind, _, name = key.partition("/")
-            if name not in self.masters:
+            if name not in self.parameters or kind not in {*types, "steps"}:
                 raise CheckpointError(f"{where}: holds the optimiser state of another model or method: {key}")
-            blank[key] = torch.zeros(()) if kind == "steps" else torch.zeros_like(self.masters[name], requires_grad=False)
+            parameter = self.parameters[name]
+            blank[key] = torch.zeros(()) if kind == "steps" else torch.zeros_like(parameter, dtype=types[kind], requires_grad=False)
         return blank
 
     @torch.no_grad()
@@ -194,23 +208,22 @@ class Optimiser:
         """Put back what `state` gave, bit for bit. Raises CheckpointError when it is the state of another model or optimiser."""
         names = {key.partition("/")[2] for key in state}
         kinds = {key.partition("/")[0] for key in state}
-        if not names <= set(self.parameters) or not kinds <= {"momentum", "master", "mean", "square", "steps"}:
+        if not names <= set(self.parameters) or not kinds <= {"momentum", "low", "mean", "square", "steps"}:
             strange = sorted(names - set(self.parameters))[:3] or sorted(kinds)
             raise CheckpointError(f"{where}: holds the optimiser state of another model or method: {', '.join(strange)}")
-        for name, master in self.masters.items():
-            shaped = [state[key] for kind in ("momentum", "master", "mean", "square") if (key := f"{kind}/{name}") in state]
-            if any(tensor.shape != master.shape for tensor in shaped) or (f"momentum/{name}" in state) != (name in self._muon):
+        for name, parameter in self.parameters.items():
+            held = {kind: state[key] for kind in kinds if (key := f"{kind}/{name}") in state}
+            shaped = all(tensor.shape == parameter.shape for kind, tensor in held.items() if kind != "steps")
+            fits = ("momentum" in held) == (name in self._muon) and ("low" in held) == (name in self._low)
+            if not shaped or not fits:
                 raise CheckpointError(f"{where}: the optimiser state of {name} does not fit this run's model and optimiser")
-            if f"master/{name}" in state and master is not self.parameters[name]:
-                master.copy_(state[f"master/{name}"])
-            if name in self._muon:
-                self._muon[name].copy_(state[f"momentum/{name}"])
-            elif f"mean/{name}" in state and self._adamw is not None:
-                self._adamw.state[master] = {
-                    "step": state[f"steps/{name}"].clone(),
-                    "exp_avg": self._kept(state[f"mean/{name}"]),
-                    "exp_avg_sq": self._kept(state[f"square/{name}"]),
-                }
+            if "low" in held:
+                self._low[name].copy_(held["low"])
+            if "momentum" in held:
+                self._muon[name].copy_(held["momentum"])
+            elif "mean" in held:
+                mean, square = (self._kept(held[kind].to(getattr(torch, self.config.state))) for kind in ("mean", "square"))
+                self._means[name] = _Means(mean, square, int(held["steps"]))
 
 
 def matrix_rows(name: str, shape: tuple[int, ...], head_size: int) -> int:
@@ -248,14 +261,14 @@ class MovingAverage:
         if window < 1:
             raise ConfigError(f"the window of the moving average must be at least one token, not {window}")
         self.window, self.residual = window, residual
-        self.weights = {name: master.detach().clone() for name, master in optimiser.masters.items()}
+        self.weights = {name: optimiser.master(name).clone() for name in optimiser.parameters}
 
     @torch.no_grad()
     def update(self, optimiser: Optimiser, tokens: int) -> None:
         """Take in the weights after a step that learned from `tokens` tokens."""
         share = 1 - self.residual ** (tokens / self.window)
         for name, average in self.weights.items():
-            average.lerp_(optimiser.masters[name], share)
+            average.lerp_(optimiser.master(name), share)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], where: str) -> None:

@@ -116,6 +116,11 @@ void swiglu(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, 
   each_row(threads, x.type, T, width, out, [&](int64_t t, void* to) { k.rows->swiglu(x, t, width, to); });
 }
 
+void adamw(const Kernels& k, const Threads& threads, const AdamwJob& job, int64_t count) {
+  constexpr int64_t block = 1 << 15;
+  share(threads, (count + block - 1) / block, 1, [&](int64_t first, int64_t end) { k.rows->adamw(job, first * block, end * block < count ? end * block : count); });
+}
+
 void paged(const Kernels& k, const Threads& threads, const PagedJob& job, int64_t sequences) {
   int64_t longest = 0;
   for (int64_t i = 0; i < sequences; i++) longest = job.lengths[i] > longest ? job.lengths[i] : longest;

@@ -35,6 +35,9 @@ void rotate(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, 
 // out [T, width] = silu(gate) * up of x [T, 2 * width]
 void swiglu(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, void* out);
 
+// One step over a tensor of so many numbers.
+void adamw(const Kernels& k, const Threads& threads, const AdamwJob& job, int64_t count);
+
 // One query per sequence over its pages.
 void paged(const Kernels& k, const Threads& threads, const PagedJob& job, int64_t sequences);
 

@@ -123,7 +123,7 @@ static void many_pairs(const Packed& w, const Quantised& x, int64_t block, int64
 
 template <class Micro>
 static Kernels table(const char* name, const FloatKernels& floats, const RowKernels& rows) {
-  return Kernels{name, quantise, norm_quantise, few<Micro>, few_pairs<Micro>, many_scratch, many<Micro>, many_pairs<Micro>, &floats, &rows, nullptr, nullptr};
+  return Kernels{name, quantise, norm_quantise, few<Micro>, few_pairs<Micro>, many_scratch, many<Micro>, many_pairs<Micro>, &floats, &rows, nullptr, nullptr, nullptr};
 }
 
 }  // namespace ERNIE_ISA

@@ -5,6 +5,8 @@
 namespace ernie {
 namespace ERNIE_ISA {
 
+void adamw(const AdamwJob& job, int64_t first, int64_t end);  // adamw.cpp
+
 static void embed(const Packed& w, int64_t token, int64_t width, Type type, void* out) {
   const uint8_t* value = w.value + token / 16 * w.block_bytes() + token % 16 * 4;
   const uint16_t* scale = w.scale + token / 16 * w.G * 16 + token % 16;
@@ -137,7 +139,7 @@ static void best(const float* logits, int64_t n, int64_t* place, float* value) {
 #define ERNIE_JOIN2(a, b) a##b
 #define ERNIE_JOIN(a, b) ERNIE_JOIN2(a, b)
 const RowKernels& ERNIE_JOIN(ERNIE_ISA, _rows)() {
-  static const RowKernels kernels{ERNIE_ISA::embed, ERNIE_ISA::norm, ERNIE_ISA::rotate, ERNIE_ISA::swiglu, ERNIE_ISA::scores, ERNIE_ISA::choose, ERNIE_ISA::mix, ERNIE_ISA::best};
+  static const RowKernels kernels{ERNIE_ISA::embed, ERNIE_ISA::norm, ERNIE_ISA::rotate, ERNIE_ISA::swiglu, ERNIE_ISA::scores, ERNIE_ISA::choose, ERNIE_ISA::mix, ERNIE_ISA::best, ERNIE_ISA::adamw};
   return kernels;
 }
 

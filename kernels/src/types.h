@@ -104,7 +104,18 @@ struct Mixture {
   Type type;
 };
 
-// Row work of a whole step that stands in no product.
+// One step of AdamW over one tensor, see ernie45/ops/optimise.py.
+struct AdamwJob {
+  void *weight, *low;  // float32; or bfloat16, beside what it lacks of float32
+  const void* gradient;
+  void *mean, *square;
+  Type gradient_type, state_type;
+  float scale;  // of the gradient
+  float mean_share, square_share, square_rest, rate, root_scale, eps, decay;
+  uint32_t step;
+};
+
+// Row work of a whole step that stands in no product, and the optimiser's.
 struct RowKernels {
   void (*embed)(const Packed& w, int64_t token, int64_t width, Type type, void* out);
   void (*norm)(const Rows& x, int64_t t, int64_t width, const void* weight, float eps, void* out);
@@ -117,6 +128,7 @@ struct RowKernels {
   void (*choose)(float* scores, const float* bias, int64_t E, int64_t top_k, float norm_min, int32_t* ids, float* weights);
   void (*mix)(const Mixture& m, void* out);  // out = residual + (sum of weighted rows + shared)
   void (*best)(const float* logits, int64_t n, int64_t* place, float* value);
+  void (*adamw)(const AdamwJob& job, int64_t first, int64_t end);
 };
 
 // Products with float weights and attention: sums in float32, order and rounding may differ between instruction sets.
@@ -137,6 +149,7 @@ struct FloatKernels {
 };
 
 struct TowerKernels;  // of a vision tower, see tower.h
+struct ProductKernels;  // of learning, see products.h
 
 // One instruction set's kernels. Block = 16 output rows, panel = up to four blocks.
 struct Kernels {
@@ -152,6 +165,7 @@ struct Kernels {
   const RowKernels* rows;
   const TiledAttention* tiled;  // null: there is none
   const TowerKernels* tower;    // the same
+  const ProductKernels* products;
 };
 
 constexpr int64_t kFewRows = 8;     // up to here weights are streamed once and never unpacked
@@ -175,6 +189,7 @@ const RowKernels& avx512_rows();
 const TiledAttention& amx_attention();
 const FloatKernels& amx_floats();
 const TowerKernels& amx_tower();
+const ProductKernels& amx_products();
 #elif defined(__aarch64__)
 const Kernels& neon_kernels();
 const FloatKernels& neon_floats();

@@ -13,6 +13,7 @@
 
 #include "../src/cpu.h"
 #include "../src/layers.h"
+#include "../src/products.h"
 #include "../src/step.h"
 #include "../src/tower.h"
 
@@ -281,6 +282,52 @@ void check_layers(const ernie::Kernels& k) {
     }
 }
 
+// Learning: matrices in every layout, in one piece or part of a larger one; a step of the optimiser over a tensor in two halves and in one.
+void check_learning(const ernie::Kernels& k) {
+  const ernie::Kernels& plain = *ernie::choose("plain");
+  for (const auto& [M, K, N] : std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {33, 40, 50}, {70, 1100, 300}, {300, 31, 65}, {16, 2100, 700}})
+    for (int layout = 0; k.products && layout < 4; layout++) {
+      const bool left_along = layout & 1, right_along = layout & 2;
+      std::vector<uint16_t> left(size_t(M * K)), right(size_t(K * N));
+      for (auto& v : left) v = uint16_t(0x3c00 + random_bits() % 512);
+      for (auto& v : right) v = uint16_t(0x3c00 + random_bits() % 512);
+      std::vector<float> got(size_t(M * N), 1.0f), want(got);
+      std::vector<uint16_t> halves(size_t(M * N));
+      ernie::Product p{{left.data(), M, left_along ? K : M, left_along}, {right.data(), N, right_along ? K : N, right_along}, K, ernie::Type::f32, got.data(), N, true};
+      ernie::product(*k.products, two, p);
+      p.type = ernie::Type::bf16, p.out = halves.data(), p.add = false;
+      ernie::product(*k.products, two, p);
+      const auto number = [](uint16_t h) {
+        const uint32_t bits = uint32_t(h) << 16;
+        float f;
+        std::memcpy(&f, &bits, 4);
+        return f;
+      };
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t n = 0; n < N; n++)
+          for (int64_t i = 0; i < K; i++)
+            want[size_t(m * N + n)] += number(left[size_t(left_along ? m * K + i : i * M + m)]) * number(right[size_t(right_along ? n * K + i : i * N + n)]);
+      expect_same("product for learning", k.name, got, want, 1e-5f);
+    }
+  for (const bool half : {false, true})
+    for (const bool short_state : {false, true}) {
+      const int64_t n = 70001;
+      std::vector<std::vector<float>> results;
+      for (const ernie::Kernels* each : {&plain, &k}) {
+        std::vector<float> weight(size_t(n), 1.0f), gradient(size_t(n), 0.5f), mean(size_t(n), 0.25f), square(size_t(n), 2.0f);
+        std::vector<uint16_t> high(size_t(n), 0x3f80), low(size_t(n), 0x7fff), means(size_t(n), 0x3e80), squares(size_t(n), 0x4000);
+        ernie::AdamwJob job{half ? static_cast<void*>(high.data()) : weight.data(), half ? low.data() : nullptr, gradient.data(),
+                            short_state ? static_cast<void*>(means.data()) : mean.data(), short_state ? static_cast<void*>(squares.data()) : square.data(),
+                            ernie::Type::f32, short_state ? ernie::Type::bf16 : ernie::Type::f32, 0.5f, 0.1f, 0.05f, 0.95f, 0.01f, 1.5f, 1e-8f, 1e-3f, 3};
+        ernie::adamw(*each, two, job, n);
+        for (const auto* bits : {&high, &low, &means, &squares}) weight.insert(weight.end(), bits->begin(), bits->end());
+        for (const auto* numbers : {&mean, &square}) weight.insert(weight.end(), numbers->begin(), numbers->end());
+        results.push_back(weight);
+      }
+      expect_same("step of the optimiser", k.name, results[1], results[0], 0);
+    }
+}
+
 }  // namespace
 
 // `check` runs everything, `check step` whole steps alone: the thread sanitiser has work enough with those.
@@ -289,7 +336,7 @@ int main(int count, char** words) {
   std::istringstream names(ernie::available());
   for (std::string name; std::getline(names, name, ',');) {
     const ernie::Kernels& k = *ernie::choose(name);
-    if (!only_steps) check_layers(k);
+    if (!only_steps) check_layers(k), check_learning(k);
     check_tower(k);
     check_steps(k);
     std::printf("%s checked\n", name.c_str());
