@@ -1,11 +1,13 @@
-"""Training speed and memory beside TRL + PEFT: the same model, rows, settings and number of threads, each in a process of its own.
+"""Training speed and memory beside TRL + PEFT and transformers: the same model, rows, settings and threads, each in a process of its own.
 
-    python benchmarks/training.py [--method lora|full|dpo] [--model starter] [--data rows.jsonl] [--steps 4] [--dtype bfloat16]
+    python benchmarks/training.py [--method lora|full|dpo|moe] [--model starter] [--data rows.jsonl] [--steps 4] [--dtype bfloat16]
 
 Without --data the rows are random ids, for folders without a tokenizer. `dpo` has random pairs whose prompt is half of a row, all weights
 learn, and tokens are counted as of two whole rows on both sides: here the prompt is computed once. `--dtype bfloat16` computes in bfloat16
 on both sides: here with float32 masters in the optimiser, there as `model.to(bfloat16)` without; `--autocast` is TRL's own `bf16`, which
-casts float32 weights in every product. Needs trl and peft. Losses are printed beside the speed: a faster run that learns something else is
+casts float32 weights in every product. `--state bfloat16` holds our two means in bfloat16, as TRL's are where the model is. `moe` is a step
+of pre-training of a small mixture of experts (212 M parameters, 58 M for a token, random; `--model` is not asked) beside transformers'
+own model class with torch's fused AdamW. Needs trl and peft. Losses are printed beside the speed: a faster run that learns something else is
 no faster run.
 """
 
@@ -18,6 +20,23 @@ import time
 from pathlib import Path
 
 RATE, TOKENS = 1e-4, 1024
+
+
+def small_mixture(folder: Path) -> str:
+    """The folder of a random mixture of experts, made when it is not there: 8 layers of width 512, 32 experts of which a token takes 4."""
+    import torch
+
+    from ernie45.models.config import ExpertsConfig, TextConfig
+    from ernie45.models.save import save_model
+    from ernie45.models.text import Decoder
+
+    experts = ExpertsConfig(num_experts=32, top_k=4, expert_size=512, num_shared=2, first_layer=1, last_layer=7)
+    config = TextConfig(
+        hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=2, head_size=64, ffn_size=2048, vocab_size=32000, experts=experts
+    )
+    if not folder.exists():
+        save_model(Decoder(config).initialise(torch.Generator().manual_seed(0)), folder)
+    return str(folder)
 
 
 def load_rows(model: str, data: Path | None, count: int, length: int) -> tuple[Path, list]:
@@ -77,7 +96,7 @@ def run_ours(args: argparse.Namespace) -> dict:
     decoder = load_model(folder, dtype=args.dtype).train()
     if args.method == "lora":
         adapt(decoder.requires_grad_(False).layers, LoraConfig(rank=8), torch.Generator().manual_seed(0))
-    optimiser = Optimiser(decoder, OptimiserConfig(weight_decay=0.0), decoder.config.head_size)
+    optimiser = Optimiser(decoder, OptimiserConfig(weight_decay=0.0, state=args.state), decoder.config.head_size)
     if args.method == "dpo":
         examples = random_pairs(args)
         frozen = load_model(folder, dtype=args.dtype).eval().requires_grad_(False)
@@ -162,28 +181,56 @@ def run_trl(args: argparse.Namespace) -> dict:
     return {"tokens_per_s": tokens / (clock.ends[-1] - clock.ends[0]), "losses": [float(loss) for loss in losses]}
 
 
+def run_transformers(args: argparse.Namespace) -> dict:
+    """So many rows a step by transformers' model and a loop of a few lines: what a person writes who has no trainer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(args.threads)
+    folder, examples = load_rows(args.model, args.data, args.rows * args.steps, args.length)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    losses, seconds = [], []
+    for step in range(args.steps):
+        ids = torch.tensor([example.ids for example in examples[args.rows * step : args.rows * (step + 1)]])
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+    return {"tokens_per_s": args.rows * args.length * (args.steps - 1) / sum(seconds[1:]), "losses": losses}
+
+
 def main() -> None:
     """Run both sides and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=["lora", "full", "dpo"], default="lora")
+    parser.add_argument("--method", choices=["lora", "full", "dpo", "moe"], default="lora")
     parser.add_argument("--model", default="starter")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", type=int, default=4, help="rows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a random row")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--state", choices=["float32", "bfloat16"], default="float32", help="type of our optimiser's means")
     parser.add_argument("--autocast", action="store_true", help="TRL's own bf16 setting, over the weights' dtype")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scratch", default="benchmarks/results/trl")
-    parser.add_argument("--side", choices=["ours", "trl"])
+    parser.add_argument("--side", choices=["ours", "trl", "transformers"])
     args = parser.parse_args()
+    peer = "transformers" if args.method == "moe" else "trl"
+    if args.method == "moe":
+        args.model = small_mixture(Path(args.scratch).parent / "checkpoints" / "small-mixture")
     if args.side:
-        result = run_ours(args) if args.side == "ours" else run_trl(args)
+        result = {"ours": run_ours, "trl": run_trl, "transformers": run_transformers}[args.side](args)
         result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(json.dumps(result))
         return
     print("| side | tokens/s after the first step | peak GB | losses |\n|---|---|---|---|")
-    for side in ("ours", "trl"):
+    for side in ("ours", peer):
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stderr[-2000:])

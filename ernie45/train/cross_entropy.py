@@ -21,10 +21,8 @@ from ernie45.ops import PackedWeight
 from ernie45.ops.packed_dense import pulled_back
 from ernie45.tokens.template import IGNORED
 
-CHUNK_ELEMENTS = 1 << 26
-"""Logits held at once: 268 MB in float32. Large chunks, since each adds once to the whole gradient of the matrix."""
-_FROZEN_SHARE = 2
-"""A matrix without a gradient has nothing to add to: chunks are smaller by this."""
+CHUNK_ELEMENTS = 1 << 25
+"""Logits held at once: 134 MB in float32. Large chunks, since each adds once to the whole gradient of the matrix."""
 
 
 class SummedLoss(NamedTuple):
@@ -127,13 +125,18 @@ class _Gradients:
         if self.matrix_VD is not None:
             ops.add_product(self.matrix_VD, outer_RV.t(), chunk.h_RD)
 
+    def narrow(self) -> None:
+        """All that is to be added was added: the sums may lie in the type of the matrix."""
+        if self.matrix_VD is not None:
+            self.matrix_VD = self.matrix_VD.to(self.matrix_dtype)
+
     def times(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The three gradients times a number; the usual 1 copies nothing."""
+        self.narrow()
         held = (self.h_TD, self.matrix_VD, self.bias_V)
         if factor.item() != 1.0:
             held = tuple(None if g is None else g * factor for g in held)
-        matrix = held[1]
-        return held[0], None if matrix is None else matrix.to(self.matrix_dtype), held[2]
+        return held
 
 
 class _Summed(torch.autograd.Function):
@@ -150,8 +153,6 @@ class _Summed(torch.autograd.Function):
         chunk_elements: int,
     ) -> tuple[Tensor, Tensor]:
         gradients = _Gradients(h_TD, weight_VD, bias_V, ctx.needs_input_grad)
-        if gradients.matrix_VD is None:
-            chunk_elements //= _FROZEN_SHARE
         nll_T = torch.zeros(labels_T.shape[0], dtype=torch.float32, device=h_TD.device)
         for chunk in _chunks(h_TD, weight_VD, bias_V, labels_T, chunk_elements):
             sums_R, nll_R = _exponentiate(chunk)
@@ -161,6 +162,7 @@ class _Summed(torch.autograd.Function):
                 outer_RV = chunk.logits_RV.mul_((weights_R / sums_R)[:, None])
                 outer_RV.scatter_add_(1, chunk.labels_R[:, None], -weights_R[:, None])
                 gradients.add(chunk, outer_RV)
+        gradients.narrow()  # now: layers keep much until their backward
         ctx.gradients = gradients
         ctx.mark_non_differentiable(nll_T)
         return (nll_T * row_weights_T).sum(), nll_T
