@@ -6,8 +6,8 @@ Without --data the rows are random ids, for folders without a tokenizer. `dpo` h
 learn, and tokens are counted as of two whole rows on both sides: here the prompt is computed once. `--dtype bfloat16` computes in bfloat16
 on both sides: here with float32 masters in the optimiser, there as `model.to(bfloat16)` without; `--autocast` is TRL's own `bf16`, which
 casts float32 weights in every product. `--state bfloat16` holds our two means in bfloat16, as TRL's are where the model is. `moe` is a step
-of pre-training of a small mixture of experts (212 M parameters, 58 M for a token, random; `--model` is not asked) beside transformers'
-own model class with torch's fused AdamW. Needs trl and peft. Losses are printed beside the speed: a faster run that learns something else is
+of pre-training of a small mixture of experts (212 M parameters, 58 M for a token, random; `--model` is not asked) beside transformers' own
+model class with torch's fused AdamW. Needs trl and peft. Losses are printed beside the speed: a faster run that learns something else is
 no faster run.
 """
 

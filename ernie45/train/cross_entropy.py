@@ -134,9 +134,8 @@ class _Gradients:
         """The three gradients times a number; the usual 1 copies nothing."""
         self.narrow()
         held = (self.h_TD, self.matrix_VD, self.bias_V)
-        if factor.item() != 1.0:
-            held = tuple(None if g is None else g * factor for g in held)
-        return held
+        h_TD, matrix_VD, bias_V = held if factor.item() == 1.0 else (None if g is None else g * factor for g in held)
+        return h_TD, matrix_VD, bias_V
 
 
 class _Summed(torch.autograd.Function):
