@@ -272,4 +272,5 @@ def _register_shapes() -> None:
         return torch.empty_like(x)
 
     for shape_of in (linear, qkv, feed_forward, bf16_linear, rms_norm, rotate, swiglu, paged_attention, matmul, tower_heads, tower_rest):
-        torch.library.register_fake(f"ernie45::{shape_of.__name__}", shape_of, allow_override=True)
+        if hasattr(torch.ops.ernie45, shape_of.__name__):
+            torch.library.register_fake(f"ernie45::{shape_of.__name__}", shape_of, allow_override=True)
