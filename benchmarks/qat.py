@@ -2,6 +2,7 @@
 
     python benchmarks/qat.py [--model starter] [--scheme w4a8-g64-h] [--learn scales] [--minutes 4] [--tokens 256] [--threads 2]
 
+Losses are compared window by window: a difference is told with its standard error over the held-out windows.
 The text is Python's help topics, as `ernie quantize` has it: three quarters to learn from, the other to measure on. `--learn scales` trains
 norms and scales alone (and norms alone where there are no scales), without optimiser state for the weights; `all` trains everything. The
 first training ends after `--minutes` and the second has its steps, so that the default is to take less than ten minutes on a quiet machine
@@ -12,6 +13,7 @@ import argparse
 import copy
 
 import torch
+from torch import Tensor
 
 from ernie45.config import Environment
 from ernie45.models.load import find_model, load_model
@@ -45,11 +47,16 @@ def learn(decoder: Decoder, windows: list[list[int]], args: argparse.Namespace, 
 
 
 @torch.no_grad()
-def held_out_loss(decoder: Decoder, windows: list[list[int]]) -> float:
-    """Mean loss of the tokens after the first of each window."""
+def held_out_losses(decoder: Decoder, windows: list[list[int]]) -> Tensor:
+    """The mean loss of the tokens after the first of each window, float64 [windows]."""
     decoder.eval()
     rows = [torch.nn.functional.cross_entropy(decoder.prompt_logits(ids)[:-1], torch.tensor(ids[1:])) for ids in windows]
-    return torch.stack(rows).mean().item()
+    return torch.stack(rows).double()
+
+
+def mean_text(values: Tensor) -> str:
+    """Mean and standard error."""
+    return f"{values.mean():+.4f} +- {values.std() / len(values) ** 0.5:.4f}"
 
 
 def main() -> None:
@@ -74,8 +81,12 @@ def main() -> None:
     rules = (Rule(pattern="embed" if base.head is None else "head", scheme="w8a8-g64-h"), Rule(pattern="*", scheme=args.scheme))
     spec = QuantSpec(rules=rules)
 
+    found: dict[str, Tensor] = {}
+
     def show(name: str, decoder: Decoder) -> None:
-        print(f"{name}: {held_out_loss(decoder, texts[1]):.4f}", flush=True)
+        found[name] = held_out_losses(decoder, texts[1])
+        against = [f"{mean_text(found[name] - others)} against {other}" for other, others in found.items() if other != name]
+        print(f"{name}: {found[name].mean():.4f}", *against, sep="\n    ", flush=True)
 
     show("floats", base)
     rounded = copy.deepcopy(base)

@@ -40,6 +40,26 @@ def made(experts: bool = False, bias: bool = False, tied: bool = True, seed: int
     return decoder.eval().requires_grad_(False)
 
 
+def taught(through, x_TI, wanted_TO, rate, close):
+    """Let a layer learn, through its rounding, to give the outputs wanted. The mean squared error of rounding to nearest, which it
+    begins with, and that of the packed layer at the end, which must be what the layer had in training, as close as said.
+    """
+    optimiser = torch.optim.Adam(through.parameters(), lr=rate)
+
+    def lost(layer):
+        return (layer(x_TI) - wanted_TO).square().mean()
+
+    nearest = lost(through).item()
+    for _ in range(150):
+        optimiser.zero_grad()
+        lost(through).backward()
+        optimiser.step()
+    with torch.no_grad():
+        packed = lost(through.packed()).item()
+        assert packed == pytest.approx(lost(through).item(), rel=close)
+    return nearest, packed
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """Makes small decoders: see `made`."""

@@ -16,6 +16,7 @@ from ernie45.quant.qat import QatEmbedding, QatExperts, QatLinear, _Rounded, pac
 from ernie45.quant.spec import QuantSpec, Scheme
 from ernie45.train.optim import Optimiser, OptimiserConfig, decays, is_hidden_matrix
 from ernie45.train.step import LossConfig, Step
+from tests.quant.conftest import taught
 from tests.train.conftest import make_batch
 
 TOKENS = [5, 9, 77, 300, 12, 8, 41]
@@ -139,18 +140,5 @@ def test_it_loses_less_than_rounding_to_nearest(scheme):
         layer.weight.normal_(generator=generator)
     x_TI = torch.randn(400, 12, generator=generator) @ torch.randn(12, 64, generator=generator)
     wanted_TO = layer(x_TI).detach()
-    through = QatLinear(layer, Scheme.parse(scheme))
-    optimiser = torch.optim.Adam(through.parameters(), lr=3e-3)
-
-    def lost():
-        return (through(x_TI) - wanted_TO).square().mean()
-
-    first = lost().item()
-    for _ in range(150):
-        optimiser.zero_grad()
-        lost().backward()
-        optimiser.step()
-    with torch.no_grad():
-        packed = (through.packed()(x_TI) - wanted_TO).square().mean().item()
-    assert packed == pytest.approx(lost().item(), rel=1e-3)
-    assert packed < 0.6 * first
+    nearest, packed = taught(QatLinear(layer, Scheme.parse(scheme)), x_TI, wanted_TO, rate=3e-3, close=1e-3)
+    assert packed < 0.6 * nearest

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from ernie45.config import Environment
-from tests.recipes.lessons import model, one_thread, pairs, rows
+from tests.recipes.lessons import model, one_thread, pairs, put_photos, rows, seer
 
-__all__ = ["model", "one_thread", "pairs", "rows"]
+__all__ = ["model", "one_thread", "pairs", "put_photos", "rows", "seer"]
 
 
 def _module(name):

@@ -10,6 +10,7 @@ from ernie45.models.released import tiny
 from ernie45.models.save import save_model
 from ernie45.models.text import Decoder
 from ernie45.recipes import lesson
+from tests.sighted import sighted_folder
 from tests.tokens.conftest import CHATML
 
 ROWS = [
@@ -52,6 +53,24 @@ def model(request, tmp_path_factory):
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHATML}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def seer(tmp_path_factory):
+    """A tiny random model folder that sees and chats."""
+    return sighted_folder(tmp_path_factory.mktemp("seer") / "base")
+
+
+@pytest.fixture(scope="module")
+def put_photos(photo):
+    """Writes the named photographs into a folder."""
+
+    def put(folder, names):
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            (folder / name).write_bytes(photo(name))
+
+    return put
 
 
 @pytest.fixture

@@ -14,32 +14,25 @@ from ernie45.quant.methods import METHODS, Streams, quantise_block
 from ernie45.quant.spec import Scheme
 from ernie45.recipes.quantize import REPORT, QuantizeConfig, run
 from tests.recipes.test_quantize_sight import sighted_decoder
-from tests.sighted import RULES, sighted_folder
+from tests.sighted import RULES
 
 TEXT = "The quick brown fox sees a lazy dog, and 7 cats see 23 birds on the red roof of the old house. " * 400
 SMALL = {"window": 64, "calibration_tokens": 1024, "held_out_tokens": 256, "least_expert_tokens": 4, "hadamard": False, "group": 32}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return sighted_folder(tmp_path_factory.mktemp("seeing") / "model")
-
-
-@pytest.fixture(scope="module")
-def files(photo, tmp_path_factory):
+def files(put_photos, tmp_path_factory):
     """A folder of photographs, and text of two kinds."""
     place = tmp_path_factory.mktemp("pictures")
-    (place / "photos").mkdir()
-    for name in ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png"):
-        (place / "photos" / name).write_bytes(photo(name))
+    put_photos(place / "photos", ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png"))
     (place / "calibration.txt").write_text(TEXT)
     (place / "held.txt").write_text(TEXT[50:])
     return place
 
 
-def asked(model, files, out, **changes):
+def asked(seer, files, out, **changes):
     texts = {"calibration": files / "calibration.txt", "held_out": files / "held.txt"}
-    return QuantizeConfig(model=str(model), out=out, limit=9.0, **{**SMALL, **texts, **changes})
+    return QuantizeConfig(model=str(seer), out=out, limit=9.0, **{**SMALL, **texts, **changes})
 
 
 def in_report(out):
@@ -48,9 +41,9 @@ def in_report(out):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
-def test_what_sees_is_calibrated_on_pictures(model, files, tmp_path, environment, method):
+def test_what_sees_is_calibrated_on_pictures(seer, files, tmp_path, environment, method):
     out = tmp_path / "small"
-    assert run(asked(model, files, out, method=method, pictures=files / "photos", vision="w4a8"), environment) == 0
+    assert run(asked(seer, files, out, method=method, pictures=files / "photos", vision="w4a8"), environment) == 0
     report, named = in_report(out)
     assert report["calibration"]["pictures"] == 4
     experts = named["layers.1.ffn.vision.experts"]
@@ -94,7 +87,7 @@ def test_held_out_pictures_lose_less_than_by_rounding():
     assert lost["awq+gptq"] < 0.8 * lost["rtn"]
 
 
-def test_conversations_about_pictures_calibrate_too(model, files, tmp_path, environment):
+def test_conversations_about_pictures_calibrate_too(seer, files, tmp_path, environment):
     message = {
         "role": "user",
         "content": [{"type": "image_url", "image_url": {"url": "photos/coffee.png"}}, {"type": "text", "text": "What?"}],
@@ -102,7 +95,7 @@ def test_conversations_about_pictures_calibrate_too(model, files, tmp_path, envi
     lines = [{"messages": [message, {"role": "assistant", "content": "A cup."}]}] * 3
     (files / "said.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     out = tmp_path / "small"
-    assert run(asked(model, files, out, pictures=files / "said.jsonl", window=128), environment) == 0
+    assert run(asked(seer, files, out, pictures=files / "said.jsonl", window=128), environment) == 0
     report, named = in_report(out)
     assert report["calibration"]["pictures"] == 3
     assert named["layers.1.ffn.vision.experts"]["tokens"] > 0
@@ -120,29 +113,29 @@ def test_conversations_about_pictures_calibrate_too(model, files, tmp_path, envi
     ],
     ids=range(6),
 )  # fmt: skip
-def test_bad_conversations_are_named(model, files, tmp_path, environment, line, says):
+def test_bad_conversations_are_named(seer, files, tmp_path, environment, line, says):
     (files / "bad.jsonl").write_text(line)
     with pytest.raises(ConfigError, match=says):
-        run(asked(model, files, tmp_path / "x", pictures=files / "bad.jsonl"), environment)
+        run(asked(seer, files, tmp_path / "x", pictures=files / "bad.jsonl"), environment)
 
 
-def test_bad_folders_are_named(model, files, tmp_path, environment):
+def test_bad_folders_are_named(seer, files, tmp_path, environment):
     with pytest.raises(ConfigError, match="holds no image file"):
-        run(asked(model, files, tmp_path / "x", pictures=tmp_path), environment)
+        run(asked(seer, files, tmp_path / "x", pictures=tmp_path), environment)
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(30))
     with pytest.raises(ConfigError, match=r"torn\.png: "):
-        run(asked(model, files, tmp_path / "x", pictures=tmp_path), environment)
+        run(asked(seer, files, tmp_path / "x", pictures=tmp_path), environment)
     with pytest.raises(ConfigError, match="cannot be read"):
-        run(asked(model, files, tmp_path / "x", pictures=tmp_path / "nothing"), environment)
+        run(asked(seer, files, tmp_path / "x", pictures=tmp_path / "nothing"), environment)
     with pytest.raises(ConfigError, match="--method rtn looks at nothing"):
-        asked(model, files, tmp_path / "x", pictures=tmp_path, method="rtn")
+        asked(seer, files, tmp_path / "x", pictures=tmp_path, method="rtn")
     several = [{"type": "image", "image": "photos/coffee.png"}] * 3
     (files / "many.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": several}]}))
     with pytest.raises(ConfigError, match=r"many\.jsonl:1 takes [0-9]+ tokens; sequences have 64"):
-        run(asked(model, files, tmp_path / "x", pictures=files / "many.jsonl"), environment)
+        run(asked(seer, files, tmp_path / "x", pictures=files / "many.jsonl"), environment)
 
 
-def test_large_pictures_are_shrunk_to_their_sequence(model, files):
+def test_large_pictures_are_shrunk_to_their_sequence(seer, files):
     from ernie45.models.load import open_model
     from ernie45.recipes.scenes import read_scenes
     from ernie45.tokens.tokenizer import load_tokenizer
@@ -150,7 +143,7 @@ def test_large_pictures_are_shrunk_to_their_sequence(model, files):
     place = files / "large"
     place.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)).save(place / "a.png")
-    (scene,) = read_scenes(place, open_model(model), load_tokenizer(model), 40, [[5] * 40])
+    (scene,) = read_scenes(place, open_model(seer), load_tokenizer(seer), 40, [[5] * 40])
     assert len(scene.tokens_L) == 40
     assert int(scene.seen_L.sum()) - 2 <= 30, "three quarters of the sequence, and two markers"
     assert scene.grids[0][1] * scene.grids[0][2] == len(scene.patches_SC)
