@@ -70,6 +70,8 @@ _VISION = {
 }
 _FROZEN = {"freeze_vision": ("freeze", ["sight.tower.*"]), "freeze_lm": ("stage", "vision")}
 """What a word in `freeze_config` is here: the vision tower stays, or the language model does."""
+_QUANTISED = {"wint4/8": "w4a16", "nf4": "w4a16", "wint8": "w8a16"}
+"""Words for a quantised base, and the scheme nearest to each."""
 _LOSSES = {"kto_pair": "kto-pair", "sppo_hard": "sppo", "nca_pair": "nca"}
 
 _PADDLE = "a switch of Paddle's kernels or runtime; nothing here needs it"
@@ -172,12 +174,8 @@ _WITHOUT_EFFECT: dict[str, str] = (
     )
 )
 _NO_EQUAL: dict[str, str] = {
-    "do_eval": "no evaluation runs beside training yet",
-    "eval_dataset_path": "no evaluation runs beside training yet",
-    "eval_dataset_prob": "no evaluation runs beside training yet",
-    "eval_steps": "no evaluation runs beside training yet",
-    "evaluation_strategy": "no evaluation runs beside training yet",
-    "max_evaluate_steps": "no evaluation runs beside training yet",
+    "eval_dataset_prob": "every held-out row is measured, once",
+    "max_evaluate_steps": "every held-out row is measured, once",
     "layerwise_lr_decay_bound": "learning rates do not fall off by layer",
     "attention_probs_dropout_prob": "the family is trained without dropout here",
     "hidden_dropout_prob": "the family is trained without dropout here",
@@ -190,7 +188,8 @@ _NO_EQUAL: dict[str, str] = {
     "drop_untrainble_sample": "`--skip-bad` leaves rows out that teach nothing",
     "one_sample_in_one_seq": "rows are packed, and none sees another",
     "mix_strategy": "every row is seen once an epoch; `weights` changes how often",
-    "apply_hadamard": "belongs to FP8 training",
+    "apply_hadamard": "belongs to `compute_type: fp8`",
+    "apply_online_actscale_step": "belongs to `compute_type: fp8`",
     "reference_free": "choose the loss simpo or orpo, which have no reference",
     "ref_model_update_steps": "the reference stays as it is",
 }
@@ -273,9 +272,16 @@ class _Conversion:
             "fine_tuning": self.tuning,
             "lora_alpha": self.alpha,
             "compute_type": self.precision,
+            "do_eval": self.nothing,
+            "evaluation_strategy": self.nothing,
+            "eval_steps": self.nothing,
+            "eval_dataset_path": self.held_out,
             "num_nextn_predict_layers": self.ahead,
             "freeze_config": self.frozen,
         }
+        if theirs.get("compute_type") == "fp8" and word == "sft":
+            self.table |= {"apply_online_actscale_step": "qat_online"}
+            self.special["apply_hadamard"] = self.nothing
         self.ours: dict[str, Any] = {}
         self.dropped: dict[str, str] = {}
         self.no_equal: dict[str, str] = {}
@@ -344,11 +350,36 @@ class _Conversion:
             self.ours["lora.alpha"] = alpha
 
     def precision(self, value: Any) -> None:
-        """bf16, or something that has no equal."""
+        """bf16; fp8, which is learning through the rounding of an FP8 model; or a word for a quantised base, which is made first."""
         if value == "bf16":
             self.ours["dtype"] = "bfloat16"
+        elif value == "fp8" and self.word == "sft":
+            turned = self.theirs.get("apply_hadamard", True)
+            self.ours |= {"qat": "fp8-tensor-static" + ("-h" if turned else ""), "lora.rank": 0}
+        elif value in _QUANTISED and self.word != "pretrain":
+            self.no_equal["compute_type"] = (
+                f"{value}: adapters learn beside a model that is quantised already; first `ernie quantize MODEL --scheme "
+                f"{_QUANTISED[value]} --out small`, then `model: small`"
+            )
         else:
             self.no_equal["compute_type"] = f"{value}: training computes in float32 or bfloat16 here"
+
+    def held_out(self, value: Any) -> None:
+        """Rows that are not learned from, unless nothing is to be evaluated."""
+        how = str(self.theirs.get("evaluation_strategy", "steps")).lower()
+        if not self.theirs.get("do_eval", True) or how == "no":
+            self.dropped["eval_dataset_path"] = "nothing is to be evaluated"
+            return
+        paths = _listed(value)
+        if self.word == "pretrain":
+            self.hints.append(f"and the held-out one: ernie pretrain MODEL --data {' '.join(paths)} --prepare held-out --out unused")
+            paths = ["held-out"]
+        self.ours["held_out"] = paths
+        every = _number(self.theirs.get("eval_steps"))
+        if every is not None and every >= 1:
+            self.ours["eval_every"] = int(every)
+        if how != "steps":
+            self.no_equal["evaluation_strategy"] = f"{how}: held-out rows are measured every `eval_every` steps and at the end"
 
     def frozen(self, value: Any) -> None:
         """Words, apart by spaces."""

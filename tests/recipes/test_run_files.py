@@ -47,6 +47,19 @@ COMMON = {
 }
 EXAMPLES = {
     "sft": {"stage": "SFT", "model_name_or_path": "baidu/ERNIE-4.5-0.3B-Paddle", "fine_tuning": "Full", "learning_rate": 1e-5, "seed": 23},
+    "fp8": {
+        "stage": "SFT",
+        "model_name_or_path": "baidu/ERNIE-4.5-300B-A47B-Paddle",
+        "fine_tuning": "Full",
+        "compute_type": "fp8",
+        "apply_hadamard": True,
+        "apply_online_actscale_step": 100,
+        "learning_rate": 1e-5,
+        "eval_dataset_path": "./check.jsonl",
+        "evaluation_strategy": "steps",
+        "eval_steps": 50,
+        "max_evaluate_steps": 8,
+    },
     "lora": {
         "stage": "SFT",
         "model_name_or_path": "baidu/ERNIE-4.5-21B-A3B-Paddle/",
@@ -116,7 +129,7 @@ def test_an_example_becomes_a_run_of_ours(name, tmp_path, capsys):
     source, target = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
     source.write_text(yaml.safe_dump(theirs))
     assert main(["convert-config", str(source), "--out", str(target)]) == 0
-    word = {"sft": "sft", "lora": "sft", "vl": "sft", "dpo": "align", "pt": "pretrain"}[name]
+    word = {"sft": "sft", "fp8": "sft", "lora": "sft", "vl": "sft", "dpo": "align", "pt": "pretrain"}[name]
     assert target.read_text().startswith(f"# ernie {word} --config {target}\n")
     module = sys.modules.get(WORDS[word].module) or __import__(WORDS[word].module, fromlist=["run"])
     ours = read_yaml(getattr(module, WORDS[word].config), target, word)
@@ -136,7 +149,12 @@ def test_an_example_becomes_a_run_of_ours(name, tmp_path, capsys):
         assert "image_token_len" in report.partition("dropped")[2]
     if name == "lora":
         assert (ours.model, ours.lora.rank, ours.optimiser.router_rate) == ("baidu/ERNIE-4.5-21B-A3B-PT", 32, 0.01)
-        assert "wint4/8" in report
+        assert "wint4/8: adapters learn beside a model that is quantised already; first `ernie quantize MODEL --scheme w4a16" in report
+    if name == "fp8":
+        assert (ours.qat, ours.qat_online, ours.lora.rank) == ("fp8-tensor-static-h", 100, 0)
+        assert (ours.held_out, ours.eval_every) == ((Path("./check.jsonl"),), 50)
+        assert "max_evaluate_steps" in report.partition("dropped")[0]
+        assert not {"apply_hadamard", "do_eval", "eval_steps"} & set(report.split())
     if name == "dpo":
         assert (ours.lora.strength, ours.lora.rslora, ours.optimiser.b_rate, ours.preference.loss) == (128, True, 12, "kto-pair")
         assert (ours.dtype, "attention_probs_dropout_prob" in report) == ("bfloat16", True)
@@ -156,6 +174,13 @@ def test_what_cannot_be_converted_is_said():
         convert(theirs | {"stage": "VL-SFT", "freeze_config": "freeze_al"}).no_equal["freeze_config"].startswith("freeze_al is not known")
     )
     assert "layerwise_lr_decay_bound" in made.no_equal
+    check = {"eval_dataset_path": "a.jsonl, b.jsonl", "evaluation_strategy": "epoch"}
+    assert convert(theirs | check).settings["held_out"] == ["a.jsonl", "b.jsonl"]
+    assert convert(theirs | check).no_equal["evaluation_strategy"].startswith("epoch: ")
+    assert "held_out" not in convert(theirs | check | {"do_eval": False}).settings
+    texts = convert(theirs | EXAMPLES["pt"] | check)
+    assert texts.settings["held_out"] == ["held-out"]
+    assert "--data a.jsonl b.jsonl --prepare held-out" in texts.hints[1]
     with pytest.raises(ConfigError, match="stage VL-DPO has no equal here; stages that can be converted: SFT, DPO, PT, VL-SFT"):
         convert(theirs | {"stage": "VL-DPO"})
     with pytest.raises(ConfigError, match="no run file of ERNIEKit"):
