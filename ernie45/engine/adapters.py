@@ -95,7 +95,7 @@ class Adapters:
             self._loaded[version] = replace(self._loaded[version], stamp=stamp)
         else:
             self._make_room(1, 0)
-            layers, size = read_adapter_layers(folder, self._decoder.config, self._decoder.dtype, self._most_bytes)
+            layers, size = read_adapter_layers(folder, self._decoder.model_config, self._decoder.dtype, self._most_bytes)
             if _stamp(folder) != stamp:
                 raise CheckpointError(f"{folder}: changed while it was read; ask again")
             self._make_room(1, size)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ernie45.errors import CheckpointError
 from ernie45.models.adapter_folder import CONFIG, WEIGHTS
 from ernie45.models.config import TextConfig
+from ernie45.models.vision_config import ModelConfig
 from ernie45.nn.row_adapters import AdapterLayers, ExpertsLowRank, LowRank
 from ernie45.weights.safetensors import TensorFiles, open_safetensors
 
@@ -71,8 +72,8 @@ class AdapterSettings:
         return alpha / (math.sqrt(rank) if self.rank_root else rank)
 
 
-def read_adapter_layers(folder: Path, config: TextConfig, dtype: torch.dtype, most_bytes: int) -> tuple[AdapterLayers, int]:
-    """The layers of an adapter for a model of `config` that computes in `dtype`, and their bytes.
+def read_adapter_layers(folder: Path, config: ModelConfig, dtype: torch.dtype, most_bytes: int) -> tuple[AdapterLayers, int]:
+    """The layers of an adapter for a model of `config` that computes in `dtype`, and their bytes. Vision experts count on from the others.
 
     Raises CheckpointError, naming file and tensor, for what is no LoRA of this model, or larger than `most_bytes`.
     """
@@ -133,11 +134,16 @@ def _literal(pattern: str, path: Path) -> str:
     return name
 
 
-def _pairs(files: TensorFiles, config: TextConfig, path: Path) -> Iterator[_Pair]:
+def _pairs(files: TensorFiles, config: ModelConfig, path: Path) -> Iterator[_Pair]:
     """Every tensor of the file in its pair, each pair where it belongs."""
     names: dict[tuple[int, str], dict[str, str]] = {}
     for name in files.names():
         found = _FACTOR.fullmatch(name)
+        if ".vision_model." in name or ".resampler_model." in name:
+            raise CheckpointError(
+                f"{path}: {name[:200]} changes what all requests see with; serve the model that the adapter was merged into (`ernie export "
+                "MODEL --adapter FOLDER --format folder`, or the run's `model/`)"
+            )
         if found is None:
             raise CheckpointError(
                 f"{path}: {name[:200]} is no LoRA factor of a layer; embeddings, heads and magnitudes cannot be served here"
@@ -149,20 +155,24 @@ def _pairs(files: TensorFiles, config: TextConfig, path: Path) -> Iterator[_Pair
         shown = f"layer {layer}, {target}"
         if set(factors) != {"A", "B"}:
             raise CheckpointError(f"{path}: {shown} has lora_{''.join(factors)} and not its counterpart")
-        if layer >= config.num_layers:
-            raise CheckpointError(f"{path}: {shown}: this model has {config.num_layers} layers")
+        if layer >= config.text.num_layers:
+            raise CheckpointError(f"{path}: {shown}: this model has {config.text.num_layers} layers")
         yield _pair(files, config, layer, target, factors, f"{path}: {shown}")
 
 
-def _pair(files: TensorFiles, config: TextConfig, layer: int, target: str, factors: Mapping[str, str], where: str) -> _Pair:
+def _pair(files: TensorFiles, config: ModelConfig, layer: int, target: str, factors: Mapping[str, str], where: str) -> _Pair:
     a, b = files.info(factors["A"]), files.info(factors["B"])
     if not (a.dtype.is_floating_point and b.dtype.is_floating_point and len(a.shape) == len(b.shape) == 2):
         raise CheckpointError(f"{where}: factors are matrices of floats, not {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}")
     stacked = target in ("mlp.experts", "mlp.experts.base_layer")
-    place = _stack(config, layer, a.shape[1], b.shape[0]) if stacked else _place(config, layer, target)
+    place = _stack(config.text, layer, a.shape[1], b.shape[0]) if stacked else _place(config, layer, target)
+    if place is None and config.vision is None and _EXPERT.fullmatch(target) and config.text.is_expert_layer(layer):
+        raise CheckpointError(
+            f"{where}: this model has no such expert; numbers from that of its experts on mean vision experts, which it was loaded without"
+        )
     if place is None:
         raise CheckpointError(f"{where}: this model has no such layer, or none of shape [{b.shape[0]}, {a.shape[1]}]")
-    experts = config.experts.num_experts if stacked and config.experts is not None else 1
+    experts = config.text.experts.num_experts if stacked and config.text.experts is not None else 1
     rank, rest = divmod(a.shape[0], experts)
     if rest or a.shape[0] != b.shape[1] or not 1 <= rank <= MAX_RANK:
         raise CheckpointError(f"{where}: A {list(a.shape)} and B {list(b.shape)} have no common rank of 1 to {MAX_RANK}")
@@ -187,8 +197,9 @@ def _stack(config: TextConfig, layer: int, inputs: int, outputs: int) -> _Place 
     return None
 
 
-def _place(config: TextConfig, layer: int, target: str) -> _Place | None:
+def _place(model: ModelConfig, layer: int, target: str) -> _Place | None:
     """Where a target of a layer lies; None for one that the model has not."""
+    config = model.text
     D, first = config.hidden_size, f"layers.{layer}."
     query, kv = config.query_size, config.kv_size
     places = {
@@ -206,13 +217,15 @@ def _place(config: TextConfig, layer: int, target: str) -> _Place | None:
         places |= _feed_forward("mlp.shared_experts.", first + "ffn.shared", D, e.shared_size)
     if (found := _EXPERT.fullmatch(target)) is None:
         return places.get(target)
-    expert, part = int(found[1]), found[2]
-    if expert >= e.num_experts:
+    (bank, expert), part = divmod(int(found[1]), e.num_experts), found[2]
+    if bank > 1 or (bank and model.vision is None):
         return None
-    inner = e.expert_size
+    module, inner = f"{first}ffn.experts", e.expert_size
+    if bank and model.vision is not None:
+        module, inner = f"{first}ffn.vision.experts", model.vision.expert_size
     if part == "down_proj":
-        return _Place(first + "ffn.experts", 0, D, D, inner, "down", expert)
-    return _Place(first + "ffn.experts", inner if part == "up_proj" else 0, inner, 2 * inner, D, "gate_up", expert)
+        return _Place(module, 0, D, D, inner, "down", expert)
+    return _Place(module, inner if part == "up_proj" else 0, inner, 2 * inner, D, "gate_up", expert)
 
 
 def _feed_forward(file: str, module: str, size: int, inner: int) -> dict[str, _Place]:

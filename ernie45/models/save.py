@@ -18,7 +18,6 @@ from ernie45.errors import CheckpointError
 from ernie45.models.names import FLOAT32_ENDINGS, LAYOUTS, name_table
 from ernie45.models.packed import packed_entry
 from ernie45.models.text import Decoder
-from ernie45.models.vision_config import ModelConfig
 from ernie45.quant.spec import QuantSpec
 from ernie45.weights.rename import Piece
 from ernie45.weights.safetensors_write import SHARD_BYTES, TensorSpec, check_room, write_safetensors
@@ -57,7 +56,7 @@ def save_model(
     if layout not in LAYOUTS or layout == "gguf":
         raise CheckpointError(f"layout '{layout}' is not a folder layout; allowed: {', '.join(name for name in LAYOUTS if name != 'gguf')}")
     parameters = decoder.state_dict()
-    config = ModelConfig(decoder.config, decoder.sight.config if decoder.sight else None)
+    config = decoder.model_config
     body = config.to_hf(original=layout == "paddle") | {"torch_dtype": str(dtype or decoder.dtype).removeprefix("torch.")}
     plan = name_table(decoder.config, layout, sighted=config.vision is not None).save_plan(
         {name: tuple(value.shape) for name, value in parameters.items()}
@@ -79,7 +78,7 @@ def save_packed(decoder: Decoder, folder: Path, spec: QuantSpec, *, made_by: str
     `made_by` is kept in the config for people. `companions` and errors are as for `save_model`.
     """
     tensors = decoder.state_dict()
-    config = ModelConfig(decoder.config, decoder.sight.config if decoder.sight else None)
+    config = decoder.model_config
     body = config.to_hf() | {
         "torch_dtype": str(decoder.dtype).removeprefix("torch."),
         "quantization_config": packed_entry(spec, made_by),

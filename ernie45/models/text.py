@@ -15,7 +15,7 @@ from ernie45.errors import RequestError
 from ernie45.models.config import TextConfig
 from ernie45.models.mtp import MultiTokenPredictor
 from ernie45.models.vision import Sight
-from ernie45.models.vision_config import VisionConfig
+from ernie45.models.vision_config import ModelConfig, VisionConfig
 from ernie45.nn.attention import Attend, Attention, PackedCausal
 from ernie45.nn.block import Block
 from ernie45.nn.layers import Embedding, Linear, RMSNorm, SwiGLU
@@ -40,6 +40,11 @@ class Decoder(nn.Module):
         self.mtp = _mtp(config) if config.num_mtp else None
         self.sight = Sight(vision, config.hidden_size, config.norm_eps) if vision else None
         self.axes_P = axes_of_frequencies(config.head_size // 2, vision.time_frequencies if vision else config.head_size // 2)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Its config, and that of its seeing half where it has one."""
+        return ModelConfig(self.config, self.sight.config if self.sight is not None else None)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ernie45 import ops
 from ernie45.nn.attention import Attention
 from ernie45.nn.layers import SwiGLU
-from ernie45.nn.moe import MixtureOfExperts, Router
+from ernie45.nn.moe import Bank, MixtureOfExperts, Router
 from ernie45.ops import Routing
 
 
@@ -77,21 +77,22 @@ class RowAdapters:
 
 
 class StepAdapters:
-    """The rows of the step under way as the layers meet them: all of them, and those of text alone, which routed experts take apart from
-    what was seen."""
+    """The rows of the step under way as the layers meet them: all of them, and apart, since each goes to a bank of experts of its own,
+    those of text and those of what was seen."""
 
     def __init__(self) -> None:
-        self.all, self.text = RowAdapters(), RowAdapters()
+        self.all, self.text, self.seen = RowAdapters(), RowAdapters(), RowAdapters()
 
     def tell(self, groups: Sequence[tuple[AdapterLayers, Sequence[int]]], num_rows: int, vision_T: Tensor | None = None) -> None:
-        """As `RowAdapters.tell`; `vision` says which rows go to the vision experts, to which no adapter adds anything."""
+        """As `RowAdapters.tell`; `vision` says which rows go to the vision experts; None: no row."""
         self.all.tell(groups, num_rows)
         if vision_T is None:
             self.text.tell(groups, num_rows)
+            self.seen.tell((), 0)
             return
-        among_text_T = (~vision_T).cumsum(0) - 1
-        texts = [(layers, [int(among_text_T[row]) for row in rows if not vision_T[row]]) for layers, rows in groups]
-        self.text.tell(texts, int((~vision_T).sum()))
+        for bank, own_T in ((self.text, ~vision_T), (self.seen, vision_T)):
+            among_T = own_T.cumsum(0) - 1
+            bank.tell([(layers, [int(among_T[row]) for row in rows if own_T[row]]) for layers, rows in groups], int(own_T.sum()))
 
 
 class AdaptedLinear(nn.Module):
@@ -184,9 +185,10 @@ def beside(network: nn.Module, adapters: StepAdapters, prepare: Callable[[nn.Mod
             _wrap(owner, name, ("qkv", "out"), adapters.all)
         elif isinstance(owner, SwiGLU):
             _wrap(owner, name, ("gate_up", "down"), adapters.all)
-        elif isinstance(owner, MixtureOfExperts):
-            experts = AdaptedExperts(f"{name}.experts", owner.experts, owner.router.weight.shape[0], adapters.text)
-            for part, layer in (("experts", experts), ("router", AdaptedRouter(f"{name}.router", owner.router, adapters.text))):
+        elif isinstance(owner, MixtureOfExperts | Bank):
+            rows = adapters.text if isinstance(owner, MixtureOfExperts) else adapters.seen
+            experts = AdaptedExperts(f"{name}.experts", owner.experts, owner.router.weight.shape[0], rows)
+            for part, layer in (("experts", experts), ("router", AdaptedRouter(f"{name}.router", owner.router, rows))):
                 setattr(owner, part, layer)
     return twin
 

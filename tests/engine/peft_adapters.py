@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 
-def targets_of(config):
-    """Every target of a model and the shape [O, I] of its matrix, as PEFT names them."""
+def targets_of(config, vision=None):
+    """Every target of a model and the shape [O, I] of its matrix, as PEFT names them; vision experts count on from the others."""
     D, targets = config.hidden_size, {}
     for layer in range(config.num_layers):
         first = f"layers.{layer}."
@@ -25,6 +25,7 @@ def targets_of(config):
         targets[first + "mlp.gate"] = (e.num_experts, D)
         for n in range(e.num_experts):
             targets |= feed_forward(f"{first}mlp.experts.{n}.", D, e.expert_size)
+            targets |= feed_forward(f"{first}mlp.experts.{e.num_experts + n}.", D, vision.expert_size) if vision else {}
     return targets
 
 
@@ -47,11 +48,11 @@ def write(folder, factors, **how):
     return folder
 
 
-def random_factors(config, seed, rank=2, keep=lambda target: True, size=0.3):
+def random_factors(config, seed, rank=2, keep=lambda target: True, size=0.3, vision=None):
     generator = torch.Generator().manual_seed(seed)
     return {
         target: (torch.randn(rank, inputs, generator=generator) * size, torch.randn(outputs, rank, generator=generator) * size)
-        for target, (outputs, inputs) in targets_of(config).items()
+        for target, (outputs, inputs) in targets_of(config, vision).items()
         if keep(target)
     }
 
@@ -77,7 +78,9 @@ def add(state, config, target, delta):
         where = state[first + "ffn.router.weight"]
     elif name.startswith("mlp.experts."):
         _, _, number, part = name.split(".")
-        where = part_of(state[first + "ffn.experts.down"], state[first + "ffn.experts.gate_up"], part, int(number))
+        bank, number = divmod(int(number), config.experts.num_experts)
+        experts = first + ("ffn.vision.experts" if bank else "ffn.experts")
+        where = part_of(state[experts + ".down"], state[experts + ".gate_up"], part, number)
     else:
         inside = "ffn.shared." if "shared_experts" in name else "ffn."
         where = part_of(state[first + inside + "down.weight"], state[first + inside + "gate_up.weight"], name.rpartition(".")[2])

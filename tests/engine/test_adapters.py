@@ -17,6 +17,7 @@ from ernie45.models.adapter_folder import AdapterFolder
 from ernie45.models.adapter_layers import read_adapter_layers
 from ernie45.models.load import load_model
 from ernie45.models.save import save_model
+from ernie45.models.vision_config import ModelConfig
 from ernie45.nn.row_adapters import StepAdapters, beside
 from ernie45.quant.model import quantise_model, unfuse
 from ernie45.quant.spec import QuantSpec
@@ -187,7 +188,7 @@ def test_a_packed_base_takes_adapters(base, tmp_path):
     quantise_model(packed, QuantSpec.uniform("w8a8"))
     factors = random_factors(config, 3, keep=lambda target: not target.endswith("gate"))
     write(tmp_path / "voice", factors)
-    layers, _ = read_adapter_layers(tmp_path / "voice", config, torch.float32, 1 << 20)
+    layers, _ = read_adapter_layers(tmp_path / "voice", ModelConfig(config), torch.float32, 1 << 20)
     rows = StepAdapters()
     twin = beside(packed, rows, unfuse)
     bare_error = off(packed.prompt_logits(prompt), whole.prompt_logits(prompt))
@@ -225,7 +226,7 @@ def test_peft_means_what_we_compute(base, how, tmp_path):
     with torch.no_grad():
         wanted = theirs(torch.tensor([prompt])).logits[0]
     decoder = load_model(tmp_path / "model", dtype="float32")
-    layers, size = read_adapter_layers(tmp_path / "adapters" / "voice", decoder.config, torch.float32, 1 << 20)
+    layers, size = read_adapter_layers(tmp_path / "adapters" / "voice", decoder.model_config, torch.float32, 1 << 20)
     assert 0 < size < 1 << 20
     rows = StepAdapters()
     twin = beside(decoder, rows, unfuse)

@@ -24,7 +24,7 @@ def family(tmp_path_factory):
     root, decoder = tmp_path_factory.mktemp("adapters"), sighted_decoder()
     whole = {"": decoder}
     for seed, (name, keep) in enumerate(WAYS.items()):
-        factors = random_factors(decoder.config, seed, 2, keep, size=0.3)
+        factors = random_factors(decoder.config, seed, 2, keep, size=0.3, vision=VISION)
         write(root / name, factors, rank=2, alpha=4.0)
         whole[name] = merged(sighted_decoder(), factors, 2.0)
     return decoder, root, whole
@@ -84,14 +84,15 @@ def test_pages_of_one_picture_are_not_shared_between_adapters(family):
             assert answers(engine, [request])[request.id] == expected(whole[name], request.prompt, request.pictures, 5)
 
 
-def test_packed_weights_with_adapters_and_pictures_answer_as_their_own_whole_passes(family):
+def test_packed_weights_with_adapters_and_pictures_answer_as_their_own_whole_passes(tmp_path):
     """The bare rows of a mixed step: those of the packed network alone, in blocks that are taken apart for the adapters beside them."""
-    _, root, _ = family
-    packed = sighted_decoder(vision=replace(VISION, expert_size=32))
+    vision = replace(VISION, expert_size=32)
+    packed = sighted_decoder(vision=vision)
+    write(tmp_path / "all", random_factors(packed.config, 0, vision=vision))
     rules = (Rule(pattern="sight.tower.patches", scheme=None), Rule(pattern="sight.*", scheme="w8a8"), Rule(pattern="*", scheme="w8a8-g32"))
     quantise_model(packed, QuantSpec(rules=rules))
     requests = [ask(f"{n}", parts, 3, adapter="all" if n % 2 else "") for n, parts in enumerate(PROMPTS)]
-    said = answers(engine_of(packed, root), requests)
+    said = answers(engine_of(packed, tmp_path), requests)
     for request in requests[::2]:
         assert said[request.id] == expected(packed, request.prompt, request.pictures, 3)
     assert all(len(said[request.id]) == 3 for request in requests)

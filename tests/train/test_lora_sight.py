@@ -10,7 +10,9 @@ from ernie45.errors import CheckpointError, ConfigError
 from ernie45.models.adapter_layers import read_adapter_layers
 from ernie45.models.adapters import load_adapter, put_adapters, save_adapter
 from ernie45.models.save import save_model
+from ernie45.models.vision_config import ModelConfig
 from ernie45.nn.lora import LoraConfig, LoraExperts, adapters, merge
+from ernie45.nn.row_adapters import StepAdapters, beside
 from ernie45.tokens.patches import patches
 from ernie45.train.optim import Optimiser, OptimiserConfig
 from ernie45.train.step import LossConfig, Step
@@ -100,13 +102,29 @@ def test_files_have_the_published_names_and_are_read_back(tmp_path):
     assert isinstance(adapters(again)["layers.1.ffn.vision.experts"], LoraExperts)
 
 
+def test_an_adapter_of_vision_experts_serves_beside_the_bare_model(tmp_path):
+    """What was taught is what the engine's rows compute from the files."""
+    config = LoraConfig(rank=2, vision="experts")
+    taught = adapted(config)
+    save_adapter(taught, tmp_path / "adapter", config, "base")
+    base, rows = sighted_decoder(), StepAdapters()
+    layers, _ = read_adapter_layers(tmp_path / "adapter", base.model_config, torch.float32, 1 << 30)
+    twin = beside(base, rows)
+    rows.tell([(layers, range(len(IDS)))], len(IDS), base.sight.is_vision(torch.tensor(IDS)))
+    torch.testing.assert_close(logits(twin), logits(taught), **CLOSE)
+    assert (logits(base) - logits(taught)).abs().max() > 0.01
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"lora\.vision is 'all', and this model reads text alone"):
         put_adapters(make_decoder(), LoraConfig(vision="all"), 0)
-    decoder = adapted(LoraConfig(rank=2, vision="experts"))
-    save_adapter(decoder, tmp_path / "adapter", LoraConfig(rank=2, vision="experts"), "base")
-    with pytest.raises(CheckpointError, match=r"experts\.8\."):  # the engine's own layers know text experts alone: merge it
-        read_adapter_layers(tmp_path / "adapter", decoder.config, torch.float32, 1 << 30)
+    decoder = adapted(LoraConfig(rank=2, vision="all"))
+    save_adapter(decoder, tmp_path / "adapter", LoraConfig(rank=2, vision="all"), "base")
+    with pytest.raises(CheckpointError, match=r"changes what all requests see with; serve the model that the adapter was merged into"):
+        read_adapter_layers(tmp_path / "adapter", decoder.model_config, torch.float32, 1 << 30)
+    save_adapter(adapted(LoraConfig(rank=2, vision="experts")), tmp_path / "bank", LoraConfig(rank=2, vision="experts"), "base")
+    with pytest.raises(CheckpointError, match=r"experts\.8\..*vision experts, which it was loaded without"):
+        read_adapter_layers(tmp_path / "bank", ModelConfig(decoder.config), torch.float32, 1 << 30)
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"ernie45_vision": "some"}))
     with pytest.raises(CheckpointError, match="ernie45_vision is 'some'"):
