@@ -15,7 +15,7 @@ from ernie45.nn.lora import without_adapters
 from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
 from ernie45.plan.flops import Compares, Passes, comparison_work
 from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, in_precision, keeping, open_pupil, spread, state_folder
-from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
+from ernie45.recipes.lesson import Lesson, LessonConfig, announce, open_lesson, teach
 from ernie45.recipes.seeing import picture_facts
 from ernie45.train.comparison import ComparisonStep, HeldOutAnswers, Judge
 from ernie45.train.optim import Optimiser, OptimiserConfig
@@ -72,22 +72,17 @@ def align(config: AlignConfig, environment: Environment, ranks: Ranks = ALONE) -
     work = partial(comparison_work, pupil.decoder.config, pupil.vision, Passes.of(optimiser.parameters), _kind(config))
     learner = ComparisonStep(judge, optimiser, ranks=ranks, run=way, keep=keeping(config, pupil), work=work)
     held_out = _held_out(config, pupil)
-    ids = digest_of_ids(_ids(example) for example in data.examples)
-    method = "A reward model trained" if scorer else f"Preference training ({config.preference.loss})"
-    say = f"# {'Reward model' if scorer else 'Aligned'} from {config.model}\n\n{method} with ernie45: "
-    target = teach(
-        config,
-        pupil,
-        way,
-        learner,
-        data,
-        steps,
-        ids,
-        lambda how: f"{say}{how}.",
-        scorer,
+    lesson = Lesson(
+        learner=learner,
+        data=data,
+        steps=steps,
+        digest=digest_of_ids(_ids(example) for example in data.examples),
+        title="Reward model" if scorer else "Aligned",
+        method="A reward model trained" if scorer else f"Preference training ({config.preference.loss})",
         evaluate=HeldOutAnswers(judge, held_out, ranks, way) if held_out else None,
-        eval_every=config.eval_every,
+        whole=scorer,
     )
+    target = teach(config, pupil, way, lesson)
     if scorer is not None:
         ranks.once(lambda: scorer.save_head(target))
     return target

@@ -28,7 +28,7 @@ from ernie45.models.load import LoadedModel, load
 from ernie45.models.on_the_fly import completed
 from ernie45.models.save import save_model, save_packed
 from ernie45.models.text import Decoder
-from ernie45.models.vision_config import ModelConfig, VisionConfig
+from ernie45.models.vision_config import VisionConfig
 from ernie45.nn.attention import PackedCausal
 from ernie45.nn.lora import LoraConfig, merge
 from ernie45.nn.moe import Router
@@ -336,7 +336,7 @@ def show_plan(config: LearningConfig, pupil: Pupil, facts: Mapping[str, object])
     print(plan_text(pupil.decoder, facts, pupil.ranks, config.optimiser.state))
     if config.layout.ranks > 1:
         weights = [Weight(name, tuple(p.shape), _bytes_each(p, config.optimiser.state)) for name, p in pupil.decoder.named_parameters()]
-        print(split_text(weights, ModelConfig(pupil.decoder.config, pupil.vision), config.layout, config.batch_tokens))
+        print(split_text(weights, pupil.decoder.model_config, config.layout, config.batch_tokens))
 
 
 class Watcher:
@@ -364,6 +364,7 @@ class Watcher:
         text = f"step {report.step + 1}/{self.steps}  loss {report.loss:.4f}  rate {report.rate:.2e}  norm {report.norm:.2f}"
         text += f"  {speed:,.0f} tok/s" + (f"  MFU {report.mfu:.1%}" if report.mfu is not None else "")
         text += f"  held out {report.held_out_loss:.4f}" if report.held_out_loss is not None else ""
+        text += f" ({report.held_out_accuracy:.0%} right)" if report.held_out_accuracy is not None else ""
         text += f"  {left / 60:.1f} min left" + ("  SKIPPED: gradient not finite" if report.skipped else "")
         print(f"\r\x1b[K{text}" if self.live else text, end="\n" if last or not self.live else "", file=sys.stderr, flush=True)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Generic
 
 import tyro
 from torch import nn
@@ -34,6 +34,7 @@ from ernie45.recipes.learning import (
 )
 from ernie45.recipes.samples import Samples
 from ernie45.train.checkpoint import fingerprint
+from ernie45.train.evaluate import Measured
 from ernie45.train.examples import B, Batches
 from ernie45.train.loop import Learner, RunConfig, train
 from ernie45.train.stages import choose_learning
@@ -86,39 +87,39 @@ def announce(config: LessonConfig, pupil: Pupil, bad: BadRows, facts: Mapping[st
     show_plan(config, pupil, common | dict(facts))
 
 
-def teach(
-    config: LessonConfig,
-    pupil: Pupil,
-    way: Run,
-    learner: Learner[B],
-    data: Batches[B],
-    steps: int,
-    ids: str,
-    say: Callable[[str], str],
-    whole: nn.Module | None = None,
-    *,
-    evaluate: Callable[[], float] | None = None,
-    eval_every: int = 100,
-) -> Path:
-    """Run the steps and write the model with its card.
+@dataclass(frozen=True, kw_only=True)
+class Lesson(Generic[B]):
+    """What is learned from what, for how long; `title` and `method` are words of the card that goes with the model."""
 
-    way: how passes of the pupil are run; ids: digest of the data; say: the card's text, from how the weights were trained.
-    evaluate: measures the held-out loss. whole: what learns, where that is more than the decoder.
+    learner: Learner[B]
+    data: Batches[B]
+    steps: int
+    digest: str
+    """Of the data."""
+    title: str
+    method: str
+    evaluate: Callable[[], Measured] | None = None
+    """Measures held-out rows."""
+    whole: nn.Module | None = None
+    """What learns, where that is more than the decoder."""
+
+
+def teach(config: LessonConfig, pupil: Pupil, way: Run, lesson: Lesson[Any]) -> Path:
+    """Run the steps and write the model with its card. way: how passes of the pupil are run.
 
     Raises RunError as `train` does. Returns the folder of the finished model.
     """
-    same = plain_settings(config, *WITHOUT_EFFECT) | {"steps": steps, "ids": ids}
-    length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every, eval_every=eval_every)
+    same = plain_settings(config, *WITHOUT_EFFECT) | {"steps": lesson.steps, "ids": lesson.digest}
+    length = RunConfig(steps=lesson.steps, accumulate=config.accumulate, save_every=config.save_every, eval_every=config.eval_every)
     template, gallery = pupil.template(config.chat_format), pupil.gallery(config)
     rules = gallery.rules if gallery is not None else None
     samples = Samples(pupil.decoder, pupil.tokenizer, template, config.out, config.samples, config.sample_tokens, rules)
-    learns = pupil.decoder if whole is None else whole
     events = Events(config.out) if config.tensorboard else None
-    with Watcher(steps, events) as watcher, within_memory(config, pupil, way, data.batch(0)) as again:
+    with Watcher(lesson.steps, events) as watcher, within_memory(config, pupil, way, lesson.data.batch(0)) as again:
         progress = train(
-            learner,
-            learns,
-            data,
+            lesson.learner,
+            pupil.decoder if lesson.whole is None else lesson.whole,
+            lesson.data,
             config.schedule,
             length,
             config.out,
@@ -128,10 +129,12 @@ def teach(
             ranks=pupil.ranks,
             peak=float_peak(pupil.decoder.dtype),
             again=again,
-            evaluate=evaluate,
+            evaluate=lesson.evaluate,
         )
     how = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all weights"
-    card = say(f"{how}, {progress.step:,} steps, {progress.tokens:,} tokens")
+    card = (
+        f"# {lesson.title} from {config.model}\n\n{lesson.method} with ernie45: {how}, {progress.step:,} steps, {progress.tokens:,} tokens."
+    )
     card += " The settings stand in `settings.json` of the run. The licence of the base model applies.\n"
     target = config.out / "model"
     if pupil.ranks.sharded:

@@ -11,7 +11,7 @@ from ernie45.parallel.ranks import ALONE, Ranks, open_ranks
 from ernie45.quant.fp8_qat import ONLINE_PASSES
 from ernie45.quant.spec import parse_scheme
 from ernie45.recipes.learning import BadRows, Pupil, digest_of_ids, ids_of, keeping, spread, state_folder, through_rounding
-from ernie45.recipes.lesson import LessonConfig, announce, open_lesson, teach
+from ernie45.recipes.lesson import Lesson, LessonConfig, announce, open_lesson, teach
 from ernie45.recipes.seeing import picture_facts
 from ernie45.train.batch import TrainBatch, pack
 from ernie45.train.evaluate import HeldOut
@@ -95,19 +95,16 @@ def sft(config: SftConfig, environment: Environment, ranks: Ranks = ALONE) -> Pa
     learner = Step(
         pupil.decoder, optimiser, config.losses, recompute=config.recompute, noise=noise, ranks=ranks, run=way, keep=keeping(config, pupil)
     )
-    ids = digest_of_ids(ids_of(example) for example in data.examples)
-    target = teach(
-        config,
-        pupil,
-        way,
-        learner,
-        data,
-        steps,
-        ids,
-        lambda how: f"# Fine-tuned from {config.model}\n\nSupervised fine-tuning with ernie45: {how}.",
+    lesson = Lesson(
+        learner=learner,
+        data=data,
+        steps=steps,
+        digest=digest_of_ids(ids_of(example) for example in data.examples),
+        title="Fine-tuned",
+        method="Supervised fine-tuning",
         evaluate=HeldOut(pupil.decoder, held_out, ranks=ranks, run=way) if held_out else None,
-        eval_every=config.eval_every,
     )
+    target = teach(config, pupil, way, lesson)
     learner.watch.close()
     return target
 

@@ -18,6 +18,7 @@ from ernie45.parallel.shard import Run, plainly
 from ernie45.plan.flops import Learned, Work
 from ernie45.tokens.template import IGNORED
 from ernie45.train.batch import Seen
+from ernie45.train.evaluate import Measured
 from ernie45.train.optim import Optimiser
 from ernie45.train.step import StepReport
 
@@ -139,18 +140,22 @@ def _counts(batches: Sequence[AnswerBatch]) -> list[int]:
 
 
 class HeldOutAnswers(Generic[B]):
-    """Measures the mean loss over fixed batches of compared answers, which the ranks share out. Nothing of the training is touched."""
+    """Measures mean loss and accuracy over fixed batches of compared answers, which the ranks share out. Training is left alone."""
 
     def __init__(self, judge: Judge[B], batches: Sequence[B], ranks: Ranks = ALONE, run: Run = plainly) -> None:
         assert batches, "without held-out rows nothing is measured"
         self.judge, self.batches, self.ranks, self.run = judge, batches, ranks, run
 
     @torch.no_grad()
-    def __call__(self) -> float:
-        """The loss now."""
-        total, world = 0.0, self.ranks.world
+    def __call__(self) -> Measured:
+        """Both now."""
+        loss, right, world = 0.0, 0.0, self.ranks.world
         for number in range(self.ranks.rank, -(-len(self.batches) // world) * world, world):
             # ranks that share the weights run equally many passes: beyond the end a batch is run again, and not counted
-            loss = self.run(self.judge, self.batches[min(number, len(self.batches) - 1)]).losses.sum().item()
-            total += loss if number < len(self.batches) else 0.0
-        return self.ranks.sums([total])[0] / sum(batch.num_compared for batch in self.batches)
+            compared = self.run(self.judge, self.batches[min(number, len(self.batches) - 1)])
+            if number < len(self.batches):
+                loss += compared.losses.sum().item()
+                right += (compared.margins > 0).sum().item()
+        loss, right = self.ranks.sums([loss, right])
+        count = sum(batch.num_compared for batch in self.batches)
+        return Measured(loss / count, right / count)

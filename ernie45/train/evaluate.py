@@ -1,6 +1,7 @@
 """The loss on rows that are not learned from, beside training."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from ernie45.train.cross_entropy import summed_cross_entropy
 from ernie45.train.forward import states
 
 
+class Measured(NamedTuple):
+    """Of held-out rows: the mean loss of a label, pair or answer, and of pairs and answers the share that is judged rightly."""
+
+    loss: float
+    accuracy: float | None = None
+
+
 class HeldOut:
     """Measures the mean loss per label over fixed batches, which the ranks share out. Nothing of the training is touched."""
 
@@ -26,14 +34,14 @@ class HeldOut:
             raise DataError("the held-out rows have no learned label; check which parts of them are learned")
 
     @torch.no_grad()
-    def __call__(self) -> float:
+    def __call__(self) -> Measured:
         """The loss now."""
         total, world = 0.0, self.ranks.world
         for number in range(self.ranks.rank, -(-len(self.batches) // world) * world, world):
             # ranks that share the weights run equally many passes: beyond the end a batch is run again, and not counted
             loss = self.run(self._loss, self.batches[min(number, len(self.batches) - 1)]).item()
             total += loss if number < len(self.batches) else 0.0
-        return self.ranks.sums([total])[0] / self.learned
+        return Measured(self.ranks.sums([total])[0] / self.learned)
 
     def _loss(self, batch: TrainBatch) -> Tensor:
         decoder = self.decoder

@@ -15,6 +15,7 @@ from ernie45.parallel.ranks import ALONE, Ranks
 from ernie45.train.accounting import accounted, memory_by_kind
 from ernie45.train.ahead import Ahead
 from ernie45.train.checkpoint import Checkpoints, Progress
+from ernie45.train.evaluate import Measured
 from ernie45.train.examples import Batch, Batches, digest_after, digest_of
 from ernie45.train.lock import locked
 from ernie45.train.optim import MovingAverage, Optimiser
@@ -76,14 +77,14 @@ def train(
     ranks: Ranks = ALONE,
     peak: float | None = None,
     again: float = 0.0,
-    evaluate: Callable[[], float] | None = None,
+    evaluate: Callable[[], Measured] | None = None,
 ) -> Progress:
     """Run to the end from the newest checkpoint in `folder`, or from the start. Returns where it stands.
 
     The batches of a step are shared out among the ranks; which batches a step has does not depend on how many ranks there are. on_report is
     called after each step and on_saved after each checkpoint, on the first rank. peak: operations a second of this rank's device, for MFU;
     again: share of the layers' forward pass that is computed a second time. In one process a run that was killed and resumed gives the
-    losses of one that was not, bit for bit. evaluate: measures the held-out loss, on all ranks.
+    losses of one that was not, bit for bit. evaluate: measures held-out rows, on all ranks.
     Raises RunError when another run works in the folder, the checkpoint does not fit, or losses stay not finite, and ConfigError when there
     are more ranks than batches in a step.
     """
@@ -116,7 +117,8 @@ def train(
             if average is not None and not report.skipped:
                 average.update(learner.optimiser, report.tokens)
             if evaluate is not None and (progress.step % config.eval_every == 0 or progress.step == config.steps):
-                report = replace(report, held_out_loss=evaluate())
+                measured = evaluate()
+                report = replace(report, held_out_loss=measured.loss, held_out_accuracy=measured.accuracy)
             write(report)
             if ranks.is_first:
                 on_report(report)

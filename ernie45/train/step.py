@@ -86,7 +86,9 @@ class StepReport:
     margin: float | None = None
     """Preferences: mean of beta x (how much more than the reference the chosen answer is preferred)."""
     held_out_loss: float | None = None
-    """Mean loss per label on rows that are not learned from, after this step."""
+    """Mean loss per label, pair or answer on rows that are not learned from, after this step."""
+    held_out_accuracy: float | None = None
+    """Preferences: `accuracy` of such rows."""
     work: float | None = None
     """Operations of the step that the model needs, of all ranks."""
     layer_work: float | None = None

@@ -105,7 +105,7 @@ def held_out(ranks):
     """The held-out loss of three batches, which two ranks cannot share evenly."""
     decoder = moe()
     way = spread(decoder, ranks)
-    return HeldOut(decoder, [pack(make_examples(lengths, seed)) for seed, lengths in enumerate(MICRO)], ranks=ranks, run=way)()
+    return HeldOut(decoder, [pack(make_examples(lengths, seed)) for seed, lengths in enumerate(MICRO)], ranks=ranks, run=way)().loss
 
 
 def finished(ranks):

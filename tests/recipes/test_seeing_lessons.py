@@ -17,7 +17,7 @@ from ernie45.recipes.seeing import kept_numbers
 from ernie45.tokens.patches import patches
 from ernie45.train.recompute import measure
 from tests.recipes.lessons import Stop, ernie, losses, stop_at
-from tests.sighted import VISION, sighted_decoder, sighted_folder
+from tests.sighted import VISION, sighted_decoder
 
 CAPTIONS = {
     "astronaut.png": "a woman in a space suit",
@@ -41,18 +41,12 @@ def quiet():
 
 
 @pytest.fixture(scope="module")
-def seer(tmp_path_factory):
-    """A tiny random model folder that sees and chats."""
-    return sighted_folder(tmp_path_factory.mktemp("seer") / "base")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, photo):
+def data(tmp_path_factory, put_photos):
     """Eight photographs with what they show, in ERNIEKit's form."""
     folder = tmp_path_factory.mktemp("data")
+    put_photos(folder, CAPTIONS)
     rows = []
     for name, caption in CAPTIONS.items():
-        (folder / name).write_bytes(photo(name))
         texts = [{"text": QUESTION, "tag": "mask"}, {"text": caption, "tag": "no_mask"}]
         rows.append({"image_info": [{"matched_text_index": 0, "image_url": f"./{name}"}], "text_info": texts})
     write(folder / "rows.jsonl", rows)
@@ -274,6 +268,7 @@ def test_preferences_about_pictures_are_learned(taught, data, tmp_path, capsys):
     assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert log[-1]["margin"] > 0.1
     assert log[-1]["held_out_loss"] < log[3]["held_out_loss"] < 0.6931
+    assert log[-1]["held_out_accuracy"] == 1.0
     assert {"work", "mfu", "vision_tokens"} <= log[0].keys()
     inside = write(
         tmp_path / "inside.jsonl", [{"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}, *asked("x")]}]

@@ -1,6 +1,7 @@
 """The held-out loss is the plain mean over labels, and measuring it changes nothing."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ernie45.errors import DataError
 from ernie45.nn.attention import PackedCausal
 from ernie45.tokens.template import IGNORED
 from ernie45.train.batch import Example, pack
+from ernie45.train.comparison import Compared, HeldOutAnswers
 from ernie45.train.evaluate import HeldOut
 from ernie45.train.examples import PackedExamples
 from ernie45.train.loop import LOG, RunConfig, train
@@ -23,7 +25,7 @@ EXAMPLES = make_examples((7, 12, 5), seed=9)
 
 def test_the_loss_is_the_mean_over_the_labels_of_all_batches():
     decoder = make_decoder(experts=True)
-    found = HeldOut(decoder, [pack(EXAMPLES[:2]), pack(EXAMPLES[2:])])()
+    found = HeldOut(decoder, [pack(EXAMPLES[:2]), pack(EXAMPLES[2:])])().loss
     losses = []
     with torch.no_grad():
         for example in EXAMPLES:
@@ -49,6 +51,12 @@ def test_it_is_measured_every_so_many_steps_and_at_the_end_and_disturbs_nothing(
     assert [line["step"] for line in found if "held_out_loss" in line] == [1, 3, 4]
     for name in ("loss", "norm", "load"):
         assert [line[name] for line in found] == [line[name] for line in without]
+
+
+def test_of_answers_the_share_that_is_judged_rightly_is_measured_too():
+    batches = [Compared(torch.tensor([0.5, 1.0]), torch.tensor([0.3, -0.1])), Compared(torch.tensor([3.0]), torch.tensor([0.0]))]
+    measured = HeldOutAnswers(lambda batch: batch.compared, [SimpleNamespace(compared=c, num_compared=len(c.losses)) for c in batches])()
+    assert measured == (pytest.approx(1.5), pytest.approx(1 / 3))
 
 
 def test_rows_without_labels_are_refused():

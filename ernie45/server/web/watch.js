@@ -10,7 +10,7 @@ const EVERY = 2000; // milliseconds
 const COLOURS = 8;
 // What has a name of its own; any other number in the log gets a picture under the name it has there.
 const TITLES = {
-  loss: "Loss", held_out_loss: "Loss of held-out rows", text_loss: "Loss of text", vision_loss: "Loss beside images", mtp_loss: "Loss two tokens ahead", margin: "Margin of the chosen answer",
+  loss: "Loss", held_out_loss: "Loss of held-out rows", held_out_accuracy: "Share of held-out answers judged rightly", text_loss: "Loss of text", vision_loss: "Loss beside images", mtp_loss: "Loss two tokens ahead", margin: "Margin of the chosen answer",
   accuracy: "Pairs that are right", rate: "Learning rate", norm: "Gradient norm", tokens_per_second: "Tokens a second", mfu: "Model FLOPs utilisation", hfu: "Hardware FLOPs utilisation", balance_loss: "Router: load balance",
   orthogonal_loss: "Router: orthogonal", z_loss: "Router: z", vision_tokens: "Tokens of vision experts",
   vision_balance_loss: "Router of vision: load balance", vision_orthogonal_loss: "Router of vision: orthogonal", vision_z_loss: "Router of vision: z", "load.max": "Busiest expert, times an even share",
