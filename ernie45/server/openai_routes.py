@@ -11,7 +11,7 @@ from ernie45.server.body import read_json
 from ernie45.server.failures import Failure
 from ernie45.server.model import ServedModel
 from ernie45.server.openapi import body_of
-from ernie45.server.prepare import CHAT_FIELDS, chat_jobs, completion_jobs
+from ernie45.server.prepare import chat_jobs, completion_jobs, fields_of
 from ernie45.server.protocol import REFUSED, ChatRequest, CompletionRequest, check_counts, read_fields
 from ernie45.server.reply import DONE, Writer, new_id, usage
 from ernie45.server.resume import HeldStream
@@ -82,7 +82,7 @@ async def chat_answer(service: Service, request: Request, asked: ChatRequest) ->
     check_counts(asked, service.settings.limits)
     model, context = await service.context(asked.model, request.state.caller)
     numbers = [model.number() for _ in range(asked.n)]
-    jobs = await service.prepare_chat(chat_jobs, asked, context, numbers, service.now(), fields=CHAT_FIELDS)
+    jobs = await service.prepare_chat(chat_jobs, asked, context, numbers, service.now(), fields=fields_of(asked))
     writer = _writer(service, context.text.tokenizer, asked.model or model.name, asked.request_id or new_id("chatcmpl-"))
     request.state.told.update(user=asked.user or asked.safety_identifier, cache_key=asked.prompt_cache_key)
     if asked.stream:

@@ -166,8 +166,22 @@ def _part(part: Any, where: str, sees: bool) -> Any:
     return part
 
 
+def fields_of(request: ChatRequest) -> dict[str, str]:
+    """`CHAT_FIELDS` of a request: what it says of thinking has many names, and an error has its own."""
+    return CHAT_FIELDS | {"thinking": next(iter(_said_of_thinking(request)), "enable_thinking")}
+
+
 def thinking_of(request: ChatRequest) -> bool | int | None:
     """The one answer of all fields that speak about thinking. Raises `Failure` 400 when they disagree."""
+    meant = _said_of_thinking(request)
+    if len({bool(value) for value in meant.values()}) > 1:
+        raise bad(f"{', '.join(meant)} disagree about thinking", next(iter(meant)))
+    budget = meant.get("reasoning_max_tokens", meant.get("reasoning_effort"))
+    return budget if budget is not None else next(iter(meant.values()), None)
+
+
+def _said_of_thinking(request: ChatRequest) -> dict[str, bool | int]:
+    """What each field that was set says about thinking."""
     kwargs = request.chat_template_kwargs
     said: dict[str, bool | int | None] = {
         "enable_thinking": request.enable_thinking,
@@ -183,11 +197,7 @@ def thinking_of(request: ChatRequest) -> bool | int | None:
         said["reasoning_effort"] = EFFORTS[request.reasoning_effort]
     if request.reasoning_max_tokens is not None:
         said["reasoning_max_tokens"] = request.reasoning_max_tokens
-    meant = {name: value for name, value in said.items() if value is not None}
-    if len({bool(value) for value in meant.values()}) > 1:
-        raise bad(f"{', '.join(meant)} disagree about thinking", next(iter(meant)))
-    budget = meant.get("reasoning_max_tokens", meant.get("reasoning_effort"))
-    return budget if budget is not None else next(iter(meant.values()), None)
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _continued(

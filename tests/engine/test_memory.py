@@ -12,6 +12,7 @@ from ernie45 import ops
 from ernie45.engine.client import LLM
 from ernie45.engine.core import EngineConfig
 from ernie45.errors import ConfigError
+from ernie45.models.config import ExpertsConfig
 from ernie45.models.counts import count_parameters
 from ernie45.models.load import load
 from ernie45.models.memory import Held, Use, check_fits, plan_memory
@@ -99,18 +100,20 @@ def test_an_engine_reckons_with_its_own_settings():
 
 @pytest.fixture(scope="module")
 def medium(tmp_path_factory):
-    """The shape of the starter model with a third of its layers: in bfloat16, and packed."""
+    """The shape of the starter model with a third of its layers: in bfloat16, packed, and with experts."""
     shape = dataclasses.replace(
         CHECKPOINTS["ERNIE-4.5-0.3B"].text, hidden_size=576, num_heads=9, num_kv_heads=3, head_size=64, ffn_size=1536
     )
     shape = dataclasses.replace(shape, num_layers=8, vocab_size=32_000)
     root = tmp_path_factory.mktemp("medium")
-    for name, spec in (("whole", None), ("packed", QuantSpec.uniform("w4a8-g64"))):
-        write_random(shape, root / name, spec=spec, dtype=torch.bfloat16, told=lambda *_: None)
+    experts = ExpertsConfig(num_experts=16, top_k=4, expert_size=384, num_shared=1, first_layer=1, last_layer=7)
+    mixture = dataclasses.replace(shape, experts=experts)
+    for name, config, spec in (("whole", shape, None), ("packed", shape, QuantSpec.uniform("w4a8-g64")), ("experts", mixture, None)):
+        write_random(config, root / name, spec=spec, dtype=torch.bfloat16, told=lambda *_: None)
     return root
 
 
-@pytest.mark.parametrize(("folder", "dtype"), [("whole", "bfloat16"), ("whole", "float32"), ("packed", "float32")])
+@pytest.mark.parametrize(("folder", "dtype"), [("whole", "bfloat16"), ("whole", "float32"), ("packed", "float32"), ("experts", "float32")])
 def test_the_plan_meets_what_a_process_takes(medium, folder, dtype):
     """Weights, cache and work of a prompt of 512 tokens, in a process of its own. The bound is 15 % of the whole, where the table in
     docs/design/memory.md has 5 % for larger models; of the work alone, which hangs on the allocator, a factor of 2.5 either way."""

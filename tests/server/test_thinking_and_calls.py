@@ -224,5 +224,7 @@ def test_ways_that_disagree_are_a_400(switch):
 
 
 def test_a_model_that_always_thinks_cannot_be_told_not_to(thinker):
-    assert thinker.chat("x", enable_thinking=False).status_code == 400
+    for field, value in (("enable_thinking", False), ("reasoning_effort", "none"), ("reasoning_max_tokens", 0)):
+        refused = thinker.chat("x", **{field: value})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
     assert thinker.chat("x", reasoning_effort="low", max_tokens=2).status_code == 200
