@@ -21,10 +21,13 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
 
-// Tiles must be asked for once per process: the kernel then keeps 8 KiB more of every thread's registers.
+// Tiles, and what every processor with tiles has beside them but a hypervisor may hide. Tiles must be asked for once per process: the kernel
+// then keeps 8 KiB more of every thread's registers.
 bool has_amx() {
 #if defined(__linux__)
-  if (!has_avx512() || !__builtin_cpu_supports("amx-int8") || !__builtin_cpu_supports("amx-bf16")) return false;
+  if (!has_avx512() || !__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("amx-tile") ||
+      !__builtin_cpu_supports("amx-int8") || !__builtin_cpu_supports("amx-bf16"))
+    return false;
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else

@@ -186,9 +186,9 @@ const Kernels& amx_kernels() {
     k.many = amx::many<amx::Micro>;
     k.many_pairs = amx::many_pairs<amx::Micro>;
     k.floats = &amx_floats();
-    if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16")) {
-      k.tiled = &amx_attention(), k.tower = &amx_tower(), k.products = &amx_products();
-    }
+    k.tiled = &amx_attention();
+    k.tower = &amx_tower();
+    k.products = &amx_products();
     return k;
   }();
   return kernels;

@@ -58,16 +58,19 @@ struct Tower {
       });
       p.x = b.data, p.x_scale = b.scale;
     }
-    // where panels do not come out even among threads, strips are divided too
-    const int64_t panels = (w.O + kPanelOutputs - 1) / kPanelOutputs, pairs = count / 2;
-    const int64_t parts = std::min(panels % threads.count ? threads.count : 1, pairs);
-    share(threads, panels * parts, 1, [&](int64_t item, int64_t end) {
-      for (; item < end; item++) {
-        const int64_t o = item / parts * kPanelOutputs, part = item % parts;
-        k.product(p, o, std::min(o + kPanelOutputs, w.O), part * pairs / parts * 2, (part + 1) * pairs / parts * 2,
-                  scratch(pass).take(k.product_scratch(w, count)));
-      }
-    });
+    // as many panels for every thread: 32 outputs more or less
+    struct Taken {
+      std::atomic<int64_t> next{0};
+      int64_t tiles, count;
+    } taken{{0}, w.O / 32, 0};
+    taken.count = std::min(taken.tiles, ((w.O + kPanelOutputs - 1) / kPanelOutputs + threads.count - 1) / threads.count * threads.count);
+    const auto take = [](void* context, int64_t& o, int64_t& end) {
+      Taken& t = *static_cast<Taken*>(context);
+      const int64_t i = t.next.fetch_add(1, std::memory_order_relaxed);
+      o = i * t.tiles / t.count * 32, end = (i + 1) * t.tiles / t.count * 32;
+      return i < t.count;
+    };
+    share(threads, threads.count, 1, [&](int64_t, int64_t) { k.product(p, {take, &taken}, count, scratch(pass).take(k.product_scratch(w, count))); });
   }
 
   void norm(const TowerNorm& n, const uint16_t* x, int64_t D, int64_t count, uint16_t* out) const {

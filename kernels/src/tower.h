@@ -55,13 +55,19 @@ struct Heads {
 // What a product's results go through.
 enum class Then : int { store, gelu, add };
 
-// Outputs o .. end of strips `strip` .. `strip_end`, both multiples of 2 tiles, into columns of O outputs.
+// Into columns of O outputs.
 struct TowerProduct {
   TowerMatrix w;
   const char* x;         // [strips][steps] tiles
   const float* x_scale;  // [strips][16], where x is bytes
   uint16_t* out;         // [strips][O / 32] tiles; Then::add: what is added to
   Then then;
+};
+
+// Outputs that threads take as they come, at most kPanelOutputs and a multiple of 32 at a time; false when there are none left.
+struct Panels {
+  bool (*take)(void* context, int64_t& o, int64_t& end);
+  void* context;
 };
 
 struct TowerKernels {
@@ -72,7 +78,8 @@ struct TowerKernels {
   void (*norm)(const uint16_t* columns, int64_t D, const float* gain, float eps, uint16_t* out);
   void (*quantise)(const uint16_t* columns, int64_t D, char* out, float* scale);
   size_t (*product_scratch)(const TowerMatrix& w, int64_t strips);
-  void (*product)(const TowerProduct& p, int64_t o, int64_t end, int64_t strip, int64_t strip_end, void* scratch);
+  // of an even number of strips
+  void (*product)(const TowerProduct& p, const Panels& panels, int64_t strips, void* scratch);
   // columns of q | k | v of two neighbouring strips, one head of them, turned and put where attention wants them; turns is [2 strips][H / 2][2][16]
   void (*arrange)(const uint16_t* columns, const Heads& heads, int64_t head, const float* turns, int64_t strip, uint16_t* part);
   size_t (*attend_scratch)(int64_t H);

@@ -1,8 +1,8 @@
 // Products and row work of a vision tower on AMX tiles; the layout is described in tower.h.
 //
-// A product takes a panel of 256 outputs, copied tile by tile so that it stays in the second cache, past all strips of patches. Of a strip some
-// 512 inputs at a time lie in the first cache, and while tiles multiply, the vector units finish the results of the tiles before: one pair of
-// rows a step.
+// A product takes a panel of 256 outputs, copied tile by tile so that it stays in the second cache, past all strips of patches; the panel's tiles
+// pass by the first cache, which is left to the strips. While tiles multiply, the vector units finish the results of the tiles before, one pair
+// of rows a step, the strips that come next are fetched, and the panel that comes next is copied.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -14,7 +14,6 @@ namespace tower_amx {
 
 using namespace tower_tiles;
 
-constexpr int64_t kNearSteps = 16;   // of two strips, together 32 KiB: the first cache
 constexpr int64_t kPanelSteps = 40;  // of 16 tiles of outputs: the second cache
 
 static void columns(const uint16_t* rows, int64_t stride, int64_t D, const Patches& p, int64_t strip, uint16_t* out) {
@@ -94,25 +93,35 @@ static void quantise(const uint16_t* columns, int64_t D, char* out, float* scale
   }
 }
 
-// Tiles o .. end, steps k .. k + count, one behind the other.
-static void copy_panel(const TowerMatrix& w, int64_t o, int64_t end, int64_t k, int64_t count, char* to) {
-  for (; o < end; o += 16, to += count * kTileBytes) {
-    if (w.bytes()) {
+// Copies tiles of outputs o .. end, steps k .. k + count, one behind the other, 16 outputs of 64 bytes of inputs at a time.
+struct Copy {
+  const TowerMatrix* w;
+  int64_t o, end, k, count;
+  char* to;
+  int64_t s = 0;
+
+  bool over() const { return o >= end; }
+  int64_t tiles() const { return (end - o) / 16 * count; }
+
+  void step() {
+    __m512i r[16];
+    if (w->bytes()) {
       const __m512i sign = _mm512_set1_epi8(-128);
-      const char* from = reinterpret_cast<const char*>(w.packed.value) + o / 16 * w.packed.block_bytes() + k * kTileBytes;
-      for (int64_t s = 0; s < count; s++) {
-        __m512i r[16];
-        for (int j = 0; j < 16; j++) r[j] = _mm512_xor_si512(_mm512_loadu_si512(from + s * kTileBytes + j * 64), sign);
-        transpose(r);
-        for (int j = 0; j < 16; j++) _mm512_store_si512(to + s * kTileBytes + j * 64, r[j]);
-      }
+      const char* from = reinterpret_cast<const char*>(w->packed.value) + o / 16 * w->packed.block_bytes() + (k + s) * kTileBytes;
+      for (int64_t j = 0; j < 16; j++) r[j] = _mm512_xor_si512(_mm512_loadu_si512(from + j * 64), sign);
+      transpose(r);
     } else {
-      for (int64_t j = 0; j < 16; j++)
-        for (int64_t s = 0; s < count; s++)
-          _mm512_store_si512(to + s * kTileBytes + j * 64, _mm512_loadu_si512(w.whole + (o + j) * w.I + (k + s) * 32));
+      for (int64_t j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(w->whole + (o + j) * w->I + (k + s) * 32);
     }
+    for (int64_t j = 0; j < 16; j++) _mm512_store_si512(to + j * 64, r[j]);
+    to += kTileBytes;
+    if (++s == count) s = 0, o += 16;
   }
-}
+
+  void all() {
+    while (!over()) step();
+  }
+};
 
 template <bool bytes>
 struct Finisher {
@@ -158,10 +167,10 @@ struct Finisher {
 
 template <bool bytes>
 static inline void multiply(const char* w0, const char* w1, const char* x0, const char* x1) {
-  _tile_loadd(4, w0, 64);
+  _tile_stream_loadd(4, w0, 64);
   _tile_loadd(6, x0, 64);
   _tile_loadd(7, x1, 64);
-  _tile_loadd(5, w1, 64);
+  _tile_stream_loadd(5, w1, 64);
   if constexpr (bytes) {
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);
@@ -196,49 +205,87 @@ static inline void store_sums(float* c) {
   _tile_stored(3, c + 768, 64);
 }
 
+constexpr int64_t kPanelBytes = kPanelOutputs / 16 * kPanelSteps * kTileBytes;
+
 static size_t product_scratch(const TowerMatrix& w, int64_t strips) {
   const int64_t kept = w.steps() > kPanelSteps ? strips / 2 : 1;
-  return size_t(kPanelOutputs / 16 * kPanelSteps * kTileBytes + kept * (kPanelOutputs / 32) * 4 * kTileBytes);
+  return size_t(2 * kPanelBytes + kept * (kPanelOutputs / 32) * 4 * kTileBytes);
 }
+
+// A panel's outputs and the part of its inputs that is multiplied at a time.
+struct Piece {
+  int64_t o, end, part;
+};
 
 template <bool bytes>
-static void product_of(const TowerProduct& p, int64_t o, int64_t end, int64_t strip, int64_t strip_end, char* panel) {
-  Finisher<bytes> finish(p, o, end);
-  float* partial = reinterpret_cast<float*>(panel + kPanelOutputs / 16 * kPanelSteps * kTileBytes);
-  const int64_t steps = p.w.steps(), per_strip = (end - o) / 32 * 1024, parts = (steps + kPanelSteps - 1) / kPanelSteps;
-  for (int64_t part = 0; part < parts; part++) {
-    const int64_t k = part * steps / parts, k_end = (part + 1) * steps / parts, width = k_end - k, nears = (width + kNearSteps - 1) / kNearSteps;
-    copy_panel(p.w, o, end, k, width, panel);
-    for (int64_t s = strip; s < strip_end; s += 2)
-      for (int64_t near = 0; near < nears; near++) {
-        const int64_t from = near * width / nears, count = (near + 1) * width / nears - from;
-        const int units = int((31 + count) / count);
-        const char* x = p.x + (s * steps + k + from) * kTileBytes;
-        for (int64_t at = o; at < end; at += 32) {
-          float* kept = partial + (parts > 1 ? (s - strip) / 2 : 0) * per_strip + (at - o) / 32 * 1024;
-          k + from ? load_sums(kept) : zero_sums();
-          const char* w = panel + ((at - o) / 16 * width + from) * kTileBytes;
-          for (int64_t i = 0; i < count; i++) {
-            multiply<bytes>(w + i * kTileBytes, w + (width + i) * kTileBytes, x + i * kTileBytes, x + (steps + i) * kTileBytes);
-            for (int j = 0; j < units && finish.unit < 32; j++) finish.step();
-          }
-          if (k + from + count < steps) {
-            store_sums(kept);
-          } else {
-            store_sums(finish.sums[0][0][0]);
-            finish.unit = 0, finish.o = at, finish.strip = s;
-          }
+struct Product {
+  const TowerProduct& p;
+  int64_t strips;
+  char* partial;
+  int64_t steps = p.w.steps(), parts = (steps + kPanelSteps - 1) / kPanelSteps;
+
+  int64_t first_step(int64_t part) const { return part * steps / parts; }
+
+  Copy copy(const Piece& piece, char* to) const {
+    return {&p.w, piece.o, piece.end, first_step(piece.part), first_step(piece.part + 1) - first_step(piece.part), to};
+  }
+
+  // Past all strips; the copy is made meanwhile.
+  void run(const Piece& piece, const char* panel, Finisher<bytes>& finish, Copy copy) const {
+    const int64_t k = first_step(piece.part), width = first_step(piece.part + 1) - k, tiles = (piece.end - piece.o) / 16;
+    const int64_t copies = (copy.tiles() + strips * tiles / 4 - 1) / (strips * tiles / 4);
+    const int units = int((31 + width) / width);
+    for (int64_t s = 0; s < strips; s += 2)
+      for (int64_t at = piece.o; at < piece.end; at += 32) {
+        const char *x = p.x + (s * steps + k) * kTileBytes, *w = panel + (at - piece.o) / 16 * width * kTileBytes;
+        auto* kept = reinterpret_cast<float*>(partial + (parts > 1 ? s * tiles + (at - piece.o) / 8 : 0) * kTileBytes);
+        k ? load_sums(kept) : zero_sums();
+        for (int64_t i = 0; i < width; i++) {
+          multiply<bytes>(w + i * kTileBytes, w + (width + i) * kTileBytes, x + i * kTileBytes, x + (steps + i) * kTileBytes);
+          fetch(x + (2 * steps + i) * kTileBytes, at - piece.o);
+          for (int j = 0; j < units && finish.unit < 32; j++) finish.step();
+        }
+        for (int64_t i = 0; i < copies && !copy.over(); i++) copy.step();
+        if (k + width < steps) {
+          store_sums(kept);
+        } else {
+          store_sums(finish.sums[0][0][0]);
+          finish.unit = 0, finish.o = at, finish.strip = s;
         }
       }
+    copy.all();
   }
-  while (finish.unit < 32) finish.step();
+
+  // An eighth of a tile of the next two strips each, which one of the panel's eight pairs of tiles is passed meanwhile.
+  void fetch(const char* tile, int64_t at) const {
+    for (int64_t half = 0; half < 2; half++, tile += steps * kTileBytes)
+      _mm_prefetch(tile + at * 4, _MM_HINT_T1), _mm_prefetch(tile + at * 4 + 64, _MM_HINT_T1);
+  }
+};
+
+template <bool bytes>
+static void product_of(const TowerProduct& p, const Panels& panels, int64_t strips, char* scratch) {
+  const Product<bytes> product{p, strips, scratch + 2 * kPanelBytes};
+  Piece piece{0, 0, 0};
+  if (!panels.take(panels.context, piece.o, piece.end)) return;
+  char *panel = scratch, *other = scratch + kPanelBytes;
+  product.copy(piece, panel).all();
+  for (bool more = true; more;) {
+    Finisher<bytes> finish(p, piece.o, piece.end);
+    for (int64_t o = piece.o; more && piece.o == o; std::swap(panel, other)) {
+      Piece next{piece.o, piece.end, piece.part + 1};
+      if (next.part == product.parts) next.part = 0, more = panels.take(panels.context, next.o, next.end);
+      product.run(piece, panel, finish, more ? product.copy(next, other) : Copy{});
+      piece = next;
+    }
+    while (finish.unit < 32) finish.step();
+  }
 }
 
-static void product(const TowerProduct& p, int64_t o, int64_t end, int64_t strip, int64_t strip_end, void* scratch) {
+static void product(const TowerProduct& p, const Panels& panels, int64_t strips, void* scratch) {
   const TileShape shape;
   _tile_loadconfig(&shape);
-  auto* panel = static_cast<char*>(scratch);
-  p.w.bytes() ? product_of<true>(p, o, end, strip, strip_end, panel) : product_of<false>(p, o, end, strip, strip_end, panel);
+  p.w.bytes() ? product_of<true>(p, panels, strips, static_cast<char*>(scratch)) : product_of<false>(p, panels, strips, static_cast<char*>(scratch));
   _tile_release();
 }
 
