@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ernie45.errors import ConfigError
 from ernie45.tokens.images import ImageLimits, load_pillow, open_image, to_picture
 from ernie45.tokens.pictures import Picture, PixelRules
-from ernie45.tokens.sight import Sources
+from ernie45.tokens.sight import Sources, naming
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -72,7 +72,9 @@ class Seen:
 def see(path: Path, rules: PixelRules) -> Seen:
     """Reads an image file as a model with these rules would. Raises `RequestError` for a file that is no image."""
     limits = ImageLimits()
-    image = open_image(Sources(paths=True).read(str(path), limits.file_bytes), limits)
+    data = Sources(paths=True).read(str(path), limits.file_bytes)
+    with naming(str(path)):
+        image = open_image(data, limits)
     return Seen(path.name, image.height, image.width, to_picture(image, rules))
 
 

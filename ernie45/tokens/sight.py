@@ -9,7 +9,8 @@ import binascii
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,17 @@ def _path_of(address: str) -> str:
     return unquote(rest.removeprefix("localhost") if rest.startswith("localhost/") else rest)
 
 
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """What is wrong with a file's content is said with the file's name, or its address; what an address carries itself has none."""
+    try:
+        yield
+    except RequestError as error:
+        if source[:5].lower() == "data:":
+            raise
+        raise RequestError(f"{source[:200]}: {error}", error.field) from None
+
+
 def _inline(source: str, most: int) -> bytes:
     head, comma, body = source.partition(",")
     if not comma or not head.lower().endswith(";base64"):
@@ -162,7 +174,9 @@ class PictureReader:
         rules = self.rules
         if part.detail == "low":
             rules = replace(rules, image_max=max(rules.image_min, min(rules.image_max, LOW_DETAIL * rules.factor**2)))
-        return read_image(self.sources.read(part.source, self.images.file_bytes), rules, self.images)
+        data = self.sources.read(part.source, self.images.file_bytes)
+        with naming(part.source):
+            return read_image(data, rules, self.images)
 
     def video(self, part: Video) -> Picture:
         """A video part's picture. Raises `RequestError`."""
@@ -171,7 +185,9 @@ class PictureReader:
             choice = replace(choice, fps=part.fps, count=None)
         if part.frames is not None:
             choice = replace(choice, count=part.frames)
-        return read_video(self.sources.read(part.source, self.videos.file_bytes), self.rules, choice, self.videos).picture
+        data = self.sources.read(part.source, self.videos.file_bytes)
+        with naming(part.source):
+            return read_video(data, self.rules, choice, self.videos).picture
 
 
 _WORDS = re.compile(r"<\|(image|video)@placeholder\|>")

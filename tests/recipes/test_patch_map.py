@@ -1,13 +1,16 @@
 """`ernie inspect --image`: the facts it tells, and a drawing whose lines are where the patches end."""
 
 import json
+import re
 
 import pytest
 from PIL import Image
 
 from ernie45.cli import main
 from ernie45.recipes.patch_map import draw_map, see, write_map
+from ernie45.tokens.images import read_image
 from ernie45.tokens.pictures import PixelRules
+from tests.hostile_files import images
 
 
 @pytest.fixture
@@ -54,6 +57,18 @@ def test_small_cells_carry_no_numbers_and_thin_pictures_are_drawn(tmp_path):
         path = tmp_path / "picture.png"
         Image.new("RGB", size, (90, 90, 90)).save(path)
         write_map(see(path, PixelRules()), tmp_path / "map.png")
+
+
+def test_hostile_images_are_drawn_or_refused(tmp_path, capsys):
+    for name, (data, refusal) in images().items():
+        (tmp_path / "stranger").write_bytes(data)
+        ended = main(["inspect", "--image", str(tmp_path / "stranger"), "--out", str(tmp_path / "map.png"), "--json"])
+        said = capsys.readouterr()
+        if refusal is None:
+            assert json.loads(said.out)["tokens"] == read_image(data, PixelRules()).tokens, name
+        else:
+            assert ended == 2, name
+            assert re.search(f"stranger.*({refusal})", said.err), (name, said.err)
 
 
 def test_a_models_own_rules_are_used(cat, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Pictures from the command line and from Python, with a tiny random model that sees: counted, or refused."""
 
 import json
+import re
 
 import pytest
 
@@ -13,6 +14,7 @@ from ernie45.recipes.session import Session
 from ernie45.recipes.speaker import open_speaker
 from ernie45.tokens.images import read_image
 from ernie45.tokens.video import FrameChoice, read_video
+from tests.hostile_files import images_for, videos
 from tests.sighted import RULES, sighted_folder
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5)
@@ -94,6 +96,22 @@ def test_the_command_shows_a_picture(folder, files, capsys):
 def test_mistakes_with_pictures_are_told(folder, flags, says, capsys):
     assert main(["chat", str(folder), "--prompt", "What?", *flags]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_hostile_files_are_seen_or_refused(folder, tmp_path, kind, capsys):
+    """A refusal is one line that names the file, and comes before the model is asked."""
+    films = {name: found for name, found in videos().items() if name in ("one frame", "no frames", "cut off before its table")}
+    for name, (data, refusal) in (images_for(RULES) if kind == "image" else films).items():
+        (tmp_path / "stranger").write_bytes(data)
+        ended = main(["chat", str(folder), "--prompt", "What?", "--json", "--max-tokens", "1", f"--{kind}", str(tmp_path / "stranger")])
+        said = capsys.readouterr()
+        if refusal is None:
+            assert ended == 0, (name, said.err)
+            assert json.loads(said.out)["prompt_tokens"] > 10
+        else:
+            assert ended == 2, name
+            assert re.search(f"stranger.*({refusal})", said.err), (name, said.err)
 
 
 def test_text_only_leaves_the_eyes_in_the_file(folder, files):

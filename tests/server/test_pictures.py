@@ -1,12 +1,16 @@
 """Pictures over HTTP, to a tiny random model that sees in an engine process of its own: every protocol, and what each refuses."""
 
 import base64
+import re
 
 import httpx
 import pytest
 
 from ernie45.server.anthropic_types import MessagesRequest, as_chat
 from ernie45.server.failures import Failure
+from ernie45.tokens.images import read_image
+from ernie45.tokens.video import FrameChoice, read_video
+from tests.hostile_files import images_for, videos
 from tests.serving import serving
 from tests.sighted import RULES, sighted_folder
 
@@ -25,8 +29,6 @@ def cat(photo):
 
 @pytest.fixture(scope="module")
 def tokens(photo):
-    from ernie45.tokens.images import read_image
-
     return read_image(photo("chelsea.png"), RULES).tokens
 
 
@@ -110,6 +112,31 @@ def test_what_cannot_be_seen_is_a_400_that_names_the_part(url, part, says):
     error = answer.json()["error"]
     assert any(word in error["message"] for word in says.split("|")), error
     assert "messages[0]" in error["message"]
+
+
+def answered(answer, kind):
+    """Tokens of what was seen, or the words of a refusal that names the part."""
+    if answer.status_code == 200:
+        return answer.json()["usage"]["prompt_tokens_details"][f"{kind}_tokens"]
+    assert answer.status_code == 400, answer.text
+    message = answer.json()["error"]["message"]
+    assert message.startswith("messages[0].content[0]: "), message
+    return message
+
+
+def test_hostile_images_are_seen_or_refused_and_the_server_stays(url):
+    for name, (data, refusal) in images_for(RULES).items():
+        said = answered(chat(url, image(base64.b64encode(data).decode())), "image")
+        assert re.search(refusal, said) if refusal else said == read_image(data, RULES).tokens, (name, said)
+    assert chat(url).status_code == 200
+
+
+def test_hostile_videos_are_seen_or_refused_and_the_server_stays(url):
+    for name, (data, refusal) in videos().items():
+        part = {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{base64.b64encode(data).decode()}", "num_frames": 2}}
+        said = answered(chat(url, part), "video")
+        assert re.search(refusal, said) if refusal else said == read_video(data, RULES, FrameChoice(count=2)).picture.tokens, (name, said)
+    assert chat(url).status_code == 200
 
 
 def test_more_images_than_allowed_are_refused(url, cat):
