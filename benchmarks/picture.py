@@ -4,8 +4,12 @@ The model is random, with a tower of two blocks of half the published width: wha
 floor is the number of multiplications over the speed of one large product, measured in the same run.
 
     python benchmarks/picture.py
+
+With `--published bfloat16` (or w8a8) a tower and a resampler of the published sizes encode the picture, as the engine does it, with random
+weights and no decoder behind them. `--depth` blocks of the 32 are built; seconds are as measured, for so many.
 """
 
+import argparse
 import io
 import time
 
@@ -16,8 +20,13 @@ from ernie45.engine.core import Engine, EngineConfig
 from ernie45.engine.request import PlacedPicture, Request, SamplingParams
 from ernie45.models.released import tiny
 from ernie45.models.text import Decoder
+from ernie45.models.vision import Sight
 from ernie45.models.vision_config import VisionConfig
+from ernie45.models.vision_pieces import encode_in_pieces
+from ernie45.quant.model import quantise_model
+from ernie45.quant.spec import QuantSpec, Rule
 from ernie45.tokens.images import read_image
+from ernie45.tokens.patches import patches
 from ernie45.tokens.pictures import Picture, PixelRules
 
 SEEN, START, END = 500, 501, 502
@@ -51,8 +60,39 @@ def cost(picture: Picture, width: int) -> float:
     return VISION.depth * block + N * VISION.patch_values * D + picture.tokens * (2 * W * W + 2 * W * W + W * W + W * width)
 
 
+def published(scheme: str, depth: int) -> Sight:
+    """The published sizes with random numbers, in bfloat16 or packed in 8 bits."""
+    sight = Sight(VisionConfig(depth=depth, expert_size=512), 2560, 1e-5).requires_grad_(False).bfloat16()
+    numbers = torch.randn(1 << 20).mul(0.02).bfloat16()
+    for parameter in sight.parameters():
+        parameter.data = numbers.repeat(-(-parameter.numel() // len(numbers)))[: parameter.numel()].view_as(parameter).contiguous()
+    if scheme == "w8a8":
+        quantise_model(sight, QuantSpec(rules=(Rule(pattern="*patches", scheme=None), Rule(pattern="*", scheme="w8a8"))))
+    return sight.eval()
+
+
+@torch.inference_mode()
+def encode_published(scheme: str, depth: int) -> None:
+    """Prints the seconds of the whole picture."""
+    sight, picture = published(scheme, depth), read_image(photograph(), PixelRules())
+    pixels = torch.from_numpy(patches(picture, PixelRules()))
+    began = time.perf_counter()
+    work = sum(encode_in_pieces(sight, pixels, picture.grid))
+    seconds = time.perf_counter() - began
+    print(
+        f"{picture.tokens} tokens, {depth} blocks in {scheme}, {torch.get_num_threads()} threads: {seconds:.2f} s, "
+        f"{2 * work / 1e12:.1f} TFLOP, {2 * work / 1e12 / seconds:.2f} TFLOP/s"
+    )
+
+
 def main() -> None:
     """Prints seconds by part."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--published", choices=("bfloat16", "w8a8"))
+    parser.add_argument("--depth", type=int, default=32)
+    options = parser.parse_args()
+    if options.published:
+        return encode_published(options.published, options.depth)
     decoder = Decoder(tiny(experts=True), VISION).initialise(torch.Generator().manual_seed(0)).eval()
     engine = Engine(decoder, EngineConfig(num_pages=128, max_length=4096), rules=PixelRules())
     data, peak = photograph(), speed()
@@ -72,6 +112,7 @@ def main() -> None:
     print(f"picture {picture.width} x {picture.height}, {picture.tokens} tokens, {torch.get_num_threads()} threads")
     print(f"read and resize  {read - began:7.2f} s\nencode           {encoded - read:7.2f} s, floor {floor:.2f} s at {peak / 1e9:.0f} G/s")
     print(f"first token      {done - began:7.2f} s")
+    return None
 
 
 if __name__ == "__main__":
