@@ -13,6 +13,8 @@ from ernie45.models.load import load_model
 from ernie45.quant.methods import METHODS, Streams, quantise_block
 from ernie45.quant.spec import Scheme
 from ernie45.recipes.quantize import REPORT, QuantizeConfig, run
+from ernie45.tokens.images import read_image
+from ernie45.tokens.patches import patches
 from tests.recipes.test_quantize_sight import sighted_decoder
 from tests.sighted import RULES
 
@@ -55,6 +57,22 @@ def test_what_sees_is_calibrated_on_pictures(seer, files, tmp_path, environment,
     assert lost < nearest
     decoder = load_model(out, dtype="float32")
     assert decoder.sight is not None
+
+
+def test_smoothquant_with_pictures_runs_to_its_end(model, files, tmp_path, environment):
+    """Its factors are taken from pictures too; the folder answers about a picture almost as the model did, at 8 bits each way."""
+    out, whole = tmp_path / "small", load_model(model, dtype="float32")
+    changes = {"method": "smooth", "scheme": "w8a8", "vision": "w8a8", "group": 0}
+    assert run(asked(model, files, out, pictures=files / "photos", **changes), environment) == 0
+    report, named = in_report(out)
+    assert report["calibration"]["pictures"] == 4
+    assert named["layers.1.ffn.vision.experts"]["tokens"] > 0
+    picture = read_image((files / "photos" / "coffee.png").read_bytes(), RULES)
+    vision = whole.sight.config
+    tokens = [1, 5, vision.image_start_id, *[vision.image_id] * picture.tokens, vision.image_end_id, 7, 8]
+    pixels = [(torch.from_numpy(patches(picture, RULES)), picture.grid)]
+    seen, lost = (decoder.prompt_logits(tokens, pixels) for decoder in (whole, load_model(out, dtype="float32")))
+    assert (lost - seen).square().sum() < 0.01 * seen.square().sum()
 
 
 def test_held_out_pictures_lose_less_than_by_rounding():
