@@ -44,7 +44,10 @@ def run(config: AlignConfig, environment: Environment) -> int:
     with open_ranks(environment, config.rank_timeout, sharded=config.shard == "weights") as ranks:
         target = align(config, environment, ranks)
     if target is not None and ranks.is_first:
-        print(f"{target}: ready; try: ernie chat {target}")
+        judges = config.preference.loss == "reward"
+        print(
+            f"{target}: ready; " + ("it judges answers: ernie45.train.reward.load_reward_model" if judges else f"try: ernie chat {target}")
+        )
     return 0
 
 

@@ -1,5 +1,6 @@
 """What is compared between one process and several: the same functions run in both."""
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -7,12 +8,14 @@ from types import SimpleNamespace
 
 import torch
 
+from ernie45.config import Environment
 from ernie45.errors import RunError
 from ernie45.models.released import tiny
 from ernie45.nn.lora import LoraConfig, adapt, without_adapters
 from ernie45.parallel.ranks import ALONE
 from ernie45.parallel.shard import own_bytes, plainly, shard_weights
 from ernie45.recipes.learning import put_together
+from ernie45.recipes.sft import SftConfig, sft
 from ernie45.tokens.template import IGNORED
 from ernie45.train.batch import pack
 from ernie45.train.comparison import ComparisonStep
@@ -25,6 +28,7 @@ from ernie45.train.preference import PairExample, PairJudge, Reference, pack_pai
 from ernie45.train.preference_losses import PreferenceConfig
 from ernie45.train.schedule import ScheduleConfig
 from ernie45.train.step import LossConfig, Step
+from tests.recipes.lessons import ROWS, chatting_folder
 from tests.sighted import noise, noise_batch, sighted_decoder
 from tests.train.conftest import make_decoder, make_examples
 
@@ -204,6 +208,24 @@ def told(ranks):
     except RunError as error:
         return str(error)
     return None
+
+
+def sampled(ranks, folder):
+    """The losses of a lesson that the ranks share, and what its model said at two checkpoints, as the command leaves them in its folder."""
+    ranks.once(lambda: (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS)))
+    ranks.once(lambda: chatting_folder(folder / "base"))
+    how = {
+        "dtype": "float32",
+        "batch_tokens": 80,
+        "accumulate": 2,
+        "steps": 2,
+        "save_every": 1,
+        "samples": ("What is up?", "Name a colour"),
+        "sample_tokens": 12,
+    }
+    sft(SftConfig(model=str(folder / "base"), data=(folder / "rows.jsonl",), out=folder / "run", **how), Environment.read(), ranks)
+    lines = (folder / "run" / "samples.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in (folder / "run" / "log.jsonl").read_text().splitlines()], lines
 
 
 def everything(ranks, folder):

@@ -189,6 +189,16 @@ def test_when_a_rank_is_killed_the_other_ends_with_a_reason(two, one, tmp_path):
     assert_same(weights, one["run"][1], atol=2e-6, rtol=1e-4)
 
 
+def test_the_first_rank_says_samples_while_the_others_wait(tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    losses, said = facts.sampled(ALONE, alone)
+    assert len(said) == 4
+    for ours, lines in results(facts.sampled, 2, tmp_path / "two"):
+        assert ours == pytest.approx(losses, abs=1e-6)
+        assert lines == said  # written once, by one of them
+
+
 def test_a_rank_without_a_batch_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--shard none"):
         train(None, None, facts.DATA, None, RunConfig(steps=1, accumulate=5), tmp_path, "f", ranks=Ranks(0, 4, sharded=True))

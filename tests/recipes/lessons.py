@@ -36,9 +36,13 @@ def one_thread():
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "experts"])
 def model(request, tmp_path_factory):
-    """A tiny model folder that chats: ChatML over a byte-level vocabulary."""
-    folder = tmp_path_factory.mktemp("model") / "base"
-    config = tiny(experts=request.param, vocab_size=384)
+    """A tiny model folder that chats."""
+    return chatting_folder(tmp_path_factory.mktemp("model") / "base", experts=request.param)
+
+
+def chatting_folder(folder, experts=False):
+    """Writes a tiny model folder that chats: ChatML over a byte-level vocabulary."""
+    config = tiny(experts=experts, vocab_size=384)
     save_model(Decoder(config).initialise(torch.Generator().manual_seed(0), std=0.1), folder)
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -106,9 +106,10 @@ def test_single_judged_answers_are_learned_from(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_reward_model_prefers_what_it_was_taught(model, pairs, tmp_path, rank):
+def test_a_reward_model_prefers_what_it_was_taught(model, pairs, tmp_path, rank, capsys):
     out = tmp_path / "run"
     ernie("align", model, "--data", pairs, "--out", out, "--preference.loss", "reward", "--lora.rank", rank, *COMMON)
+    assert capsys.readouterr().out.endswith("it judges answers: ernie45.train.reward.load_reward_model\n")
     seen = losses(out)
     assert seen[0] > 0.5
     assert seen[-1] < 0.2
