@@ -96,6 +96,7 @@ class EngineConfig:
 
     def use(self, model: TextConfig, dtype: torch.dtype, *, adapters: bool, packed: bool, draft: Draft | None = None) -> Use:
         """What these settings mean for the memory of a model, with or without packed matrices and adapters, beside a draft model."""
+        known = (packed or dtype == torch.bfloat16) and not (model.use_bias or model.head_bias)  # as `models.native` knows it
         return Use(
             value_bytes=dtype.itemsize,
             token_bytes=self.bytes_per_token(model, dtype) + (0 if draft is None else draft.bytes_per_token),
@@ -104,7 +105,8 @@ class EngineConfig:
             max_length=self.max_length,
             step_tokens=max(self.token_budget, self.idle_budget or _IDLE_SHARE * self.token_budget),
             max_running=self.max_running,
-            native=packed and ops.KERNELS is not None and self.kv == "whole" and not adapters,
+            native=known and ops.KERNELS is not None and self.kv == "whole" and not adapters,
+            input_bytes=1 if packed else dtype.itemsize,
             adapter_bytes=self.adapter_bytes if adapters else 0,
             picture_bytes=self.picture_bytes,
         )

@@ -40,7 +40,8 @@ class Use:
     step_tokens    tokens computed at once, at most
     max_length     of a sequence; None = what the model knows, or what fits
     num_pages      of the cache; None = `max_running` sequences, or what fits
-    native         whether steps run as one native call (packed matrices, kernels installed)
+    native         whether steps run as one native call (matrices packed or in bfloat16, kernels installed)
+    input_bytes    of a number that meets a matrix there: one where activations are rounded for packed matrices
     adapter_bytes  of adapters, 0 when none are served
     tokenizer      whether the same process holds one
     """
@@ -53,6 +54,7 @@ class Use:
     step_tokens: int = 2048
     max_running: int = 1
     native: bool = False
+    input_bytes: int = 1
     adapter_bytes: int = 0
     picture_bytes: int = PICTURE_BYTES
     tokenizer: bool = True
@@ -158,7 +160,7 @@ def _step(c: TextConfig, use: Use, longest: int) -> int:
 
 
 def _native_step(c: TextConfig, use: Use) -> int:
-    """A step in one native call, whose memory is asked for once: T (D + 2 Q + F) values, inputs of 8 bits twice, T I (1 + 1/4)
+    """A step in one native call, whose memory is asked for once: T (D + 2 Q + F) values, inputs twice, those of 8 bits T I (1 + 1/4)
     with scales and sums for groups of 32; for experts T 2 D + P (D + F) values and the inputs of pairs. Kept beside it: the sketch of a
     head of 8 bits, V D (1/2 + 1/16) with scales for groups of 32 at most."""
     e, tokens = c.experts, use.step_tokens
@@ -168,7 +170,8 @@ def _native_step(c: TextConfig, use: Use) -> int:
         pairs = tokens * e.top_k
         values += 2 * tokens * c.hidden_size + pairs * (c.hidden_size + e.expert_size)
         inputs += pairs * max(c.hidden_size, e.expert_size)
-    return values * use.value_bytes + 2 * inputs * 5 // 4 + c.vocab_size * c.hidden_size * 9 // 16
+    sketch = c.vocab_size * c.hidden_size * 9 // 16 if use.input_bytes == 1 else 0
+    return values * use.value_bytes + 2 * inputs * use.input_bytes * 5 // 4 + sketch
 
 
 def _picture_work(v: VisionConfig, value_bytes: int) -> int:
@@ -193,7 +196,13 @@ class Choice:
 
 def usual_use(config: ModelConfig, *, value_bytes: int = 2, packed: bool = False) -> Use:
     """One conversation of up to 8,192 tokens: what is told to those who have not said more."""
-    return Use(value_bytes=value_bytes, max_length=min(8192, config.text.max_positions), native=packed)
+    native = packed or (value_bytes == 2 and not (config.text.use_bias or config.text.head_bias))
+    return Use(
+        value_bytes=value_bytes,
+        max_length=min(8192, config.text.max_positions),
+        native=native,
+        input_bytes=1 if packed else value_bytes,
+    )
 
 
 def choices(config: ModelConfig, *, float_bytes: int = 2, use: Use | None = None) -> list[Choice]:

@@ -19,7 +19,7 @@ from ernie45.ops.reference import Routing
 
 _LOG = logging.getLogger(__name__)
 
-INTERFACE = 4  # the operators' interface that this code speaks; raised together with kInterface in kernels/src/tensors.h
+INTERFACE = 5  # the operators' interface that this code speaks; raised together with kInterface in kernels/src/tensors.h
 NAMES = ("amx", "avx512", "avx_vnni", "avx2", "neon", "plain")  # what ERNIE45_ISA may say, with "python" for no compiled kernels at all
 
 

@@ -1,7 +1,8 @@
-"""A whole network as the kernels hold it: opened from its packed matrices once, then computed a step at a time in one call.
+"""A whole network as the kernels hold it: opened from its matrices once, then computed a step at a time in one call.
 
-What a step computes is what the decoder over the same cache computes layer by layer, which is its plain twin; the arithmetic of the parts
-stands in `quantised`. Norms, activations and the cache share one type.
+A matrix is packed or whole, which is bfloat16 [O, I]; whole ones are read where they lie, nothing of them is copied. What a step computes
+is what the decoder over the same cache computes layer by layer, which is its plain twin; the arithmetic of the parts stands in `quantised`
+and `reference`. Norms, activations and the cache share one type.
 
 Letters: T tokens of the step, R requests, P pages, A rows whose next token is wanted, D width, V vocabulary, N query heads, K key heads,
 H head size, E experts.
@@ -35,16 +36,21 @@ class NetworkSizes(NamedTuple):
     eps: float
 
 
-class ExpertStack(NamedTuple):
-    """Routed experts of one layer: router [E, D] and selection bias [E] in float32, stacked packed matrices, and how they are chosen.
+Matrix = Tensor | PackedWeight
+"""A weight [O, I]: whole, in bfloat16, or packed."""
 
+
+class ExpertStack(NamedTuple):
+    """Routed experts of one layer: router [E, D] and selection bias [E] in float32, stacked matrices, and how they are chosen.
+
+    `gate_up` and `down`: the experts' matrices stacked, and their scales where they are packed, which is what `format` then is of.
     counts: int64 [E] to which every step adds how often each was chosen, where someone counts.
     """
 
     router_ED: Tensor
     bias_E: Tensor
-    gate_up: tuple[Tensor, Tensor]
-    down: tuple[Tensor, Tensor]
+    gate_up: tuple[Tensor, Tensor | None]
+    down: tuple[Tensor, Tensor | None]
     format: int
     inner_size: int
     top_k: int
@@ -75,38 +81,25 @@ class Network:
         )
         self._kept: list[object] = [final_norm_D]
 
-    def set_embedding(self, rows: Tensor | PackedWeight) -> None:
-        """Rows [V, D] in the network's type, or packed."""
-        packed = isinstance(rows, PackedWeight)
-        torch.ops.ernie45.set_embedding(
-            self._data, rows.values if packed else rows, rows.scales if packed else None, rows.format if packed else 0
-        )
+    def set_embedding(self, rows: Matrix) -> None:
+        """Rows [V, D] in the network's type or in bfloat16, or packed."""
+        torch.ops.ernie45.set_embedding(self._data, *_parts(rows))
         self._kept.append(rows)
 
-    def set_head(self, weight: PackedWeight) -> None:
+    def set_head(self, weight: Matrix) -> None:
         """The output head [V, D]. Without it a step returns no logits. One of 8 bits is sketched in 4 more, see kernels/src/sketch.h."""
-        torch.ops.ernie45.set_head(self._data, weight.values, weight.scales, weight.format)
+        torch.ops.ernie45.set_head(self._data, *_parts(weight))
         self._kept += weight, torch.ops.ernie45.sketch_head(self._data)
 
-    def set_attention(self, layer: int, norm_D: Tensor, qkv: PackedWeight, out: PackedWeight) -> None:
+    def set_attention(self, layer: int, norm_D: Tensor, qkv: Matrix, out: Matrix) -> None:
         """Attention of layer `layer` (from 0), with the norm before it."""
-        torch.ops.ernie45.set_attention(self._data, layer, norm_D, qkv.values, qkv.scales, qkv.format, out.values, out.scales, out.format)
+        torch.ops.ernie45.set_attention(self._data, layer, norm_D, *_parts(qkv), *_parts(out))
         self._kept += norm_D, qkv, out
 
-    def set_feed_forward(self, layer: int, norm_D: Tensor, gate_up: PackedWeight, down: PackedWeight) -> None:
+    def set_feed_forward(self, layer: int, norm_D: Tensor, gate_up: Matrix, down: Matrix) -> None:
         """The dense feed-forward of a layer with the norm before it, or the shared experts beside its routed ones."""
-        torch.ops.ernie45.set_feed_forward(
-            self._data,
-            layer,
-            norm_D,
-            gate_up.values,
-            gate_up.scales,
-            gate_up.format,
-            down.values,
-            down.scales,
-            down.format,
-            gate_up.out_size // 2,
-        )
+        inner_size = (gate_up.out_size if isinstance(gate_up, PackedWeight) else len(gate_up)) // 2
+        torch.ops.ernie45.set_feed_forward(self._data, layer, norm_D, *_parts(gate_up), *_parts(down), inner_size)
         self._kept += norm_D, gate_up, down
 
     def set_experts(self, layer: int, norm_D: Tensor, experts: ExpertStack) -> None:
@@ -132,3 +125,8 @@ class Network:
             self._data, tokens_T, turns_TP2, slots_T, cache, places_R3, pages_RP, page_size, answers_A, only_best, self._isa
         )
         return StepResult(hidden_TD, logits_AV if len(logits_AV) == len(answers_A) else None, best_A, best_logit_A)
+
+
+def _parts(matrix: Matrix) -> tuple[Tensor, Tensor | None, int]:
+    """Values, scales and format, as the kernels take them."""
+    return (matrix.values, matrix.scales, matrix.format) if isinstance(matrix, PackedWeight) else (matrix, None, 0)

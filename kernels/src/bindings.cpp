@@ -58,14 +58,12 @@ Tensor feed_forward(const Tensor& x, const std::optional<Tensor>& norm, double e
 
 Tensor bf16_linear(const Tensor& x, const Tensor& weight, const std::string& isa) {
   const ernie::Rows rows = rows_of(x, "x");
-  const int64_t T = x.size(0), I = x.size(1);
-  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == ScalarType::BFloat16 && weight.dim() == 2 && weight.size(1) == I,
-                  "the weight must be bfloat16 [O, ", I, "], contiguous, on the CPU");
-  const int64_t O = weight.size(0);
+  const int64_t T = x.size(0), O = weight.dim() == 2 ? weight.size(0) : 0;
+  const ernie::Packed w = whole_of(weight, O, x.size(1));
   Tensor out = empty<2>(x, {T, O});
   ernie::Output to{};
   to.type = rows.type, to.out = out.data_ptr(), to.stride = to.width = O;
-  ernie::bf16_linear(kernels(isa), threads(), rows, T, static_cast<const uint16_t*>(weight.data_ptr()), I, O, to);
+  if (T && O) ernie::whole_linear(kernels(isa), threads(), rows, T, w, to);
   return out;
 }
 

@@ -1,10 +1,9 @@
-// Products with bfloat16 weights on AMX tiles, exact to float32: tiles multiply bfloat16 numbers and add in float32, and a float32 activation
-// is the sum of three bfloat16 ones (8 + 8 + 8 bits), so each weight is met three times and nothing of it is rounded away.
+// Products of bfloat16 weights, as they are stored, on AMX tiles, exact to float32: tiles multiply bfloat16 numbers and add in float32, and a
+// float32 activation is the sum of three bfloat16 ones (8 + 8 + 8 bits), so each weight is met three times and nothing of it is rounded away.
 //
-// The weight is the left operand as it is stored, [O, I] by rows: few rows of x stream it from memory once, unpacked. The activations are the
-// small side and are packed per call into tiles of 16 pairs of inputs x `columns`, [blocks of columns][I / 32][terms]. Of few tokens each part is
-// a column of its own, so that no column stands empty and all of x stays in the nearest cache; of many the parts follow each other (terms) and
-// are added in the tile.
+// Of two operands a tile takes one by rows and the other by pairs of rows. Up to kStreamedRows tokens the weights are the one by rows: they
+// stream from memory once, unpacked, and the tokens are arranged, the small side. Beyond, it is the tokens, and weights are arranged in panels.
+// A tile adds the same products in the same order either way, so a row's result does not depend on the rows beside it.
 #define ERNIE_ISA amx_tiles
 #include <immintrin.h>
 
@@ -17,234 +16,250 @@ namespace amx_tiles {
 using tiles::TileShape;
 using tiles::transpose;
 
-constexpr int64_t kRows = 32;        // of the weight, in one panel: two tiles
-constexpr int64_t kDepth = 32;       // inputs of one tile
-constexpr int64_t kTile = 512;       // bfloat16 numbers of one tile
-constexpr int64_t kPanels = 4;       // stay in the cache while many tokens pass by
-constexpr int64_t kAhead = 12;       // tiles that are fetched before they are needed
+constexpr int64_t kDepth = 32;  // inputs of one tile
+constexpr int64_t kTile = 512;  // bfloat16 numbers of one tile
+constexpr int64_t kAhead = 12;  // tiles that are fetched before they are needed
 
 static int64_t steps(int64_t I) { return (I + kDepth - 1) / kDepth; }
+static const uint16_t* row_of(const Quantised& x, int64_t t) { return reinterpret_cast<const uint16_t*>(x.value + t * x.row_bytes()); }
+static const uint16_t* block_of(const Packed& w, int64_t block) { return reinterpret_cast<const uint16_t*>(w.value) + block * 16 * w.I; }
 
-struct Shape {
-  int parts, terms;         // of a number; of those that the tile adds
-  int64_t blocks, columns;  // tiles side by side, and how many columns each has
+// 16 rows x 32 inputs of a block, zeros where the weight ends
+static inline void load_rows(const Packed& w, int64_t block, int64_t k, __m512i* rows) {
+  const uint16_t* from = block_of(w, block) + k * kDepth;
+  const int64_t left = w.I - k * kDepth;
+  const __mmask32 inputs = left >= kDepth ? 0xffffffffu : (1u << left) - 1;
+  for (int64_t r = 0; r < 16; r++) rows[r] = _mm512_maskz_loadu_epi16(block * 16 + r < w.O ? inputs : 0, from + r * w.I);
+}
+
+// ---- few tokens: tile = 16 outputs x columns, a column for each token
+
+// Tiles of pairs of inputs x columns. A single row is such a tile as it stands.
+struct Columns {
+  int64_t blocks, columns;           // tiles side by side, and how many columns each has
   int64_t tile() const { return columns * 32; }  // numbers
 
-  Shape(Type type, int64_t T) : parts(type == Type::f32 ? 3 : 1), terms(T <= kStreamedRows ? 1 : parts) {
-    const int64_t all = T * parts / terms;
-    blocks = (all + 15) / 16;
-    columns = terms > 1 || T > kStreamedRows ? 16 : (all + blocks - 1) / blocks;
-  }
+  explicit Columns(int64_t T) : blocks((T + 15) / 16), columns((T + blocks - 1) / blocks) {}
 };
 
-static size_t packed_size(Type type, int64_t T, int64_t I) {
-  const Shape s(type, T);
-  return size_t(s.blocks * steps(I) * s.terms * s.tile()) * sizeof(uint16_t);
+static size_t arranged_bytes(const Quantised& x) {
+  const Columns c(x.T);
+  return x.T == 1 || x.T > kStreamedRows ? 0 : size_t(c.blocks * steps(x.I) * x.halves * c.tile()) * sizeof(uint16_t);
 }
 
-static inline __m512i words(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
-static inline __m256i top_halves(V v) { return (__m256i)__builtin_convertvector(reinterpret_cast<U>(v) >> 16, H16); }
-
-// 32 inputs of one row as bfloat16: the numbers themselves, or the three parts that add up to them. Parts are cut off, not rounded: what is left
-// is then exact, and never overflows.
-static inline void parts(const Rows& x, int64_t t, int64_t i, int64_t I, __m512i* out) {
-  const int n = int(I - i < 32 ? I - i : 32);
-  if (x.type == Type::bf16) {
-    const uint16_t* row = static_cast<const uint16_t*>(x.data) + t * x.stride + i;
-    out[0] = _mm512_maskz_loadu_epi16(n == 32 ? 0xffffffffu : (1u << n) - 1, row);
-    return;
-  }
-  V half[2];
-  for (int j = 0; j < 2; j++) half[j] = n > 16 * j ? get(x.data, x.type, t * x.stride + i + 16 * j, n - 16 * j) : V{};
-  for (int p = 0; p < 3; p++) {
-    out[p] = words(top_halves(half[0]), top_halves(half[1]));
-    for (int j = 0; j < 2; j++) {
-      const V part = reinterpret_cast<V>(reinterpret_cast<U>(half[j]) & 0xffff0000u);
-      const V left = half[j] - part;
-      half[j] = left == left ? left : V{};  // behind an infinity nothing is left
-    }
-  }
-}
-
-// 16 columns' numbers, one vector each -> the tile
-static inline void store_tile(__m512i* rows, const Shape& s, uint16_t* tile) {
-  transpose(rows);
-  const __mmask16 there = __mmask16((1u << s.columns) - 1);
-  for (int i = 0; i < 16; i++) _mm512_mask_storeu_epi32(tile + 2 * s.columns * i, there, rows[i]);
-}
-
-static void pack_many(const Rows& x, const Shape& s, int64_t T, int64_t I, int64_t block, int64_t end, uint16_t* out) {
-  for (const int64_t K = steps(I); block < end; block++)
-    for (int64_t k = 0; k < K; k++) {
-      __m512i rows[3][16] = {}, part[3];
-      for (int i = 0; i < 16 && block * 16 + i < T; i++) {
-        parts(x, block * 16 + i, k * kDepth, I, part);
-        for (int p = 0; p < s.terms; p++) rows[p][i] = part[p];
+// [blocks][I / 32][parts] tiles
+static void arrange(const Quantised& x, void* arranged) {
+  const Columns c(x.T);
+  auto* to = static_cast<uint16_t*>(arranged);
+  const __mmask16 there = __mmask16((1u << c.columns) - 1);
+  for (int64_t b = 0; b < c.blocks; b++)
+    for (int64_t k = 0; k < steps(x.I); k++)
+      for (int p = 0; p < x.halves; p++, to += c.tile()) {
+        __m512i rows[16];
+        for (int64_t i = 0; i < 16; i++) {
+          const int64_t t = b * c.columns + i;
+          rows[i] = i < c.columns && t < x.T ? _mm512_loadu_si512(row_of(x, t) + p * x.I + k * kDepth) : _mm512_setzero_si512();
+        }
+        transpose(rows);
+        for (int i = 0; i < 16; i++) _mm512_mask_storeu_epi32(to + 2 * c.columns * i, there, rows[i]);
       }
-      for (int p = 0; p < s.terms; p++) store_tile(rows[p], s, out + ((block * K + k) * s.terms + p) * s.tile());
-    }
 }
 
-// Column t * parts + p holds part p of token t.
-static void pack_few(const Rows& x, const Shape& s, int64_t T, int64_t I, uint16_t* out) {
-  const int64_t K = steps(I);
-  for (int64_t k = 0; k < K; k++) {
-    __m512i all[3 * kStreamedRows + 16] = {};
-    for (int64_t t = 0; t < T; t++) parts(x, t, k * kDepth, I, all + t * s.parts);
-    for (int64_t b = 0; b < s.blocks; b++) {
-      __m512i rows[16] = {};
-      for (int64_t i = 0; i < s.columns; i++) rows[i] = all[b * s.columns + i];
-      store_tile(rows, s, out + (b * K + k) * s.tile());
-    }
-  }
-}
-
-static void pack(const Rows& x, int64_t T, int64_t I, int64_t block, int64_t end, void* out) {
-  const Shape s(x.type, T);
-  auto* to = static_cast<uint16_t*>(out);
-  if (T > kStreamedRows) {
-    pack_many(x, s, T, I, block, end, to);
-  } else if (block == 0) {  // one thread does it all: it takes a few microseconds
-    pack_few(x, s, T, I, to);
-  }
-}
-
-// Up to 32 rows of the weight: tiles of 16 rows x 32 inputs, `next` numbers apart along the inputs, rows `stride` apart.
-struct Panel {
-  const uint16_t* block[2];
+// One block of the weight: tiles `next` numbers apart along the inputs, rows `stride` apart.
+struct Rows16 {
+  const uint16_t* at;
   int64_t next, stride;
-  const uint16_t* after;  // of the panel that comes next, to be fetched; null: none
+  const uint16_t* after;  // the block that comes next, to be fetched; null: the block is a copy
 };
 
-// The panel in tiles that lie in one piece, zeros where the weight ends.
-static Panel copied(const uint16_t* w, int64_t I, int64_t row, int64_t end, uint16_t* to) {
-  const int64_t K = steps(I);
-  for (int64_t r = 0; r < kRows; r++)
-    for (int64_t k = 0; k < K; k++) {
-      const int64_t n = I - k * kDepth < kDepth ? I - k * kDepth : kDepth;
-      const __mmask32 there = row + r >= end ? 0 : n == 32 ? 0xffffffffu : (1u << n) - 1;
-      const __m512i v = _mm512_maskz_loadu_epi16(there, w + (row + r) * I + k * kDepth);
-      _mm512_store_si512(to + ((r / 16) * K + k) * kTile + (r % 16) * kDepth, v);
-    }
-  return {{to, to + K * kTile}, kTile, kDepth, nullptr};
+static Rows16 streamed(const Packed& w, int64_t block, int64_t after, uint16_t* copy) {
+  if (w.I % kDepth == 0 && block * 16 + 16 <= w.O) return {block_of(w, block), kDepth, w.I, block_of(w, after)};
+  for (int64_t k = 0; k < steps(w.I); k++) {
+    __m512i rows[16];
+    load_rows(w, block, k, rows);
+    for (int r = 0; r < 16; r++) _mm512_storeu_si512(copy + k * kTile + r * kDepth, rows[r]);
+  }
+  return {copy, kTile, kDepth, nullptr};
 }
 
-static inline void fetch(const uint16_t* rows, int64_t stride) {
-  for (int i = 0; i < 16; i++) _mm_prefetch(reinterpret_cast<const char*>(rows + i * stride), _MM_HINT_T0);
+// The rows lie far apart, and the machine foresees only some of them.
+static inline void fetch(const Rows16& w, int64_t k, int64_t K) {
+  if (!w.after) return;
+  const uint16_t* from = k + kAhead < K ? w.at + (k + kAhead) * kDepth : w.after + (k + kAhead - K) % K * kDepth;
+  for (int i = 0; i < 16; i++) _mm_prefetch(reinterpret_cast<const char*>(from + i * w.stride), _MM_HINT_T0);
 }
 
-// sums[b][n] = 16 rows of the weight x 16 columns, for both blocks of the panel and N blocks of columns
-template <int P, int N>
-static inline void products(const Panel& w, int64_t K, const uint16_t* x, const Shape& s, float (*sums)[2][256]) {
+// sums[n][b]: two blocks of the weight x N blocks of columns
+template <int N>
+static inline void stream(const Rows16* w, const Quantised& x, const void* arranged, float (*sums)[2][256]) {
+  const Columns c(x.T);
+  const bool alone = x.T == 1;
+  const auto* tokens = alone ? row_of(x, 0) : static_cast<const uint16_t*>(arranged);
+  const int64_t K = steps(x.I), parts = x.halves;
+  const int64_t next = alone ? kDepth : parts * c.tile(), part = alone ? x.I : c.tile(), other = K * parts * c.tile(), stride = c.columns * 4;
   _tile_zero(0);
   _tile_zero(1);
   if (N == 2) _tile_zero(2);
   if (N == 2) _tile_zero(3);
-  const int64_t stride = w.stride * 2, tile_size = s.tile(), other = K * P * tile_size, x_stride = s.columns * 4;
   for (int64_t k = 0; k < K; k++) {
-    if (w.after) {  // streamed: the rows lie far apart, and the machine foresees only some of them
-      const int64_t ahead = k + kAhead;
-      const bool here = ahead < K;
-      fetch((here ? w.block[0] : w.after) + (here ? ahead : ahead - K) * kDepth, w.stride);
-      fetch((here ? w.block[1] : w.after + 16 * w.stride) + (here ? ahead : ahead - K) * kDepth, w.stride);
-    }
-    _tile_loadd(4, w.block[0] + k * w.next, stride);
-    _tile_loadd(5, w.block[1] + k * w.next, stride);
-    for (int p = 0; p < P; p++) {
-      const uint16_t* tile = x + (k * P + p) * tile_size;
-      _tile_loadd(6, tile, x_stride);
+    fetch(w[0], k, K);
+    fetch(w[1], k, K);
+    _tile_loadd(4, w[0].at + k * w[0].next, w[0].stride * 2);
+    _tile_loadd(5, w[1].at + k * w[1].next, w[1].stride * 2);
+    for (int64_t p = 0; p < parts; p++) {
+      const uint16_t* tile = tokens + k * next + p * part;
+      _tile_loadd(6, tile, stride);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 5, 6);
       if (N == 2) {
-        _tile_loadd(7, tile + other, x_stride);
+        _tile_loadd(7, tile + other, stride);
         _tile_dpbf16ps(2, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
       }
     }
   }
   _tile_stored(0, sums[0][0], 64);
-  _tile_stored(1, sums[1][0], 64);
-  if (N == 2) _tile_stored(2, sums[0][1], 64);
+  _tile_stored(1, sums[0][1], 64);
+  if (N == 2) _tile_stored(2, sums[1][0], 64);
   if (N == 2) _tile_stored(3, sums[1][1], 64);
 }
 
-// 16 rows of the weight x columns -> a vector for each column
-static inline void turn(const float* sums, __m512i* r) {
+// 16 outputs x columns -> a row of 16 outputs for each column
+static inline void turn(float* sums) {
+  __m512i r[16];
   for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(sums + 16 * i);
   transpose(r);
+  for (int i = 0; i < 16; i++) _mm512_store_si512(sums + 16 * i, r[i]);
 }
 
-static inline void store(const Output& out, int64_t t, int64_t column, V v) {
-  const int n = int(out.width - column < 16 ? out.width - column : 16);
-  if (n > 0) put(out.out, out.type, t * out.stride + column, v, n);
-}
-
-static void few(const uint16_t* w, int64_t I, int64_t row, int64_t end, const uint16_t* x, const Shape& s, int64_t T, const Output& out,
-                uint16_t* scratch) {
+static void few(const Packed& w, const Quantised& x, const void* arranged, int64_t block, int64_t end, const Output& out, uint16_t* scratch) {
   alignas(64) float sums[2][2][256];
-  __m512i r[16];
-  V all[2][3 * kStreamedRows + 32];
-  for (const int64_t K = steps(I); row < end; row += kRows) {
-    const bool streamed = I % kDepth == 0 && row + kRows <= end;
-    const Panel panel = streamed ? Panel{{w + row * I, w + (row + 16) * I}, kDepth, I, w + (row + kRows) * I} : copied(w, I, row, end, scratch);
-    for (int64_t b = 0; b < s.blocks; b += 2) {
-      const bool two = b + 1 < s.blocks;
-      const uint16_t* columns = x + b * K * s.tile();
-      two ? products<1, 2>(panel, K, columns, s, sums) : products<1, 1>(panel, K, columns, s, sums);
-      for (int half = 0; half < 2; half++)
-        for (int n = 0; n <= two; n++) {
-          turn(sums[half][n], r);
-          for (int64_t i = 0; i < s.columns; i++) all[half][(b + n) * s.columns + i] = reinterpret_cast<V>(r[i]);
+  const bool pairs = out.finish == Finish::swiglu;
+  const Columns c(x.T);
+  const int64_t at_once = pairs ? 1 : 2, half = w.blocks() / 2;
+  for (; block < end; block += at_once) {
+    const int64_t second = pairs ? half + block : block + 1 < end ? block + 1 : block;
+    const Rows16 rows[2] = {streamed(w, block, block + at_once, scratch), streamed(w, second, second + at_once, scratch + steps(w.I) * kTile)};
+    c.blocks == 2 ? stream<2>(rows, x, arranged, sums) : stream<1>(rows, x, arranged, sums);
+    for (int64_t n = 0; n < c.blocks; n++) {
+      turn(sums[n][0]);
+      turn(sums[n][1]);
+      for (int64_t i = 0, t = n * c.columns; i < c.columns && t < x.T; i++, t++)
+        if (pairs) {
+          finish_pair(out, t, block * 16, sums[n][0] + 16 * i, sums[n][1] + 16 * i);
+        } else {
+          finish_16(out, t, block * 16, sums[n][0] + 16 * i);
+          if (second > block) finish_16(out, t, second * 16, sums[n][1] + 16 * i);
         }
     }
-    for (int half = 0; half < 2; half++)
-      for (int64_t t = 0; t < T; t++) {
-        const V* c = all[half] + t * s.parts;
-        store(out, t, row + 16 * half, s.parts == 3 ? c[2] + c[1] + c[0] : c[0]);
-      }
   }
 }
 
-template <int P>
-static void many(const uint16_t* w, int64_t I, int64_t row, int64_t end, const uint16_t* x, const Shape& s, int64_t T, const Output& out,
-                 uint16_t* scratch) {
-  alignas(64) float sums[2][2][256];
-  __m512i r[16];
-  const int64_t K = steps(I);
-  for (; row < end; row += kPanels * kRows) {
-    Panel panels[kPanels];
-    int64_t count = 0;
-    for (int64_t at = row; count < kPanels && at < end; at += kRows, count++) panels[count] = copied(w, I, at, end, scratch + count * 2 * K * kTile);
-    for (int64_t t = 0; t < T; t += 32)
-      for (int64_t p = 0; p < count; p++) {
-        const uint16_t* tokens = x + t / 16 * K * P * kTile;
-        const bool two = T - t > 16;
-        two ? products<P, 2>(panels[p], K, tokens, s, sums) : products<P, 1>(panels[p], K, tokens, s, sums);
-        for (int half = 0; half < 2; half++)
-          for (int n = 0; n <= two; n++) {
-            turn(sums[half][n], r);
-            for (int64_t i = 0; i < 16 && t + 16 * n + i < T; i++) store(out, t + 16 * n + i, row + p * kRows + 16 * half, reinterpret_cast<V>(r[i]));
-          }
-      }
+// ---- many tokens: tile = 16 tokens x 16 outputs
+
+// A block as tiles of pairs of inputs x 16 outputs.
+static void turn_block(const Packed& w, int64_t block, uint16_t* to) {
+  for (int64_t k = 0; k < steps(w.I); k++, to += kTile) {
+    __m512i rows[16];
+    load_rows(w, block, k, rows);
+    transpose(rows);
+    for (int i = 0; i < 16; i++) _mm512_store_si512(to + 32 * i, rows[i]);
   }
 }
 
-static size_t product_scratch(int64_t I) { return size_t(kPanels * 2 * steps(I) * kTile) * sizeof(uint16_t); }
+// Sums of 32 tokens x two blocks of outputs that wait to be stored: a few rows of them after every step of the next products, which run meanwhile.
+struct Finisher {
+  const Output& out;
+  alignas(64) float sums[2][4][256];  // being finished and being made: 16 tokens each, two blocks side by side
+  int64_t t = 0, blocks[2] = {0, 0}, done = 0, rows = 0;
+  int turn = 0;
 
-static void product(const uint16_t* w, int64_t I, int64_t row, int64_t end, const void* x, Type type, int64_t T, const Output& out, void* scratch) {
-  const Shape s(type, T);
+  explicit Finisher(const Output& output) : out(output) {}
+  void some(int64_t count) {
+    for (; count > 0 && done < rows; count--, done++) {
+      const float* first = sums[turn][done / 16 * 2] + done % 16 * 16;
+      if (out.finish == Finish::swiglu) {
+        finish_pair(out, t + done, blocks[0] * 16, first, first + 256);
+      } else {
+        finish_16(out, t + done, blocks[0] * 16, first);
+        if (blocks[1] > blocks[0]) finish_16(out, t + done, blocks[1] * 16, first + 256);
+      }
+    }
+  }
+  float (*space())[256] { return sums[turn ^ 1]; }
+  // What was made is what is to be finished.
+  void take(int64_t first_token, int64_t count, int64_t first, int64_t second) {
+    some(rows);
+    turn ^= 1, t = first_token, rows = count, done = 0, blocks[0] = first, blocks[1] = second;
+  }
+};
+
+// H x 16 tokens times two blocks
+template <int H>
+static inline void tile_products(const Quantised& x, int64_t t, const uint16_t* w0, const uint16_t* w1, Finisher& f) {
+  const int64_t K = steps(x.I), stride = x.row_bytes(), rows_a_step = (32 + K - 1) / K;
+  const uint16_t *top = row_of(x, t), *bottom = row_of(x, t + 16);
+  _tile_zero(0);
+  _tile_zero(1);
+  if (H == 2) _tile_zero(2);
+  if (H == 2) _tile_zero(3);
+  for (int64_t k = 0; k < K; k++) {
+    _tile_loadd(6, w0 + k * kTile, 64);
+    _tile_loadd(7, w1 + k * kTile, 64);
+    for (int64_t p = 0; p < x.halves; p++) {
+      _tile_loadd(4, top + p * x.I + k * kDepth, stride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (H == 2) {
+        _tile_loadd(5, bottom + p * x.I + k * kDepth, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    f.some(rows_a_step);
+  }
+  float (*to)[256] = f.space();
+  _tile_stored(0, to[0], 64);
+  _tile_stored(1, to[1], 64);
+  if (H == 2) _tile_stored(2, to[2], 64);
+  if (H == 2) _tile_stored(3, to[3], 64);
+}
+
+// Tiles read whole: behind the last token there are rows that nobody looks at, see `kTokenPadding`.
+static void many(const Packed& w, const Quantised& x, int64_t block, int64_t end, const Output& out, uint16_t* panel) {
+  const bool pairs = out.finish == Finish::swiglu;
+  const int64_t half = w.blocks() / 2, size = steps(w.I) * kTile, at_once = pairs ? kPanelBlocks / 2 : kPanelBlocks;
+  Finisher finisher(out);
+  for (; block < end; block += at_once) {
+    const int64_t count = end - block < at_once ? end - block : at_once, tiles = pairs ? count : (count + 1) / 2;
+    int64_t first[kPanelBlocks / 2], second[kPanelBlocks / 2];
+    for (int64_t i = 0; i < tiles; i++) {
+      first[i] = pairs ? block + i : block + 2 * i;
+      second[i] = pairs ? half + first[i] : first[i] + 1 < end ? first[i] + 1 : first[i];
+      turn_block(w, first[i], panel + 2 * i * size);
+      turn_block(w, second[i], panel + (2 * i + 1) * size);
+    }
+    for (int64_t t = 0; t < x.T; t += 32)
+      for (int64_t i = 0; i < tiles; i++) {
+        const int64_t rows = x.T - t < 32 ? x.T - t : 32;
+        const uint16_t* w0 = panel + 2 * i * size;
+        rows > 16 ? tile_products<2>(x, t, w0, w0 + size, finisher) : tile_products<1>(x, t, w0, w0 + size, finisher);
+        finisher.take(t, rows, first[i], second[i]);
+      }
+  }
+  finisher.some(32);
+}
+
+static size_t whole_scratch(const Packed& w) { return size_t(kPanelBlocks * steps(w.I) * kTile) * sizeof(uint16_t); }
+
+static void whole(const Packed& w, const Quantised& x, const void* arranged, int64_t block, int64_t end, const Output& out, void* scratch) {
+  const bool streams = x.T <= kStreamedRows;
+  const uint16_t columns = streams ? uint16_t(Columns(x.T).columns * 4) : 64;
   TileShape shape;
-  for (int i = 0; i < 8; i++) shape.bytes[i] = uint16_t(i == 4 || i == 5 ? 64 : s.columns * 4);  // 0 .. 3 sums, 4, 5 weight, 6, 7 activations
+  for (int i = 0; i < 8; i++) shape.bytes[i] = i == 4 || i == 5 ? 64 : columns;  // 0 .. 3 sums, 4, 5 by rows, 6, 7 by pairs of rows
   _tile_loadconfig(&shape);
-  const auto* columns = static_cast<const uint16_t*>(x);
-  auto* panels = static_cast<uint16_t*>(scratch);
-  if (T <= kStreamedRows) {
-    few(w, I, row, end, columns, s, T, out, panels);
-  } else if (type == Type::f32) {
-    many<3>(w, I, row, end, columns, s, T, out, panels);
-  } else {
-    many<1>(w, I, row, end, columns, s, T, out, panels);
-  }
+  auto* space = static_cast<uint16_t*>(scratch);
+  streams ? few(w, x, arranged, block, end, out, space) : many(w, x, block, end, out, space);
   _tile_release();
 }
 
@@ -253,13 +268,11 @@ static void product(const uint16_t* w, int64_t I, int64_t row, int64_t end, cons
 const FloatKernels& amx_floats() {
   static const FloatKernels kernels = [] {
     FloatKernels k = avx512_floats();
-    k.most_rows = 1024;
-    k.row_block = amx_tiles::kRows;
-    k.token_block = 16;
-    k.packed_size = amx_tiles::packed_size;
-    k.pack = amx_tiles::pack;
-    k.product_scratch = amx_tiles::product_scratch;
-    k.product = amx_tiles::product;
+    k.halves = true;
+    k.arranged_bytes = amx_tiles::arranged_bytes;
+    k.arrange = amx_tiles::arrange;
+    k.whole_scratch = amx_tiles::whole_scratch;
+    k.whole = amx_tiles::whole;
     return k;
   }();
   return kernels;

@@ -6,7 +6,8 @@
 namespace ernie {
 namespace {
 
-enum Purpose { activations, panels, between, purposes };
+enum Purpose { activations, panels, between, arranged, purposes };
+constexpr int64_t kMostRows = 1024;  // that meet whole weights at once: float32 ones take three times their size
 
 Scratch& scratch(Purpose purpose) {
   static thread_local Scratch of_thread[purposes];
@@ -16,14 +17,6 @@ Scratch& scratch(Purpose purpose) {
 int64_t pieces(int64_t items, int64_t threads, int64_t multiple) {
   const int64_t piece = items / (threads * 6) / multiple * multiple;
   return piece < multiple ? multiple : piece;
-}
-
-Quantised space_for(int64_t T, const Packed& w, Scratch& memory) {
-  const int64_t padded = (T + kTokenPadding - 1) / kTokenPadding * kTokenPadding;
-  const size_t values = size_t(padded * w.input_bytes()), groups = size_t(T * w.G);
-  char* at = memory.take(values + groups * 8 + 64);
-  return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + values), reinterpret_cast<int32_t*>(at + values + groups * 4), T, w.I, w.G, w.hadamard,
-          w.float_inputs};
 }
 
 void quantise(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, const Norm& norm, const Quantised& q) {
@@ -40,6 +33,14 @@ void quantise(const Kernels& k, const Threads& threads, const Rows& x, int64_t T
 void product(const Kernels& k, const Threads& threads, const Quantised& x, const Packed& w, const Output& out) {
   const bool pairs = out.finish == Finish::swiglu;
   const int64_t blocks = pairs ? w.blocks() / 2 : w.blocks();
+  if (w.whole()) {
+    char* tiles = scratch(arranged).take(k.floats->arranged_bytes(x));
+    if (k.floats->arranged_bytes(x)) k.floats->arrange(x, tiles);
+    share(threads, blocks, pieces(blocks, threads.count, pairs ? 1 : 2), [&](int64_t first, int64_t end) {
+      k.floats->whole(w, x, tiles, first, end, out, scratch(panels).take(k.floats->whole_scratch(w)));
+    });
+    return;
+  }
   if (x.floats) {
     share(threads, blocks, pieces(blocks, threads.count, 1), [&](int64_t first, int64_t end) {
       k.floats->packed(w, x, first, end, out, scratch(panels).take(size_t(kFloatRows * w.I) * sizeof(float)));
@@ -60,9 +61,19 @@ void product(const Kernels& k, const Threads& threads, const Quantised& x, const
 
 void linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, const Norm& norm, const Packed& w,
             const Output& out) {
-  const Quantised q = space_for(T, w, scratch(activations));
+  const Quantised inputs = inputs_of(k, w, x.type, T), q = placed(inputs, scratch(activations).take(bytes_of(inputs)));
   quantise(k, threads, x, T, width, norm, q);
   product(k, threads, q, w, out);
+}
+
+void whole_linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, const Packed& w, const Output& out) {
+  const size_t x_element = x.type == Type::f32 ? 4 : 2, out_element = out.type == Type::f32 ? 4 : 2;
+  for (int64_t t = 0; t < T; t += kMostRows) {
+    Output to = out;
+    to.out = static_cast<char*>(out.out) + size_t(t * out.stride) * out_element;
+    const Rows part{static_cast<const char*>(x.data) + size_t(t * x.stride) * x_element, x.type, x.stride};
+    linear(k, threads, part, T - t < kMostRows ? T - t : kMostRows, w.I, {nullptr, x.type, 0}, w, to);
+  }
 }
 
 void feed_forward(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t D, const Norm& norm, const Packed& gate_up,
@@ -78,22 +89,6 @@ void feed_forward(const Kernels& k, const Threads& threads, const Rows& x, int64
   outer.finish = norm.weight ? Finish::add : Finish::store;
   outer.type = x.type, outer.out = out, outer.stride = outer.width = D, outer.addend = x.data;
   linear(k, threads, Rows{h, x.type, F}, T, F, Norm{nullptr, x.type, 0}, down, outer);
-}
-
-void bf16_linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, const uint16_t* w, int64_t I, int64_t O, const Output& out) {
-  const FloatKernels& f = *k.floats;
-  const size_t x_element = x.type == Type::f32 ? 4 : 2, out_element = out.type == Type::f32 ? 4 : 2;
-  for (int64_t t = 0; t < T; t += f.most_rows) {
-    const int64_t count = T - t < f.most_rows ? T - t : f.most_rows, blocks = (count + f.token_block - 1) / f.token_block;
-    const Rows part{static_cast<const char*>(x.data) + size_t(t * x.stride) * x_element, x.type, x.stride};
-    Output to = out;
-    to.out = static_cast<char*>(out.out) + size_t(t * out.stride) * out_element;
-    char* packed = scratch(activations).take(f.packed_size(x.type, count, I));
-    share(threads, blocks, count <= kStreamedRows ? blocks : 1, [&](int64_t first, int64_t end) { f.pack(part, count, I, first, end, packed); });
-    share(threads, O, pieces(O, threads.count, f.row_block), [&](int64_t first, int64_t end) {
-      f.product(w, I, first, end, packed, x.type, count, to, scratch(panels).take(f.product_scratch(I)));
-    });
-  }
 }
 
 template <class F>

@@ -16,15 +16,28 @@ struct Norm {
   float eps;
 };
 
-// out [T, O] = quantised(x) @ w
+// How `w` wants T rows of activations; `placed` says where they lie. Behind the last row there is memory, see kTokenPadding.
+inline Quantised inputs_of(const Kernels& k, const Packed& w, Type type, int64_t T) {
+  const bool halves = w.whole() && k.floats->halves;
+  return {nullptr, nullptr, nullptr, T, w.padded(), w.G, w.hadamard, w.float_inputs || w.whole(), halves ? type == Type::f32 ? 3 : 1 : 0};
+}
+inline size_t value_bytes(const Quantised& q) { return (size_t((q.T + kTokenPadding) * q.row_bytes()) + 63) / 64 * 64; }
+inline size_t bytes_of(const Quantised& q) { return value_bytes(q) + size_t(q.T * q.G) * 8; }
+inline Quantised placed(Quantised q, void* at) {
+  char* scales = static_cast<char*>(at) + value_bytes(q);
+  q.value = static_cast<int8_t*>(at), q.scale = reinterpret_cast<float*>(scales), q.sum = reinterpret_cast<int32_t*>(scales + q.T * q.G * 4);
+  return q;
+}
+
+// out [T, O] = x @ w, after the norm if there is one, and after quantising where the weights are packed
 void linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t width, const Norm& norm, const Packed& w, const Output& out);
+
+// out [T, O] = x @ w for whole weights and any number of rows
+void whole_linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, const Packed& w, const Output& out);
 
 // out [T, D] = x + swiglu(norm(x) @ gate_up) @ down; without a norm, nothing is added. Needs a gate whose width is a multiple of 16.
 void feed_forward(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t D, const Norm& norm, const Packed& gate_up,
                   const Packed& down, void* out);
-
-// out [T, O] = x @ w for a bfloat16 weight [O, I]
-void bf16_linear(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, const uint16_t* w, int64_t I, int64_t O, const Output& out);
 
 // out [T, D] = the norm of x, whose rows lie in one piece, in the type of x and of the weight
 void rms_norm(const Kernels& k, const Threads& threads, const Rows& x, int64_t T, int64_t D, const Norm& norm, void* out);

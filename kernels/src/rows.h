@@ -144,11 +144,28 @@ static inline void hadamard_row(float* row, int64_t n, int64_t group) {
   }
 }
 
+// A row of q.I values as the bfloat16 ones that add up to them, part after part. Parts are cut off, not rounded: what is left is then exact, and
+// never overflows; of a bfloat16 value nothing is left.
+static inline void halve_row(float* row, const Quantised& q, int64_t t) {
+  auto* to = reinterpret_cast<uint16_t*>(q.value + t * q.row_bytes());
+  for (int64_t i = 0; i < q.I; i += 16) {
+    V left = load(row + i);
+    for (int p = 0; p < q.halves; p++) {
+      const U bits = reinterpret_cast<U>(left);
+      const H16 part = __builtin_convertvector(bits >> 16, H16);
+      std::memcpy(to + p * q.I + i, &part, 32);
+      const V rest = left - reinterpret_cast<V>(bits & 0xffff0000u);
+      left = rest == rest ? rest : V{};  // behind an infinity nothing is left
+    }
+  }
+}
+
 // `row` holds `width` values, then zeros up to a multiple of 16; the rest of the last group is filled up.
 static inline void quantise_row(float* row, int64_t width, const Quantised& q, int64_t t) {
   for (int64_t i = (width + 15) / 16 * 16; i < q.I; i++) row[i] = 0.0f;
   const int64_t group = q.I / q.G;
   if (q.hadamard) hadamard_row(row, q.I, group);
+  if (q.halves) return halve_row(row, q, t);
   if (q.floats) {
     std::memcpy(q.value + t * q.row_bytes(), row, size_t(q.row_bytes()));
     return;

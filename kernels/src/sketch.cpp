@@ -167,7 +167,7 @@ void Search::note(int64_t block, int64_t end) {
 
 // The whole logits of a block take the place of the sketched ones.
 void Search::compute(int64_t r, int64_t block) {
-  const Quantised one{x_.value + r * x_.I, x_.scale + r * x_.G, x_.sum + r * x_.G, 1, x_.I, x_.G, x_.hadamard, false};
+  const Quantised one{x_.value + r * x_.I, x_.scale + r * x_.G, x_.sum + r * x_.G, 1, x_.I, x_.G, x_.hadamard, false, 0};
   Output to = approximate();
   to.finish = Finish::logits, to.type = type_, to.out = row(r);
   k_.few(head_, one, block, block + 1, to);

@@ -22,9 +22,14 @@ char* panel_memory(size_t bytes) {
   return of_thread.take(bytes);
 }
 
+char* arranged_memory(size_t bytes) {
+  static thread_local Scratch of_thread;
+  return of_thread.take(bytes);
+}
+
 // One row of quantised activations as a matrix of its own.
 Quantised row_of(const Quantised& q, int64_t row) {
-  return {q.value + row * q.row_bytes(), q.scale + row * q.G, q.sum + row * q.G, 1, q.I, q.G, q.hadamard, q.floats};
+  return {q.value + row * q.row_bytes(), q.scale + row * q.G, q.sum + row * q.G, 1, q.I, q.G, q.hadamard, q.floats, q.halves};
 }
 
 // Rows first .. first + count of quantised activations.
@@ -119,28 +124,30 @@ class Pass {
 
   void place() {
     const int64_t T = s_.T;
-    widest_ = 0, groups_ = 0, inner_ = 0;
+    inner_ = 0;
     int64_t pairs = 0, most_experts = 0;
-    const auto see = [&](const Packed& w) {
-      widest_ = w.input_bytes() > widest_ ? w.input_bytes() : widest_;
-      groups_ = w.G > groups_ ? w.G : groups_;
+    size_t input_bytes = 0, pair_bytes = 0;
+    const int64_t rows = T > s_.num_answers ? T : s_.num_answers;
+    const auto see = [&](const Packed& w, int64_t count, size_t& most) {
+      const size_t bytes = bytes_of(inputs_of(k_, w, n_.type, count));
+      most = bytes > most ? bytes : most;
     };
     for (int64_t i = 0; i < n_.layers; i++) {
       const Layer& l = n_.layer(i);
-      see(l.qkv), see(l.out), see(l.gate_up), see(l.down);
+      for (const Packed* w : {&l.qkv, &l.out, &l.gate_up, &l.down})
+        if (w->O) see(*w, rows, input_bytes);
       inner_ = l.gate_up.O / 2 > inner_ ? l.gate_up.O / 2 : inner_;
       if (!l.experts.E) continue;
-      see(l.experts.gate_up), see(l.experts.down);
+      see(l.experts.gate_up, T * l.experts.top_k, pair_bytes), see(l.experts.down, T * l.experts.top_k, pair_bytes);
       pairs = T * l.experts.top_k > pairs ? T * l.experts.top_k : pairs;
       most_experts = l.experts.E > most_experts ? l.experts.E : most_experts;
       expert_inner_ = l.experts.gate_up.O / 2 > expert_inner_ ? l.experts.gate_up.O / 2 : expert_inner_;
     }
-    see(n_.head);
+    if (n_.head.O) see(n_.head, rows, input_bytes);
     num_phases_ = n_.layers * 16 + 12;
     phases_ = room_.of<Phase>(num_phases_);
     lengths_ = room_.of<int64_t>(T), span_of_ = room_.of<int64_t>(T), chunks_ = room_.of<Chunk>(T);
-    const int64_t rows = T > s_.num_answers ? T : s_.num_answers;
-    input_ = room_.take(quantised_bytes(rows)), middle_ = room_.take(quantised_bytes(T));
+    input_ = room_.take(input_bytes), middle_ = room_.take(input_bytes);
     q_ = room_.take(size_t(T * n_.N * n_.H) * element_), seen_ = room_.take(size_t(T * n_.N * n_.H) * element_);
     between_ = room_.take(size_t(T * inner_) * element_);
     if (by_sketch(n_, s_)) search_ = room_.take(Search::bytes(n_.sketch, s_.num_answers));
@@ -150,20 +157,12 @@ class Pass {
       scores_ = room_.of<float>(T * most_experts), pair_weights_ = room_.of<float>(pairs), weights_ = room_.of<float>(pairs);
       ids_ = room_.of<int32_t>(pairs), places_ = room_.of<int32_t>(pairs), tokens_ = room_.of<int32_t>(pairs);
       starts_ = room_.of<int64_t>(most_experts + 1), used_ = room_.of<int64_t>(most_experts), filled_ = room_.of<int64_t>(T);
-      pair_input_ = room_.take(quantised_bytes(pairs)), pair_middle_ = room_.take(quantised_bytes(pairs));
+      pair_input_ = room_.take(pair_bytes), pair_middle_ = room_.take(pair_bytes);
       pair_between_ = room_.take(size_t(pairs * expert_inner_) * element_), pair_out_ = room_.take(size_t(pairs * n_.D) * element_);
     }
   }
 
-  // tiles read whole: behind the last row there must be memory, see kTokenPadding
-  size_t quantised_bytes(int64_t rows) const { return size_t((rows + kTokenPadding) * widest_) + size_t(rows * groups_) * 8 + 256; }
-
-  Quantised space_in(void* base, const Packed& w, int64_t rows) const {
-    char* at = static_cast<char*>(base);
-    const size_t values = size_t((rows + kTokenPadding) * w.input_bytes() + 63) / 64 * 64, groups = size_t(rows * w.G) * 4;
-    return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + values), reinterpret_cast<int32_t*>(at + values + groups), rows, w.I, w.G,
-            w.hadamard, w.float_inputs};
-  }
+  Quantised space_in(void* base, const Packed& w, int64_t rows) const { return placed(inputs_of(k_, w, n_.type, rows), base); }
   Quantised space(const Packed& w, int64_t rows) const { return space_in(input_, w, rows); }
 
   void embed(int64_t t) {
@@ -178,9 +177,19 @@ class Pass {
     k_.norm_quantise(hidden(), end - t, n_.D, weight, n_.type, n_.eps, q, t);
   }
 
+  // What products of `x` and whole weights want to have arranged; each thread does it once for itself.
+  const void* arranged(const Packed& w, const Quantised& x) const {
+    const size_t bytes = w.whole() ? k_.floats->arranged_bytes(x) : 0;
+    if (!bytes) return nullptr;
+    void* at = arranged_memory(bytes);
+    k_.floats->arrange(x, at);
+    return at;
+  }
+
   // Blocks (with pairs: of the gate, and the up blocks beside them) first .. end of a product.
-  void multiply(const Packed& w, const Quantised& x, int64_t first, int64_t end, const Output& out) const {
+  void multiply(const Packed& w, const Quantised& x, const void* arranged, int64_t first, int64_t end, const Output& out) const {
     const bool pairs = out.finish == Finish::swiglu;
+    if (w.whole()) return k_.floats->whole(w, x, arranged, first, end, out, panel_memory(k_.floats->whole_scratch(w)));
     if (x.floats) return k_.floats->packed(w, x, first, end, out, panel_memory(size_t(kFloatRows * w.I) * sizeof(float)));
     if (x.T <= kFewRows) return (pairs ? k_.few_pairs : k_.few)(w, x, first, end, out);
     (pairs ? k_.many_pairs : k_.many)(w, x, first, end, out, panel_memory(k_.many_scratch(w)));
@@ -193,7 +202,12 @@ class Pass {
     const Quantised& x;
     const Output& out;
     bool pairs;
-    void operator()(int64_t first, int64_t end) const { pass.multiply(w, x, first, end, out); }
+    mutable const void* arranged = nullptr;
+    mutable bool begun = false;
+    void operator()(int64_t first, int64_t end) const {
+      if (!begun) arranged = pass.arranged(w, x), begun = true;
+      pass.multiply(w, x, arranged, first, end, out);
+    }
     void ahead(int64_t first, int64_t end) const {
       fetch(w, first, end);
       if (pairs) fetch(w, first + w.blocks() / 2, end + w.blocks() / 2);
@@ -210,6 +224,7 @@ class Pass {
     const int64_t block_bytes = w.block_bytes() * (pairs ? 2 : 1), panel = pairs ? kPanelBlocks / 2 : kPanelBlocks;
     int64_t at_once = blocks / (threads_ * 16), least = (32768 + block_bytes - 1) / block_bytes;
     at_once = at_once < least ? least : at_once;
+    if (w.whole() && rows <= kStreamedRows) return pairs ? at_once : (at_once + 1) / 2 * 2;  // blocks stream by twos
     return rows <= kFewRows ? at_once : (at_once + panel - 1) / panel * panel;
   }
 
@@ -360,18 +375,24 @@ class Pass {
     const int64_t rows = s_.T * l.experts.top_k / l.experts.E;  // of one expert, about
     const int64_t shared_piece = shared.O ? piece(shared, shared_blocks, s_.T, first) : 1, step = piece(stack, blocks, rows, first);
     const int64_t shared_units = shared.O ? (shared_blocks + shared_piece - 1) / shared_piece : 0, units = (blocks + step - 1) / step;
+    int64_t whose = -2;  // rows were arranged last: an expert's, or -1, the shared experts'
+    const void* tiles = nullptr;
+    const auto tiles_of = [&](const Packed& w, const Quantised& rows_of_it, int64_t number) {
+      if (whose != number) tiles = arranged(w, rows_of_it), whose = number;
+      return tiles;
+    };
     m.run(shared_units + num_used_ * units, 1, [&](int64_t unit, int64_t) {
       if (unit < shared_units) {
         const int64_t at = unit * shared_piece, end = at + shared_piece < shared_blocks ? at + shared_piece : shared_blocks;
-        return multiply(shared, x, at, end, shared_to);
+        return multiply(shared, x, tiles_of(shared, x, -1), at, end, shared_to);
       }
       unit -= shared_units;
       const int64_t expert = used_[unit / units], at = unit % units * step, end = at + step < blocks ? at + step : blocks;
-      Packed w = stack;
-      w.value += expert * w.blocks() * w.block_bytes(), w.scale += expert * w.blocks() * w.G * 16;
+      const Packed w = stack.expert(expert);
+      const Quantised its = rows_of(pairs, starts_[expert], starts_[expert + 1] - starts_[expert]);
       Output to = pairs_to;
       to.out = row(pairs_to.out, starts_[expert], pairs_to.stride);
-      multiply(w, rows_of(pairs, starts_[expert], starts_[expert + 1] - starts_[expert]), at, end, to);
+      multiply(w, its, tiles_of(w, its, expert), at, end, to);
     }, steps...);
   }
 
@@ -442,7 +463,7 @@ class Pass {
   const size_t element_;
   Room room_;
   Phase* phases_;
-  int64_t num_phases_, widest_ = 0, groups_ = 0, inner_ = 0, expert_inner_ = 0, longest_ = 0, num_used_ = 0;
+  int64_t num_phases_, inner_ = 0, expert_inner_ = 0, longest_ = 0, num_used_ = 0;
   Chunk* chunks_;
   int64_t num_chunks_ = 0, blocks_ = 0, num_parts_ = 0;
   size_t part_bytes_ = 0;

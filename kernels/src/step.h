@@ -1,4 +1,5 @@
-// A whole step of a decoder: tokens in, the next tokens' logits out, keys and values written to the cache on the way. Every matrix is packed.
+// A whole step of a decoder: tokens in, the next tokens' logits out, keys and values written to the cache on the way. Matrices
+// are packed or whole.
 #pragma once
 #include "sketch.h"
 
@@ -28,7 +29,7 @@ struct Network {
   int64_t D, N, K, H, vocabulary, layers;
   float eps;
   const void* norm;
-  const void* embedding;  // [vocabulary, D] of `type`, or null: packed
+  const void* embedding;  // [vocabulary, D] of `type`, or null: `packed_embedding`
   Packed packed_embedding, head;  // a head whose O is 0 is computed by the caller
   Sketch sketch;                  // of the head, or none
 

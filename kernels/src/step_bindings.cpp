@@ -30,17 +30,23 @@ const void* norm_in(const Network& n, const Tensor& weight) {
   return weight.data_ptr();
 }
 
-ernie::Packed matrix(const Tensor& value, const Tensor& scale, int64_t out_size, int64_t bits, int64_t in_size) {
-  const ernie::Packed w = packed_of(value, scale, out_size, bits, in_size);
+// Without a scale: a whole matrix.
+ernie::Packed matrix(const Tensor& value, const std::optional<Tensor>& scale, int64_t out_size, int64_t bits, int64_t in_size) {
+  if (!scale) return whole_of(value, out_size, in_size);
+  const ernie::Packed w = packed_of(value, *scale, out_size, bits, in_size);
   STD_TORCH_CHECK(w.I - in_size < w.group(), "packed weights of width ", w.I, " belong to wider activations than ", in_size);
   return w;
 }
 
 // The first expert's matrix of a stack [E, ...].
-ernie::Packed stack(const Tensor& value, const Tensor& scale, int64_t E, int64_t out_size, int64_t bits, int64_t in_size) {
-  STD_TORCH_CHECK(value.dim() == 4 && scale.dim() == 4 && value.size(0) == E && scale.size(0) == E && value.is_contiguous() && scale.is_contiguous(),
-                  "stacked experts must be [", E, ", ...], contiguous");
-  return matrix(torch::stable::select(value, 0, 0), torch::stable::select(scale, 0, 0), out_size, bits, in_size);
+ernie::Packed stack(const Tensor& value, const std::optional<Tensor>& scale, int64_t E, int64_t out_size, int64_t bits, int64_t in_size) {
+  const auto check = [E](const Tensor& t, int64_t dimensions) {
+    STD_TORCH_CHECK(t.dim() == dimensions && t.size(0) == E && t.is_contiguous(), "stacked experts must be [", E, ", ...], contiguous");
+  };
+  check(value, scale ? 4 : 3);
+  if (!scale) return whole_of(torch::stable::select(value, 0, 0), out_size, in_size);
+  check(*scale, 4);
+  return matrix(torch::stable::select(value, 0, 0), torch::stable::select(*scale, 0, 0), out_size, bits, in_size);
 }
 
 Tensor network(const Tensor& norm, double eps, int64_t layers, int64_t vocabulary, int64_t N, int64_t K, int64_t H) {
@@ -57,8 +63,8 @@ Tensor network(const Tensor& norm, double eps, int64_t layers, int64_t vocabular
 
 void set_embedding(const Tensor& network, const Tensor& values, const std::optional<Tensor>& scales, int64_t bits) {
   Network& n = network_of(network);
-  if (scales) {
-    n.packed_embedding = matrix(values, *scales, n.vocabulary, bits, n.D);
+  if (scales || (n.type == ernie::Type::f32 && values.scalar_type() == ScalarType::BFloat16)) {
+    n.packed_embedding = matrix(values, scales, n.vocabulary, bits, n.D);
     return;
   }
   STD_TORCH_CHECK(values.is_cpu() && values.is_contiguous() && type_of(values, "the embedding") == n.type && values.dim() == 2 &&
@@ -67,7 +73,7 @@ void set_embedding(const Tensor& network, const Tensor& values, const std::optio
   n.embedding = values.data_ptr();
 }
 
-void set_head(const Tensor& network, const Tensor& values, const Tensor& scales, int64_t bits) {
+void set_head(const Tensor& network, const Tensor& values, const std::optional<Tensor>& scales, int64_t bits) {
   Network& n = network_of(network);
   n.head = matrix(values, scales, n.vocabulary, bits, n.D);
 }
@@ -81,8 +87,8 @@ Tensor sketch_head(const Tensor& network) {
   return empty_of<1>(aoti_torch_dtype_uint8(), {0});
 }
 
-void set_attention(const Tensor& network, int64_t layer, const Tensor& norm, const Tensor& qkv, const Tensor& qkv_scale, int64_t qkv_bits,
-                   const Tensor& out, const Tensor& out_scale, int64_t out_bits) {
+void set_attention(const Tensor& network, int64_t layer, const Tensor& norm, const Tensor& qkv, const std::optional<Tensor>& qkv_scale, int64_t qkv_bits,
+                   const Tensor& out, const std::optional<Tensor>& out_scale, int64_t out_bits) {
   Network& n = network_of(network);
   ernie::Layer& l = layer_of(n, layer);
   l.attention_norm = norm_in(n, norm);
@@ -90,8 +96,8 @@ void set_attention(const Tensor& network, int64_t layer, const Tensor& norm, con
   l.out = matrix(out, out_scale, n.D, out_bits, n.N * n.H);
 }
 
-void set_feed_forward(const Tensor& network, int64_t layer, const Tensor& norm, const Tensor& gate_up, const Tensor& gate_up_scale,
-                      int64_t gate_up_bits, const Tensor& down, const Tensor& down_scale, int64_t down_bits, int64_t inner) {
+void set_feed_forward(const Tensor& network, int64_t layer, const Tensor& norm, const Tensor& gate_up, const std::optional<Tensor>& gate_up_scale,
+                      int64_t gate_up_bits, const Tensor& down, const std::optional<Tensor>& down_scale, int64_t down_bits, int64_t inner) {
   Network& n = network_of(network);
   ernie::Layer& l = layer_of(n, layer);
   STD_TORCH_CHECK(inner > 0 && inner % 16 == 0, "the inner width must be a multiple of 16");
@@ -101,8 +107,8 @@ void set_feed_forward(const Tensor& network, int64_t layer, const Tensor& norm, 
 }
 
 void set_experts(const Tensor& network, int64_t layer, const Tensor& norm, const Tensor& router, const Tensor& bias, const Tensor& gate_up,
-                 const Tensor& gate_up_scale, const Tensor& down, const Tensor& down_scale, int64_t bits, int64_t inner, int64_t top_k, double norm_min,
-                 const std::optional<Tensor>& counts) {
+                 const std::optional<Tensor>& gate_up_scale, const Tensor& down, const std::optional<Tensor>& down_scale, int64_t bits, int64_t inner,
+                 int64_t top_k, double norm_min, const std::optional<Tensor>& counts) {
   Network& n = network_of(network);
   ernie::Layer& l = layer_of(n, layer);
   STD_TORCH_CHECK(router.is_cpu() && router.is_contiguous() && router.scalar_type() == ScalarType::Float && router.dim() == 2 && router.size(1) == n.D,
@@ -179,14 +185,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step(const Tensor& network, const Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(ernie45, m) {
   m.def("network(Tensor norm, float eps, int layers, int vocabulary, int heads, int kv_heads, int head_size) -> Tensor");
   m.def("set_embedding(Tensor(a!) network, Tensor values, Tensor? scales, int bits) -> ()");
-  m.def("set_head(Tensor(a!) network, Tensor values, Tensor scales, int bits) -> ()");
+  m.def("set_head(Tensor(a!) network, Tensor values, Tensor? scales, int bits) -> ()");
   m.def("sketch_head(Tensor(a!) network) -> Tensor");
-  m.def("set_attention(Tensor(a!) network, int layer, Tensor norm, Tensor qkv, Tensor qkv_scale, int qkv_bits, Tensor out, Tensor out_scale, "
+  m.def("set_attention(Tensor(a!) network, int layer, Tensor norm, Tensor qkv, Tensor? qkv_scale, int qkv_bits, Tensor out, Tensor? out_scale, "
         "int out_bits) -> ()");
-  m.def("set_feed_forward(Tensor(a!) network, int layer, Tensor norm, Tensor gate_up, Tensor gate_up_scale, int gate_up_bits, Tensor down, "
-        "Tensor down_scale, int down_bits, int inner) -> ()");
-  m.def("set_experts(Tensor(a!) network, int layer, Tensor norm, Tensor router, Tensor bias, Tensor gate_up, Tensor gate_up_scale, Tensor down, "
-        "Tensor down_scale, int bits, int inner, int top_k, float norm_min, Tensor(b!)? counts=None) -> ()");
+  m.def("set_feed_forward(Tensor(a!) network, int layer, Tensor norm, Tensor gate_up, Tensor? gate_up_scale, int gate_up_bits, Tensor down, "
+        "Tensor? down_scale, int down_bits, int inner) -> ()");
+  m.def("set_experts(Tensor(a!) network, int layer, Tensor norm, Tensor router, Tensor bias, Tensor gate_up, Tensor? gate_up_scale, Tensor down, "
+        "Tensor? down_scale, int bits, int inner, int top_k, float norm_min, Tensor(b!)? counts=None) -> ()");
   m.def("step(Tensor network, Tensor tokens, Tensor turns, Tensor slots, Tensor(a!) cache, Tensor spans, Tensor pages, int page_size, "
         "Tensor answers, bool only_best, str isa) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -8,6 +8,13 @@ namespace ERNIE_ISA {
 void adamw(const AdamwJob& job, int64_t first, int64_t end);  // adamw.cpp
 
 static void embed(const Packed& w, int64_t token, int64_t width, Type type, void* out) {
+  if (w.whole()) {
+    for (int64_t i = 0; i < width; i += 16) {
+      const int n = int(width - i < 16 ? width - i : 16);
+      put(out, type, i, get(w.value, Type::bf16, token * w.I + i, n), n);
+    }
+    return;
+  }
   const uint8_t* value = w.value + token / 16 * w.block_bytes() + token % 16 * 4;
   const uint16_t* scale = w.scale + token / 16 * w.G * 16 + token % 16;
   const int64_t group = w.group();

@@ -24,7 +24,7 @@ using torch::stable::Tensor;
 constexpr int64_t kWidestInput = 65536;
 
 // The number of the operators' interface: raised, here and in ernie45/ops/native.py, whenever an operator's arguments or what they mean change.
-constexpr int64_t kInterface = 4;
+constexpr int64_t kInterface = 5;
 
 inline const ernie::Kernels& kernels(const std::string& isa) {
   const ernie::Kernels* found = ernie::choose(isa);
@@ -82,6 +82,14 @@ inline ernie::Packed packed_of(const Tensor& value, const Tensor& scale, int64_t
   STD_TORCH_CHECK(w.I % w.G == 0 && w.group() % 32 == 0, "packed weights of width ", w.I, " do not fall into ", w.G, " groups of a multiple of 32");
   STD_TORCH_CHECK(w.I >= in_size && w.I <= kWidestInput, "packed weights of width ", w.I, " do not take activations of width ", in_size);
   return w;
+}
+
+// A bfloat16 matrix as it is stored.
+inline ernie::Packed whole_of(const Tensor& weight, int64_t out_size, int64_t in_size) {
+  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.scalar_type() == ScalarType::BFloat16 && weight.dim() == 2 &&
+                      weight.size(0) == out_size && weight.size(1) == in_size && in_size <= kWidestInput,
+                  "a whole weight must be bfloat16 [", out_size, ", ", in_size, "], contiguous, on the CPU");
+  return {static_cast<const uint8_t*>(weight.data_ptr()), nullptr, out_size, in_size, 1, 16, false, false};
 }
 
 // Of a request of `length` keys: its pages are in its table of `max_pages`, and the cache of `num_slots` has them. Nothing here may overflow.

@@ -19,7 +19,7 @@ struct Rows {
 
 // Activations as the integer kernels read them: `value` [T, I] in -127 .. 127, `scale` [T, G], and `sum` [T, G], the sum of the group's
 // values, from which the unsigned offset of the weights (8 or 128) is taken back. With `floats` nothing is quantised: `value` holds float32
-// [T, I], and there are no scales and sums.
+// [T, I], and there are no scales and sums. With `halves` neither: every number is the sum of so many bfloat16 ones, [T, halves, I].
 struct Quantised {
   int8_t* value;
   float* scale;
@@ -27,13 +27,15 @@ struct Quantised {
   int64_t T, I, G;
   bool hadamard;  // rows are turned before they are quantised, see rows.h
   bool floats;
-  int64_t row_bytes() const { return floats ? 4 * I : I; }
+  int halves;
+  int64_t row_bytes() const { return halves ? 2 * halves * I : floats ? 4 * I : I; }
 };
 
 // Packed weights, see ernie45/quant/pack.py: 16 output rows are interleaved.
 //   4 bits: [O/16][I/8][16][4] bytes, low nibble of byte c is input 8j + c, high nibble input 8j + 4 + c; stored + 8
 //   8 bits: [O/16][I/4][16][4] bytes, stored + 128
 //   scale : [O/16][G][16] float16
+// Weights that were not packed stand here too: 16 bits are bfloat16 numbers as they are stored, [O, I] by rows, in one group without a scale.
 struct Packed {
   const uint8_t* value;
   const uint16_t* scale;
@@ -41,10 +43,18 @@ struct Packed {
   int bits;
   bool hadamard;      // the weights' inputs were turned, so activations are too
   bool float_inputs;  // activations stay float32
-  int64_t input_bytes() const { return float_inputs ? 4 * I : I; }  // of one row of activations
+  bool whole() const { return bits == 16; }
+  int64_t padded() const { return whole() ? (I + 31) / 32 * 32 : I; }  // width of a row of activations
   int64_t blocks() const { return (O + 15) / 16; }
   int64_t group() const { return I / G; }
   int64_t block_bytes() const { return I * 16 * bits / 8; }
+  // Of a stack of experts, of which this is the first.
+  Packed expert(int64_t number) const {
+    Packed w = *this;
+    w.value += number * (whole() ? O * I * 2 : blocks() * block_bytes());
+    if (!whole()) w.scale += number * blocks() * G * 16;
+    return w;
+  }
 };
 
 // What happens to a tile of float32 results before it is stored.
@@ -133,14 +143,14 @@ struct RowKernels {
 
 // Products with float weights and attention: sums in float32, order and rounding may differ between instruction sets.
 struct FloatKernels {
-  // x [T, I] times a bfloat16 weight [O, I], at most most_rows tokens at once. `pack` arranges tokens token_block * block and on for `product`,
-  // which computes the weight's rows `row` .. `end`, threads taking multiples of row_block.
-  int64_t most_rows, row_block, token_block;
-  size_t (*packed_size)(Type type, int64_t T, int64_t I);
-  void (*pack)(const Rows& x, int64_t T, int64_t I, int64_t block, int64_t end, void* packed);
-  size_t (*product_scratch)(int64_t I);
-  void (*product)(const uint16_t* weight, int64_t I, int64_t row, int64_t end, const void* packed, Type type, int64_t T, const Output& out,
-                  void* scratch);
+  // Whole weights times activations that stayed floats, as bfloat16 parts where tiles want them so, else as float32: `few` and `many` of
+  // Kernels, or their pairs where the finish asks for them. `arrange` fills arranged_bytes for as many products of x as there are; where those
+  // are none, it need not be called. A row's sums run in the same order however many rows stand beside it.
+  bool halves;
+  size_t (*arranged_bytes)(const Quantised& x);
+  void (*arrange)(const Quantised& x, void* arranged);
+  size_t (*whole_scratch)(const Packed& w);
+  void (*whole)(const Packed& w, const Quantised& x, const void* arranged, int64_t block, int64_t end, const Output& out, void* scratch);
   // packed weights times activations that stayed floats: `few` and `many` of Kernels, or their pairs where the finish asks for them;
   // scratch holds kFloatRows * I floats
   void (*packed)(const Packed& w, const Quantised& x, int64_t block, int64_t end, const Output& out, void* scratch);
@@ -169,7 +179,7 @@ struct Kernels {
 };
 
 constexpr int64_t kFewRows = 8;     // up to here weights are streamed once and never unpacked
-constexpr int64_t kStreamedRows = 32;  // up to here float weights are read once, from where they are stored
+constexpr int64_t kStreamedRows = 32;  // up to here whole weights meet the tiles as they are stored
 constexpr int64_t kPanelBlocks = 4;
 constexpr int64_t kFloatRows = 12;  // rows of float activations that meet packed weights at once
 constexpr int64_t kTokenPadding = 32;  // rows of `value` that must be readable: T rounded up to this

@@ -34,7 +34,17 @@ struct Matrix {
   std::vector<uint16_t> scale;
   ernie::Packed packed;
 
+  // 16 bits: whole, and exactly as large; the group is then all of it
   Matrix(int64_t O, int64_t I, int64_t group, int bits) {
+    if (bits == 16) {
+      value.resize(size_t(2 * O * I));
+      for (size_t i = 0; i < value.size(); i += 2) {
+        const auto number = uint16_t((random_bits() & 0x8000) | (0x3d00 + random_bits() % 256));  // 0.03 .. 0.12 and below zero
+        std::memcpy(&value[i], &number, 2);
+      }
+      packed = {value.data(), nullptr, O, I, 1, bits, false, false};
+      return;
+    }
     const int64_t padded = (I + group - 1) / group * group, blocks = (O + 15) / 16;
     value.resize(size_t(blocks * 16 * padded * bits / 8));
     scale.resize(size_t(blocks * 16 * (padded / group)));
@@ -92,6 +102,7 @@ struct StepCase {
   int64_t T, H, page_size;
   int threads;
   bool bf16, packed_embedding, shared, hadamard;
+  bool whole = false;
 };
 
 // Two layers, one dense and one of experts, over pages: a prompt of T - 1 rows whose first `past` keys are there already, and a single row.
@@ -100,8 +111,9 @@ std::vector<float> step(const ernie::Kernels& k, const StepCase& c) {
   random_bits.seed(7);
   const int64_t D = 80, N = 6, K = 2, H = c.H, F = 96, E = 5, V = 50, T = c.T, past = 3;
   const int64_t max_pages = (T + past) / c.page_size + 1, slots = (max_pages + 1) * c.page_size;
-  Matrix embedding(V, D, 32, 4), head(V, D, 32, 8), qkv((N + 2 * K) * H, D, 32, 4), out(D, N * H, 32, 8), gate_up(2 * F, D, 32, 4), down(D, F, 32, 4);
-  Matrix expert_up(2 * F * E, D, 32, 4), expert_down(D * E, F, 32, 4);
+  const int bits = c.whole ? 16 : 4;
+  Matrix embedding(V, D, 32, bits), head(V, D, 32, c.whole ? 16 : 8), qkv((N + 2 * K) * H, D, 32, bits), out(D, N * H, 32, c.whole ? 16 : 8), gate_up(2 * F, D, 32, bits);
+  Matrix down(D, F, 32, bits), expert_up(2 * F * E, D, 32, bits), expert_down(D * E, F, 32, bits);
   expert_up.packed.O = 2 * F, expert_down.packed.O = D;
   for (Matrix* m : {&embedding, &head, &qkv, &out, &gate_up, &down, &expert_up, &expert_down}) m->packed.hadamard = c.hadamard;
   const size_t element = c.bf16 ? 2 : 4;
@@ -156,7 +168,12 @@ void check_steps(const ernie::Kernels& k) {
                                                  {9, 48, 16, 3, true, true, false, false},
                                                  {38, 32, 16, 2, true, true, true, false},
                                                  {38, 16, 4, 3, false, false, true, false},
-                                                 {150, 64, 16, 2, true, false, true, true}}) {
+                                                 {150, 64, 16, 2, true, false, true, true},
+                                                 {1, 32, 16, 2, true, true, true, false, true},
+                                                 {7, 64, 32, 3, false, true, true, false, true},
+                                                 {32, 48, 16, 2, true, false, false, false, true},
+                                                 {38, 16, 4, 2, false, true, true, false, true},
+                                                 {150, 64, 16, 2, true, true, true, false, true}}) {
     const auto got = step(k, c);
     // an activation that falls on the other side of a half moves by a whole step, and so do the layers behind it
     expect_same("step", k.name, got, step(plain, c), c.bf16 ? 0.3f : 0.05f);
@@ -267,17 +284,17 @@ void check_layers(const ernie::Kernels& k) {
   }
   for (const auto& [T, I, O] : std::vector<std::array<int64_t, 3>>{{1, 100, 21}, {3, 64, 64}, {8, 100, 33}, {17, 96, 70}, {33, 31, 130}, {1030, 40, 50}})
     for (bool bf16 : {false, true}) {
-      std::vector<uint16_t> w(size_t(I * O)), halves(size_t(T * I));
-      for (auto& v : w) v = uint16_t(0x3c00 + random_bits() % 512);
+      const Matrix w(O, I, I, 16);
+      std::vector<uint16_t> halves(size_t(T * I));
       for (auto& v : halves) v = uint16_t(0x3c00 + random_bits() % 512);
       const auto x = numbers(size_t(T * I));
       const ernie::Rows rows{bf16 ? static_cast<const void*>(halves.data()) : x.data(), bf16 ? ernie::Type::bf16 : ernie::Type::f32, I};
       std::vector<float> got(size_t(T * O)), want(got);
       ernie::Output to{};
       to.out = got.data(), to.stride = to.width = O;
-      ernie::bf16_linear(k, two, rows, T, w.data(), I, O, to);
+      ernie::whole_linear(k, two, rows, T, w.packed, to);
       to.out = want.data();
-      ernie::bf16_linear(plain, two, rows, T, w.data(), I, O, to);
+      ernie::whole_linear(plain, two, rows, T, w.packed, to);
       expect_same("bfloat16 product", k.name, got, want, 1e-5f);
     }
 }

@@ -19,6 +19,7 @@ struct Case {
 constexpr Case cases[] = {
     {"w4a8-1-row", 4, 1, 512, 512, 64},  {"w4a8-8-rows", 4, 8, 512, 512, 64}, {"w4a8-64-rows", 4, 64, 512, 512, 64},
     {"w8a8-1-row", 8, 1, 512, 512, 512}, {"w8a8-64-rows", 8, 64, 512, 512, 512},
+    {"bf16-1-row", 16, 1, 512, 512, 512}, {"bf16-8-rows", 16, 8, 512, 512, 512}, {"bf16-64-rows", 16, 64, 512, 512, 512},
 };
 
 void product(const ernie::Kernels& k, const Case& c) {
@@ -28,7 +29,7 @@ void product(const ernie::Kernels& k, const Case& c) {
   ernie::Output to{};
   to.out = out.data(), to.stride = to.width = c.O;
   ernie::linear(k, alone, {x.data(), ernie::Type::f32, c.I}, c.T, c.I, {nullptr, ernie::Type::f32, 0},
-                {value.data(), scale.data(), c.O, c.I, c.I / c.group, c.bits, false}, to);
+                {value.data(), scale.data(), c.O, c.I, c.I / c.group, c.bits, false, false}, to);
 }
 
 void attention(const ernie::Kernels& k) {

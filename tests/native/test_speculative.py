@@ -1,14 +1,12 @@
-"""Drafts in packed models: a step of several rows is the single steps to the last bit, so not even a log probability moves."""
+"""Drafts where steps are native: one of several rows is the single steps to the last bit, so not even a log probability moves."""
 
 import pytest
 import torch
 
 from ernie45.engine.core import Engine, EngineConfig
-from ernie45.models.config import TextConfig
-from ernie45.models.text import Decoder
 from tests.engine.test_engine import ask, serve
 from tests.engine.test_speculative import Oracle, eager
-from tests.native.test_step import packed, prompt
+from tests.native.test_step import made, prompt
 
 pytestmark = pytest.mark.native
 
@@ -26,17 +24,14 @@ def check(decoder, budget=30, **config):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("made", [{}, {"experts": True}, {"tied": False, "scheme": "w8a8"}], ids=["dense", "experts", "w8a8"])
-def test_packed_models_do_not_move_a_bit(kernels, made, dtype):
-    check(packed(dtype=dtype, **made))
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"experts": True}, {"tied": False, "scheme": "w8a8"}, {"scheme": None}, {"scheme": None, "experts": True}],
+    ids=["dense", "experts", "w8a8", "whole", "whole experts"],
+)
+def test_steps_in_one_call_do_not_move_a_bit(kernels, how, dtype):
+    check(made(dtype=dtype, **how))
 
 
 def test_a_packed_model_over_a_cache_of_bytes(kernels):
-    check(packed(dtype=torch.bfloat16), budget=512, kv="int8")  # prompts in one piece: there cuts move the last bits
-
-
-def test_bfloat16_models_on_tiles(kernels):
-    if kernels.isa != "amx":
-        pytest.skip("elsewhere torch multiplies, which rounds several rows as it likes")
-    config = TextConfig(hidden_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_size=32, ffn_size=128, vocab_size=97)
-    check(Decoder(config).initialise(torch.Generator().manual_seed(0), std=0.15).to(torch.bfloat16).eval(), budget=512)
+    check(made(dtype=torch.bfloat16), budget=512, kv="int8")  # prompts in one piece: there cuts move the last bits

@@ -15,7 +15,7 @@ from ernie45.ops import native
 # Every operator the code calls, as the library of this interface declares it. Does this fail after a change of an operator? Raise
 # kInterface in kernels/src/tensors.h and INTERFACE in ernie45/ops/native.py, then change it here.
 DECLARED = {
-    4: {
+    5: {
         "available": "() -> str",
         "bf16_linear": "(Tensor x, Tensor weight, str isa) -> Tensor",
         "feed_forward": "(Tensor x, Tensor? norm, float eps, Tensor gate_up, Tensor gate_up_scale, int gate_up_bits, Tensor down, "
@@ -29,14 +29,14 @@ DECLARED = {
         "int head_size, str isa) -> (Tensor, Tensor, Tensor)",
         "rms_norm": "(Tensor x, Tensor weight, float eps, str isa) -> Tensor",
         "rotate": "(Tensor x, Tensor turns, str isa) -> Tensor",
-        "set_attention": "(Tensor(a!) network, int layer, Tensor norm, Tensor qkv, Tensor qkv_scale, int qkv_bits, Tensor out, "
-        "Tensor out_scale, int out_bits) -> ()",
+        "set_attention": "(Tensor(a!) network, int layer, Tensor norm, Tensor qkv, Tensor? qkv_scale, int qkv_bits, Tensor out, "
+        "Tensor? out_scale, int out_bits) -> ()",
         "set_embedding": "(Tensor(a!) network, Tensor values, Tensor? scales, int bits) -> ()",
-        "set_experts": "(Tensor(a!) network, int layer, Tensor norm, Tensor router, Tensor bias, Tensor gate_up, Tensor gate_up_scale, "
-        "Tensor down, Tensor down_scale, int bits, int inner, int top_k, float norm_min, Tensor(b!)? counts=None) -> ()",
-        "set_feed_forward": "(Tensor(a!) network, int layer, Tensor norm, Tensor gate_up, Tensor gate_up_scale, int gate_up_bits, "
-        "Tensor down, Tensor down_scale, int down_bits, int inner) -> ()",
-        "set_head": "(Tensor(a!) network, Tensor values, Tensor scales, int bits) -> ()",
+        "set_experts": "(Tensor(a!) network, int layer, Tensor norm, Tensor router, Tensor bias, Tensor gate_up, Tensor? gate_up_scale, "
+        "Tensor down, Tensor? down_scale, int bits, int inner, int top_k, float norm_min, Tensor(b!)? counts=None) -> ()",
+        "set_feed_forward": "(Tensor(a!) network, int layer, Tensor norm, Tensor gate_up, Tensor? gate_up_scale, int gate_up_bits, "
+        "Tensor down, Tensor? down_scale, int down_bits, int inner) -> ()",
+        "set_head": "(Tensor(a!) network, Tensor values, Tensor? scales, int bits) -> ()",
         "swiglu": "(Tensor x, str isa) -> Tensor",
         "sketch_head": "(Tensor(a!) network) -> Tensor",
         "step": "(Tensor network, Tensor tokens, Tensor turns, Tensor slots, Tensor(a!) cache, Tensor spans, Tensor pages, int page_size, "
