@@ -16,6 +16,9 @@ from ernie45.ops import native
 # kInterface in kernels/src/tensors.h and INTERFACE in ernie45/ops/native.py, then change it here.
 DECLARED = {
     5: {
+        "adamw": "(Tensor(a!) weight, Tensor(b!)? low, Tensor gradient, Tensor(c!) mean, Tensor(d!) square, float scale, float mean_share, "
+        "float square_rest, float rate, float root_scale, float eps, float decay, int step, str isa) -> ()",
+        "add_matmul": "(Tensor(a!) sums, Tensor left, Tensor right, str isa) -> ()",
         "available": "() -> str",
         "bf16_linear": "(Tensor x, Tensor weight, str isa) -> Tensor",
         "feed_forward": "(Tensor x, Tensor? norm, float eps, Tensor gate_up, Tensor gate_up_scale, int gate_up_bits, Tensor down, "
@@ -23,6 +26,7 @@ DECLARED = {
         "interface_number": "() -> int",
         "linear": "(Tensor x, Tensor? norm, float eps, Tensor packed, Tensor scale, int bits, int out_size, Tensor? addend, "
         "str isa) -> Tensor",
+        "matmul": "(Tensor left, Tensor right, bool wide, str isa) -> Tensor",
         "network": "(Tensor norm, float eps, int layers, int vocabulary, int heads, int kv_heads, int head_size) -> Tensor",
         "paged_attention": "(Tensor q, Tensor keys, Tensor values, Tensor pages, Tensor lengths, int page_size, str isa) -> Tensor",
         "qkv": "(Tensor x, Tensor? norm, float eps, Tensor packed, Tensor scale, int bits, Tensor turns, int heads, int kv_heads, "
