@@ -20,9 +20,10 @@ from pathlib import Path
 
 BATCHED_PROMPT = 64
 OWN_OPTIONS = {"llama.cpp": ["-fa", "1"], "ik_llama.cpp": ["-fa", "1", "-rtr", "1"]}
+BATCHED_OPTIONS = OWN_OPTIONS | {"ik_llama.cpp": ["-fa", "0", "-rtr"]}  # its flash attention ends with an assertion on several sequences
 OPENVINO = """
 import sys, time, numpy as np, openvino as ov, openvino_genai as g
-path, batch, prompt, output, threads = sys.argv[1], *map(int, sys.argv[2:])
+path, batch, prompt, output, threads, repeats = sys.argv[1], *map(int, sys.argv[2:])
 pipe = g.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
 random = np.random.default_rng(0)  # no prompt comes twice: what is known of one would be read from the cache
 def seconds(n, k):
@@ -32,8 +33,8 @@ def seconds(n, k):
     pipe.generate(g.TokenizedInputs(ids, ov.Tensor(np.ones((batch, n), np.int64))), c)
     return time.perf_counter() - start
 seconds(16, 4)
-runs = [(first, seconds(prompt, output + 1) - first) for first in (seconds(prompt, 1) for _ in range(3))]
-print(batch * prompt / sorted(a for a, _ in runs)[1], batch * output / sorted(b for _, b in runs)[1])
+runs = [(first, seconds(prompt, output + 1) - first) for first in (seconds(prompt, 1) for _ in range(repeats))]
+print(batch * prompt / sorted(a for a, _ in runs)[repeats // 2], batch * output / sorted(b for _, b in runs)[repeats // 2])
 """
 
 
@@ -49,7 +50,7 @@ def run_ours(folder: Path, args: argparse.Namespace) -> tuple[float, float, floa
     prompts = [[chosen.randrange(300, 40_000) for _ in range(length)] for _ in range(args.batch)]
     peer = Ernie45(folder, "auto", args.batch)
     peer.run([prompt[:16] for prompt in prompts], 4)
-    runs = [peer.run(prompts, args.output) for _ in range(3)]
+    runs = [peer.run(prompts, args.output) for _ in range(args.repeats)]
     return (
         args.batch * length / statistics.median(first for first, _ in runs),
         args.batch * args.output / statistics.median(rest for _, rest in runs),
@@ -60,10 +61,10 @@ def run_ours(folder: Path, args: argparse.Namespace) -> tuple[float, float, floa
 def run_llama(engine: str, args: argparse.Namespace) -> tuple[float, float]:
     """llama-bench for one sequence, llama-batched-bench for several: tokens per second by their own clocks."""
     programs, threads = args.peers / engine / "bin", str(args.threads)
-    shared = ["-m", args.gguf, "-t", threads, *OWN_OPTIONS[engine]]
+    shared = ["-m", args.gguf, "-t", threads, *(OWN_OPTIONS if args.batch == 1 else BATCHED_OPTIONS)[engine]]
     if args.batch == 1:
-        sizes = ["-p", str(args.prompt), "-n", str(args.output), "-r", "3", "-o", "json"]
-        text = _output([programs / "llama-bench", *shared, *sizes])
+        sizes = ["-p", str(args.prompt), "-n", str(args.output), "-r", str(args.repeats), "-o", "json"]
+        text = re.sub("^WARNING.*\n", "", _output([programs / "llama-bench", *shared, *sizes]), flags=re.MULTILINE)
         found = json.loads(text[text.index("[\n") : text.rindex("]") + 1])
         rates = {bool(row["n_prompt"]): statistics.median(row["samples_ts"]) for row in found}
         return rates[True], rates[False]
@@ -76,7 +77,7 @@ def run_llama(engine: str, args: argparse.Namespace) -> tuple[float, float]:
 def run_openvino(args: argparse.Namespace) -> tuple[float, float]:
     """OpenVINO GenAI: the time to one token, and how much longer `output` more take."""
     command = [args.peers / "openvino/bin/python", "-c", OPENVINO, args.qwen3 or args.gguf]
-    command += [str(number) for number in (args.batch, _prompt(args), args.output, args.threads)]
+    command += [str(number) for number in (args.batch, _prompt(args), args.output, args.threads, args.repeats)]
     prefill, decode = map(float, _output(command).split()[-2:])
     return prefill, decode
 
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--qwen3", type=Path)
     parser.add_argument("--peers", type=Path, default=Path("peers"))
     parser.add_argument("--engines", default="ernie45,llama.cpp,ik_llama.cpp")
-    for name, default in (("prompt", 512), ("output", 64), ("rounds", 2), ("threads", 2), ("batch", 0)):
+    for name, default in (("prompt", 512), ("output", 64), ("rounds", 2), ("repeats", 3), ("threads", 2), ("batch", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batches", default="1,16")
     args = parser.parse_args()
@@ -122,6 +123,7 @@ def main() -> None:
                     bandwidths.append(bandwidth)
                 else:
                     rates[engine].append(run_openvino(args) if engine == "openvino" else run_llama(engine, args))
+                print(f"{engine}, {batch} at once: {rates[engine][-1]}", file=sys.stderr, flush=True)
         medians = {engine: tuple(statistics.median(column) for column in zip(*found, strict=True)) for engine, found in rates.items()}
         for engine, (prefill, decode) in medians.items():
             ours = medians.get("ernie45")

@@ -88,9 +88,8 @@ class BatchBuilder:
         longest = max(len(row.pages) for row in plan.rows)
         pages = [[*row.pages, *[0] * (longest - len(row.pages))] for row in plan.rows]
         places = [[span.first, span.end, span.start] for span in spans]
-        return Batch(
-            torch.tensor(tokens), torch.tensor(positions), torch.tensor(slots), tuple(spans), torch.tensor(places), torch.tensor(pages)
-        )
+        tokens_T, positions_T, slots_T = torch.tensor([tokens, positions, slots]).unbind()  # faster than three tensors
+        return Batch(tokens_T, positions_T, slots_T, tuple(spans), torch.tensor(places), torch.tensor(pages))
 
 
 def causal_mask(rows: int, length: int, dtype: torch.dtype) -> Tensor:

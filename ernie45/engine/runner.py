@@ -112,7 +112,8 @@ class Runner:
         began = self._clock()
         drafts = self._drafts(plan)
         drafting = self._clock() - began
-        plan = Plan(tuple(replace(row, tokens=row.tokens + drafts.get(row.request_id, ()), room=0) for row in plan.rows))
+        if self._drafter is not None:  # what had room for drafts has none any more
+            plan = Plan(tuple(replace(row, tokens=row.tokens + drafts.get(row.request_id, ()), room=0) for row in plan.rows))
         batch = self._batches.build(plan)
         look = self._eyes.compose(plan, batch) if self._eyes is not None else None
         decoder = self._decoder

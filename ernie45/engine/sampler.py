@@ -6,6 +6,7 @@ Letters: R rows that sample, V vocabulary, W the best candidates looked at.
 """
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -92,8 +93,8 @@ class Sampled:
 
 def take_best(best_R: Tensor, logits_R: Tensor) -> Sampled:
     """`sample` of rows that all `takes_best`, from the place of each row's largest logit and that logit, NaN where any was none."""
-    healthy = torch.isfinite(logits_R).tolist()
-    return Sampled(tuple(token if ok else None for token, ok in zip(best_R.tolist(), healthy, strict=True)), (None,) * len(healthy))
+    chosen = zip(best_R.tolist(), logits_R.tolist(), strict=True)
+    return Sampled(tuple(token if math.isfinite(logit) else None for token, logit in chosen), (None,) * len(best_R))
 
 
 def sample(logits_RV: Tensor, states: Sequence[SampleState]) -> Sampled:
