@@ -177,7 +177,7 @@ class LLM:
 
             def approve(opened: OpenModel, compute: ComputeType, held: Held) -> None:
                 packed = opened.spec is not None or quantize is not None
-                use = config.use(opened.config, compute.dtype, adapters=folder is not None, packed=packed, draft=draft)
+                use = config.use(opened.config, compute.dtype, adapters=folder is not None, packed=packed, draft=draft, spec=opened.spec)
                 self.plan = plan_memory(opened.described, held if draft is None else replace(held, total=held.total + draft.size), use)
                 check_fits(self.plan, available, str(model), opened.described, use, packed=packed)
                 if crew is not None:

@@ -35,6 +35,7 @@ from ernie45.models.config import TextConfig
 from ernie45.models.counts import kv_bytes_per_token
 from ernie45.models.memory import CACHE_SHARE, PICTURE_BYTES, Use
 from ernie45.models.text import Decoder, check_tokens
+from ernie45.quant.spec import QuantSpec, Scheme
 from ernie45.tokens.pictures import Picture, PixelRules
 
 _EMBEDDING = "\0embedding"  # who holds the adapter of a text to embed
@@ -94,8 +95,21 @@ class EngineConfig:
         own = kv_bytes_per_token(model, dtype.itemsize) if self.kv == "whole" else packed_bytes_per_token(model, KV_BITS[self.kv])
         return own + block
 
-    def use(self, model: TextConfig, dtype: torch.dtype, *, adapters: bool, packed: bool, draft: Draft | None = None) -> Use:
-        """What these settings mean for the memory of a model, with or without packed matrices and adapters, beside a draft model."""
+    def use(
+        self,
+        model: TextConfig,
+        dtype: torch.dtype,
+        *,
+        adapters: bool,
+        packed: bool,
+        draft: Draft | None = None,
+        spec: QuantSpec | None = None,
+    ) -> Use:
+        """What these settings mean for the memory of a model, with or without packed matrices and adapters, beside a draft model.
+
+        spec: how its files are packed; a model that is packed as it is loaded has a head of 8 bits.
+        """
+        head = None if spec is None else spec.scheme_for("embed" if model.tie_embeddings else "head")
         known = (packed or dtype == torch.bfloat16) and not (model.use_bias or model.head_bias)  # as `models.native` knows it
         return Use(
             value_bytes=dtype.itemsize,
@@ -105,6 +119,7 @@ class EngineConfig:
             max_length=self.max_length,
             step_tokens=max(self.token_budget, self.idle_budget or _IDLE_SHARE * self.token_budget),
             max_running=self.max_running,
+            sketched=packed and (spec is None or (isinstance(head, Scheme) and head.weight_bits == 8)),
             native=known and ops.KERNELS is not None and self.kv == "whole" and not adapters,
             input_bytes=1 if packed else dtype.itemsize,
             adapter_bytes=self.adapter_bytes if adapters else 0,

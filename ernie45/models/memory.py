@@ -42,6 +42,7 @@ class Use:
     num_pages      of the cache; None = `max_running` sequences, or what fits
     native         whether steps run as one native call (matrices packed or in bfloat16, kernels installed)
     input_bytes    of a number that meets a matrix there: one where activations are rounded for packed matrices
+    sketched       whether the native step keeps a sketch of the head, as it does of one of 8 bits
     adapter_bytes  of adapters, 0 when none are served
     tokenizer      whether the same process holds one
     """
@@ -55,6 +56,7 @@ class Use:
     max_running: int = 1
     native: bool = False
     input_bytes: int = 1
+    sketched: bool = True
     adapter_bytes: int = 0
     picture_bytes: int = PICTURE_BYTES
     tokenizer: bool = True
@@ -170,7 +172,7 @@ def _native_step(c: TextConfig, use: Use) -> int:
         pairs = tokens * e.top_k
         values += 2 * tokens * c.hidden_size + pairs * (c.hidden_size + e.expert_size)
         inputs += pairs * max(c.hidden_size, e.expert_size)
-    sketch = c.vocab_size * c.hidden_size * 9 // 16 if use.input_bytes == 1 else 0
+    sketch = c.vocab_size * c.hidden_size * 9 // 16 if use.sketched and use.input_bytes == 1 else 0
     return values * use.value_bytes + 2 * inputs * use.input_bytes * 5 // 4 + sketch
 
 
