@@ -125,8 +125,11 @@ std::vector<float> step(const ernie::Kernels& k, const StepCase& c) {
   auto& n = *reinterpret_cast<ernie::Network*>(memory.data());
   n.type = c.bf16 ? ernie::Type::bf16 : ernie::Type::f32, n.D = D, n.N = N, n.K = K, n.H = H, n.vocabulary = V, n.layers = 2, n.eps = 1e-5f;
   n.norm = norm, n.packed_embedding = embedding.packed, n.head = head.packed;
-  std::vector<std::array<char, 64>> sketch((ernie::sketch_bytes(n.head) + 63) / 64);
-  if (!ernie::draw_sketch({c.threads, run}, n.head, sketch.data(), n.sketch)) failures++, std::puts("the head has no sketch");
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::vector<Line> sketch((ernie::sketch_bytes(n.head) + 63) / 64);
+  if (!c.whole && !ernie::draw_sketch({c.threads, run}, n.head, sketch.data(), n.sketch)) failures++, std::puts("the head has no sketch");
   if (!c.packed_embedding) n.embedding = whole_embedding.data();
   for (int64_t i = 0; i < 2; i++) n.layer(i) = {norm, norm, qkv.packed, out.packed, gate_up.packed, down.packed, {}};
   if (!c.shared) n.layer(1).gate_up = n.layer(1).down = {};
@@ -152,9 +155,10 @@ std::vector<float> step(const ernie::Kernels& k, const StepCase& c) {
   if (std::accumulate(chosen.begin(), chosen.end(), int64_t{0}) != E + 2 * T) failures++, std::printf("step, %s: not every choice of an expert was counted\n", k.name);
   for (size_t r = 0; r < 2; r++)
     if (result[r * size_t(V) + size_t(best[r])] != best_logit[r]) failures++, std::printf("step, %s: the best logit is not where it is said to be\n", k.name);
-  std::vector<float> alone_logit(2);
+  std::vector<float> alone_logit(2), all(result);
   std::vector<int64_t> alone(2);
-  s.only_best = true, s.logits = nullptr, s.best = alone.data(), s.best_logit = alone_logit.data();
+  s.only_best = true, s.logits = c.whole ? all.data() : nullptr,  // a whole head has no sketch
+  s.best = alone.data(), s.best_logit = alone_logit.data();
   ernie::run_step(k, {c.threads, run}, n, s);
   if (alone != best || alone_logit != best_logit) failures++, std::printf("step, %s: the sketch finds another best token\n", k.name);
   return result;
