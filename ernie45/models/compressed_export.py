@@ -6,7 +6,6 @@ norms, routers and the multi-token predictor stay floats. Names and layout are t
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from ernie45.errors import CheckpointError, ConfigError
 from ernie45.models.load import OpenModel
 from ernie45.models.names import FLOAT32_ENDINGS, name_table
-from ernie45.models.save import COMPANIONS, new_folder
+from ernie45.models.save import copy_companions, new_folder
 from ernie45.models.text import Decoder
 from ernie45.nn.layers import Linear
 from ernie45.nn.moe import Router
@@ -68,9 +67,7 @@ def export_compressed(opened: OpenModel, word: str | None, out: Path, *, told: T
             "quantization_config": quantization_config(groups, _left_whole(source, pieces)),
         }
         (partial / "config.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-        for name in COMPANIONS:
-            if opened.path.is_dir() and (opened.path / name).is_file():
-                shutil.copyfile(opened.path / name, partial / name)
+        copy_companions(opened.path, partial)
     counts = Counter(form.kind for form, modules in forms.items() for _ in modules)
     return CompressedExport(size, dict(counts), notes)
 

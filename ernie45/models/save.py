@@ -34,6 +34,8 @@ COMPANIONS = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
+    "Roboto-Regular.ttf",  # the timestamps on video frames are drawn with it
+    "LICENSE",
 )
 """Files of a model folder that do not depend on its weights."""
 
@@ -93,9 +95,15 @@ def save_packed(decoder: Decoder, folder: Path, spec: QuantSpec, *, made_by: str
 def _finish(partial: Path, body: Mapping[str, Any], companions: Path | None) -> None:
     """The config, and the companions copied along."""
     (partial / "config.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    if companions is not None:
+        copy_companions(companions, partial)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy those of `COMPANIONS` that the folder `source` has into the folder `target`."""
     for name in COMPANIONS:
-        if companions is not None and (companions / name).is_file():
-            shutil.copyfile(companions / name, partial / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def run(config: ExportConfig, environment: Environment) -> int:
 
 
 def export_folder(config: ExportConfig, environment: Environment) -> None:
-    """Load the model in float32, merge the adapter, and write the folder.
+    """Load the model in float32, merge the adapter, and write the folder, with a model card.
 
     A quantised model becomes floats, or with `--type packed` keeps its packing: each matrix is then rounded once, to nearest, after the
     merge. Raises `CheckpointError` for an adapter of another model, and for `packed` where the model is not.
@@ -82,13 +82,20 @@ def export_folder(config: ExportConfig, environment: Environment) -> None:
         unpack_model(decoder, torch.float32)
         _merge_adapter(loaded, config.adapter)
         save_model(decoder, config.out, dtype=getattr(torch, _FLOATS[config.type]), companions=companions)
-        return
-    if spec is None:
+    elif spec is None:
         raise CheckpointError(f"{source} is not quantised; take --type bf16, or quantise the result with `ernie quantize`")
-    freeze(loaded.decoder)
-    _merge_adapter(loaded, config.adapter)
-    thaw(loaded.decoder)
-    save_packed(loaded.decoder, config.out, spec, made_by="adapter merged and rounded to nearest", companions=companions)
+    else:
+        freeze(loaded.decoder)
+        _merge_adapter(loaded, config.adapter)
+        thaw(loaded.decoder)
+        save_packed(loaded.decoder, config.out, spec, made_by="adapter merged and rounded to nearest", companions=companions)
+    (config.out / "README.md").write_text(_card(config), "utf-8")
+
+
+def _card(config: ExportConfig) -> str:
+    """The model card of an exported folder."""
+    stored = f"matrices as {config.type}" + (f", the adapter {config.adapter} merged" if config.adapter else "")
+    return f"# Exported from {config.model}\n\nWritten by ernie45, {stored}. The licence of the base model applies.\n"
 
 
 def export_compressed_folder(config: ExportConfig, environment: Environment) -> CompressedExport:

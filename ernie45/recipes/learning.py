@@ -8,7 +8,6 @@ adapters were trained. `ernie watch` shows it.
 import hashlib
 import json
 import math
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -399,7 +398,7 @@ def digest_of_ids(rows: Iterable[tuple[int, ...]]) -> str:
 
 
 def write_result(pupil: Pupil, target: Path, lora: LoraConfig | None, card: str) -> Path:
-    """The trained model as the folder `target`, stored as the one it came from, packed too, with tokenizer, template and a card.
+    """The trained model as the folder `target`, stored as the one it came from, packed too, with its companions and a card.
 
     With `lora` the adapters go to `adapter/` beside it and are merged into the model.
     """
@@ -418,6 +417,4 @@ def write_result(pupil: Pupil, target: Path, lora: LoraConfig | None, card: str)
         dtype = opened.stored if opened.stored.is_floating_point else None
         save_model(pupil.decoder.eval(), target, dtype=dtype, companions=pupil.folder)
     (target / "README.md").write_text(card, "utf-8")
-    if (pupil.folder / "LICENSE").is_file():
-        shutil.copyfile(pupil.folder / "LICENSE", target / "LICENSE")
     return target

@@ -345,7 +345,7 @@ def _report(config: QuantizeConfig, spec: QuantSpec, texts: dict[str, Any], conv
 def _finish(config: QuantizeConfig, spec: QuantSpec, source: Any, converted: Any, path: Path, report: dict[str, Any]) -> None:
     """Everything a model folder has beside weights, then the folder in its place."""
     from ernie45.models.packed import packed_entry
-    from ernie45.models.save import COMPANIONS
+    from ernie45.models.save import copy_companions
     from ernie45.models.vision_config import ModelConfig
     from ernie45.quant.convert import leave_only_model
     from ernie45.quant.measure import picture
@@ -359,9 +359,7 @@ def _finish(config: QuantizeConfig, spec: QuantSpec, source: Any, converted: Any
         if path.is_dir():
             original = json.loads((path / "config.json").read_text(encoding="utf-8"))
             body |= {key: original[key] for key in ("ernie45_source",) if key in original}
-            for name in (*COMPANIONS, "LICENSE"):
-                if (path / name).is_file():
-                    shutil.copyfile(path / name, work / name)
+            copy_companions(path, work)
         else:
             _text_side(source.opened, work)
         (work / "config.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
