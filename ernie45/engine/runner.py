@@ -122,7 +122,7 @@ class Runner:
             vision_T = look.vision_T if look is not None else None
             decoder = self._adapters.network([row.request_id for row in plan.rows], spans, vision_T)
         wanted, ends = self._wanted(plan, batch, drafts)
-        only_best = not self._unspeakable and all(one.state.takes_best for one in wanted)
+        only_best = all(one.state.takes_best for one in wanted)
         computed = self._compute(decoder, batch, ends, look, only_best=only_best)
         scored = {
             row.request_id: found
@@ -131,8 +131,7 @@ class Runner:
         }
         if self._unspeakable and computed.logits_RV is not None and ends:
             computed.logits_RV[:, self._unspeakable] = float("-inf")
-        best = computed.best if computed.best is not None and self._may_say(computed.best[0]) else None
-        verify(computed.logits_RV, best, wanted)
+        verify(computed.logits_RV, self._best_to_say(computed, ends), wanted)
         if self._drafter is not None:
             self._drafter.follow(plan.rows, computed.hidden_TD)
         self._note_scored(plan)
@@ -166,8 +165,21 @@ class Runner:
                 ends.extend(range(span.end - 1 - len(draft), span.end))
         return wanted, ends
 
-    def _may_say(self, best_R: Tensor) -> bool:
-        return not self._unspeakable or not set(best_R.tolist()) & set(self._unspeakable)
+    def _best_to_say(self, computed: _Computed, ends: list[int]) -> tuple[Tensor, Tensor] | None:
+        """The best tokens and logits of rows `ends`, where they are known. A row whose best may not be said, which is rare, has its whole
+        logits read for the next best."""
+        if computed.best is None or not set(computed.best[0].tolist()) & set(self._unspeakable):
+            return computed.best
+        best_R, logit_R = computed.best[0].clone(), computed.best[1].clone()
+        for row in torch.isin(best_R, torch.tensor(self._unspeakable)).nonzero().flatten().tolist():
+            if computed.logits_RV is None:
+                logits_V = self._decoder.logits(computed.hidden_TD[ends[row]][None])[0].float()
+                logits_V[self._unspeakable] = float("-inf")
+            else:
+                logits_V = computed.logits_RV[row]
+            best_R[row] = logits_V.argmax()
+            logit_R[row] = logits_V[best_R[row]]
+        return best_R, logit_R
 
     def _compute(self, decoder: Decoder, batch: Batch, ends: list[int], look: Look | None, *, only_best: bool) -> _Computed:
         """`decoder` over the batch, and the logits of rows `ends`, or their best alone; one native call where it is the bare one, packed,
