@@ -163,6 +163,7 @@ class LLM:
         self.compute, self.name = "as the decoder was given", "decoder"
         self._without_template = "this model was given without a chat template"
         self.plan: MemoryPlan | None = None
+        self._unseen = ""
         free: int | None = None
         draft = load_draft(draft_model, environment, dtype) if draft_model else None
         check_mtp(config.speculation, quantize)
@@ -190,6 +191,7 @@ class LLM:
             assert self.plan is not None
             free = available - self.plan.fixed
             decoder, self.compute, self.name = loaded.decoder, str(loaded.compute), str(model)
+            self._unseen = loaded.opened.unseen
             self._read_text_side(loaded.opened, chat_format)
             rules = _pixel_rules(decoder, loaded.opened, rules)
             check_draft(draft, self.tokenizer)
@@ -221,6 +223,7 @@ class LLM:
             "kernels": ops.describe(),
             "context": f"{limits.max_length:,} tokens",
             **({} if self.plan is None else {"memory": f"{self.plan.text(size)}, together at most {gib(self.plan.fixed + size)}"}),
+            **({"unseen": self._unseen} if self._unseen else {}),
             "cache": f"{limits.num_pages:,} pages of {limits.page_size} tokens, at most {gib(size)}, taken as it fills",
             "step": limits.describe(),
             "threads": str(torch.get_num_threads()) if self.seating is None else self.seating.text(),

@@ -328,7 +328,7 @@ def _open_real(spec: EngineSpec, channel: Channel, laps: Laps) -> tuple[Steps, E
         width=engine.model.hidden_size,
         eos_ids=tokenizer.eos_ids or engine.model.eos_ids,
         limits=engine.limits,
-        settings=_told(spec, engine, str(loaded.compute), plan, size) | {"threads": seating.text(), "start": laps.text()},
+        settings=_told(spec, engine, loaded, plan, size) | {"threads": seating.text(), "start": laps.text()},
         rules=engine.rules,
         max_adapters=spec.max_adapters,
         speculative=spec.speculative,
@@ -390,7 +390,7 @@ def _config(spec: EngineSpec) -> "EngineConfig":
     )
 
 
-def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: MemoryPlan, size: int) -> dict[str, str]:
+def _told(spec: EngineSpec, engine: "Engine", loaded: "LoadedModel", plan: MemoryPlan, size: int) -> dict[str, str]:
     """What was resolved, for people to read; `size` bytes were granted."""
     from ernie45 import ops
 
@@ -398,8 +398,9 @@ def _told(spec: EngineSpec, engine: "Engine", compute: str, plan: MemoryPlan, si
     cache = limits.num_pages * limits.page_size * engine.bytes_per_token
     return {
         "model": spec.model,
-        "compute": compute,
+        "compute": str(loaded.compute),
         "memory": f"{plan.text(cache)}, together at most {gib(plan.fixed + cache)}; {gib(size)} were granted",
+        **({"unseen": loaded.opened.unseen} if loaded.opened.unseen else {}),
         "cache": (
             f"{limits.num_pages:,} pages of {limits.page_size} tokens: {limits.num_pages * limits.page_size:,} tokens, "
             f"or {limits.num_pages * limits.page_size // limits.max_length} sequences of {limits.max_length:,}; "

@@ -75,6 +75,8 @@ class OpenModel:
     """Which modules are packed and how; None for a float model."""
     vision: VisionConfig | None = None
     """The seeing half that will be loaded; None for a text model, and for a vision-language model of which only text was asked for."""
+    unseen: str = ""
+    """What `text_only` left in the files, as a sentence that is among the notes too; empty where nothing was."""
 
     @property
     def described(self) -> ModelConfig:
@@ -258,14 +260,15 @@ def open_model(path: Path, *, mtp: bool = True, text_only: bool = False, positio
         ignored += without_sight(layout)
     table = name_table(config, layout, sighted=vision is not None, ignored=ignored)
     plan = table.load_plan(shapes, _wanted(wanted, len(shapes), path))
-    if vision and text_only:
-        notes.append(_left_for_text(vision, sum(infos[name].nbytes for name in plan.ignored)))
+    unseen = _left_for_text(vision, sum(infos[name].nbytes for name in plan.ignored)) if vision and text_only else ""
     sizes: Counter[torch.dtype] = Counter()
     for info in infos.values():
         sizes[torch.bfloat16 if info.dtype == torch.uint16 else info.dtype] += math.prod(info.shape)
     if foreign:
         notes.append(f"quantised by {foreign['quant_method']}; read as floats")
-    return OpenModel(path, config, layout.name, files, plan, sizes.most_common(1)[0][0], tuple(notes), vision=wanted.vision)
+    return OpenModel(
+        path, config, layout.name, files, plan, sizes.most_common(1)[0][0], _noted(notes, unseen), vision=wanted.vision, unseen=unseen
+    )
 
 
 def _config_of(path: Path, data: Mapping[str, Any], positions: PositionRule) -> ModelConfig:
@@ -278,6 +281,10 @@ def _left_for_text(vision: VisionConfig, nbytes: int) -> str:
         f"vision tower ({vision.depth} blocks), resampler and vision experts were left in the files (text_only): "
         f"{nbytes / 2**20:,.1f} MiB as stored, which take no memory"
     )
+
+
+def _noted(notes: list[str], unseen: str) -> tuple[str, ...]:
+    return (*notes, unseen) if unseen else tuple(notes)
 
 
 def _without_quantisation(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,10 +304,9 @@ def _open_packed(path: Path, data: Mapping[str, Any], spec: QuantSpec, *, mtp: b
         spec = without_rules_for_sight(spec)
     wanted = _wanted(ModelConfig(config, None if text_only else vision), len(shapes), path, spec)
     plan = packed_table(wanted, mtp=mtp, text_only=text_only).load_plan(shapes, wanted)
-    if vision and text_only:
-        notes.append(_left_for_text(vision, sum(infos[name].nbytes for name in plan.ignored)))
+    unseen = _left_for_text(vision, sum(infos[name].nbytes for name in plan.ignored)) if vision and text_only else ""
     stored = infos["norm.weight"].dtype if "norm.weight" in infos else torch.float32
-    return OpenModel(path, config, "packed", files, plan, stored, tuple(notes), spec, None if text_only else vision)
+    return OpenModel(path, config, "packed", files, plan, stored, _noted(notes, unseen), spec, None if text_only else vision, unseen)
 
 
 def _open_gguf(path: Path) -> OpenModel:

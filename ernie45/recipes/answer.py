@@ -78,8 +78,8 @@ def headline(speaker: Speaker) -> str:
 
 
 def resources(settings: Mapping[str, str]) -> list[str]:
-    """Lines that say on which threads a model computes and what memory it takes."""
-    return [f"{name}: {settings[name]}" for name in ("threads", "memory") if name in settings]
+    """Lines that say on which threads a model computes, what memory it takes and what was left in its files."""
+    return [f"{name}: {settings[name]}" for name in ("threads", "memory", "unseen") if name in settings]
 
 
 def summary(outcome: Outcome, limit: int, interrupted: bool) -> str:

@@ -10,6 +10,7 @@ from ernie45.config import Environment
 from ernie45.engine.client import LLM
 from ernie45.engine.request import SamplingParams
 from ernie45.errors import RequestError
+from ernie45.models.load import load_model
 from ernie45.recipes.session import Session
 from ernie45.recipes.speaker import open_speaker
 from ernie45.tokens.images import read_image
@@ -120,6 +121,15 @@ def test_text_only_leaves_the_eyes_in_the_file(folder, files):
     assert len(blind.chat("Hello", GREEDY).token_ids) == 5
     with pytest.raises(RequestError, match="sees no images or videos"):
         blind.chat(shown(files / "cat.png"), GREEDY)
+
+
+def test_text_only_says_how_much_it_left(folder, capsys):
+    whole, text = (sum(tensor.nbytes for tensor in load_model(folder, text_only=only).state_dict().values()) for only in (False, True))
+    left = f"{(whole - text) / 2**20:,.1f} MiB as stored"
+    assert left in LLM(folder, num_pages=64, text_only=True).settings()["unseen"]
+    assert "unseen" not in LLM(folder, num_pages=64).settings()
+    assert main(["chat", str(folder), "--prompt", "Hello", "--max-tokens", "1", "--text-only"]) == 0
+    assert left in capsys.readouterr().err
 
 
 def test_pictures_go_with_the_next_message(folder, files, capsys):

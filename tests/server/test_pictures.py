@@ -52,6 +52,12 @@ def test_the_models_say_that_they_see(url):
     assert card["capabilities"]["vision"] is True
 
 
+def test_a_server_without_eyes_says_what_it_left_in_the_files(tmp_path):
+    with serving(str(sighted_folder(tmp_path / "model")), "--engine.text-only", "--engine.num-pages", "64") as server:
+        told = httpx.get(server.url + "/status.json").text
+    assert re.search(r"vision tower \(2 blocks\).* were left in the files \(text_only\): [\d.]+ MiB as stored", told)
+
+
 def test_openai_chat_counts_images_and_finds_them_again(url, cat, tokens):
     first = chat(url, image(cat))
     assert first.status_code == 200, first.text
