@@ -149,10 +149,11 @@ def _held_out(config: AlignConfig, pupil: Pupil) -> list[PreferenceBatch]:
 def _packed(
     config: AlignConfig, pupil: Pupil, records: Iterable[Record], seed: int, on_bad: Callable[[DataError], None] | None
 ) -> PackedRows[Any, Any]:
-    limit = min(pupil.decoder.config.max_positions, config.batch_tokens)
+    text = pupil.decoder.config
+    limit = min(text.max_positions, config.batch_tokens)
     template, gallery = pupil.template(config.chat_format), pupil.gallery(config)
     if config.preference.loss == "kto":
-        judged = make_each(records, lambda record: as_judged(record, template, gallery), limit, on_bad)
+        judged = make_each(records, lambda record: as_judged(record, template, gallery), limit, on_bad, text.vocab_size)
         return PackedRows(judged, config.batch_tokens, seed, partial(pack_judged, gallery=gallery))
-    pairs = make_each(records, lambda record: [as_pair(record, template, gallery)], limit, on_bad)
+    pairs = make_each(records, lambda record: [as_pair(record, template, gallery)], limit, on_bad, text.vocab_size)
     return PackedRows(pairs, config.batch_tokens, seed, partial(pack_pairs, gallery=gallery))

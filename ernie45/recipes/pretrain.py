@@ -263,5 +263,5 @@ def _row_source(path: Path, config: PretrainConfig, pupil: Pupil, bad: BadRows) 
         return as_document(record, pupil.tokenizer, gallery)
 
     on_bad = bad if config.skip_bad else None
-    examples = checked_examples(read_records([path], on_bad), make, config.batch_tokens, on_bad)
+    examples = checked_examples(read_records([path], on_bad), make, config.batch_tokens, on_bad, pupil.decoder.config.vocab_size)
     return RowSource(path.name, PackedExamples(examples, config.batch_tokens, config.seed, gallery.pack))

@@ -128,7 +128,9 @@ def _held_out(config: SftConfig, pupil: Pupil) -> list[TrainBatch]:
 def _packed(
     config: SftConfig, pupil: Pupil, records: Iterable[Record], seed: int, on_bad: Callable[[DataError], None] | None
 ) -> PackedExamples:
-    limit = min(pupil.decoder.config.max_positions, config.batch_tokens)
+    text = pupil.decoder.config
+    limit = min(text.max_positions, config.batch_tokens)
     gallery = pupil.gallery(config)
-    examples = make_examples(records, pupil.template(config.chat_format), pupil.tokenizer, limit, on_bad=on_bad, gallery=gallery)
+    template = pupil.template(config.chat_format)
+    examples = make_examples(records, template, pupil.tokenizer, limit, on_bad=on_bad, gallery=gallery, vocabulary=text.vocab_size)
     return PackedExamples(examples, config.batch_tokens, seed, pack if gallery is None else gallery.pack)

@@ -138,16 +138,21 @@ def make_examples(
     thinking: bool | None = None,
     on_bad: Callable[[DataError], None] | None = None,
     gallery: Gallery | None = None,
+    vocabulary: int | None = None,
 ) -> list[Example]:
-    """Every record as an example of at most `limit` tokens.
+    """Every record as an example of at most `limit` tokens, each of them below `vocabulary` where that is given.
 
     One that is longer, or cannot be rendered, raises DataError or is handed to `on_bad` and left out; nothing is cut in silence.
     """
-    return checked_examples(records, lambda record: as_example(record, template, tokenizer, thinking, gallery), limit, on_bad)
+    return checked_examples(records, lambda record: as_example(record, template, tokenizer, thinking, gallery), limit, on_bad, vocabulary)
 
 
 def checked_examples(
-    records: Iterable[Record], make: Callable[[Record], Example], limit: int, on_bad: Callable[[DataError], None] | None = None
+    records: Iterable[Record],
+    make: Callable[[Record], Example],
+    limit: int,
+    on_bad: Callable[[DataError], None] | None = None,
+    vocabulary: int | None = None,
 ) -> list[Example]:
     """As `make_examples`, by any rule of making an example."""
     made = []
@@ -158,6 +163,7 @@ def checked_examples(
                 raise DataError(
                     f"{record.where}: has {len(example.ids):,} tokens, more than the limit of {limit:,}; raise it, or leave the row out"
                 )
+            check_ids(example.ids, vocabulary, record.where)
         except DataError as error:
             if on_bad is None:
                 raise
@@ -165,6 +171,15 @@ def checked_examples(
         else:
             made.append(example)
     return made
+
+
+def check_ids(ids: Sequence[int], vocabulary: int | None, where: str) -> None:
+    """Raise DataError when the tokenizer wrote an id that a model with `vocabulary` words has no row for; None: of no model yet."""
+    if vocabulary is not None and (largest := max(ids)) >= vocabulary:
+        raise DataError(
+            f"{where}: holds the id {largest:,}, and the model's vocabulary has {vocabulary:,} words (0 .. {vocabulary - 1:,}): the "
+            "tokenizer in the model's folder is larger than the model; put the one there that it was made with"
+        )
 
 
 def permutation(count: int, *key: object) -> np.ndarray:

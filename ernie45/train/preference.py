@@ -22,7 +22,7 @@ from ernie45.tokens.template import IGNORED, ChatTemplate
 from ernie45.train.batch import KnownPicture, Seen, plan_packs
 from ernie45.train.comparison import Compared
 from ernie45.train.cross_entropy import token_log_probs
-from ernie45.train.examples import Batch, permutation, seeing
+from ernie45.train.examples import Batch, check_ids, permutation, seeing
 from ernie45.train.forward import states
 from ernie45.train.preference_losses import Pairs, PreferenceConfig, preference_loss
 from ernie45.train.records import Preference, Record
@@ -44,6 +44,11 @@ class PairExample:
     gap: float
     pictures: tuple[KnownPicture, ...] = ()
     """What placeholders in the prefix stand for, in order."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Its row: what both share, then the two ways it goes on."""
+        return (*self.prefix, *self.chosen, *self.rejected)
 
     @property
     def num_tokens(self) -> int:
@@ -149,7 +154,12 @@ def _positions(e: PairExample, gallery: Gallery | None) -> list[Tensor]:
 
 
 class Sized(Protocol):
-    """An example that knows what it costs."""
+    """An example that knows its ids and what it costs."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """What the model sees of it."""
+        ...
 
     @property
     def num_tokens(self) -> int:
@@ -192,8 +202,12 @@ def make_each(
     make: Callable[[Record], Sequence[X]],
     limit: int,
     on_bad: Callable[[DataError], None] | None = None,
+    vocabulary: int | None = None,
 ) -> list[X]:
-    """What `make` makes of every record, each of at most `limit` tokens. A bad one raises DataError, or is told to `on_bad`."""
+    """What `make` makes of every record, each of at most `limit` tokens, below `vocabulary` where that is given.
+
+    A bad one raises DataError, or is told to `on_bad`.
+    """
     made: list[X] = []
     for record in records:
         try:
@@ -201,6 +215,7 @@ def make_each(
             for example in examples:
                 if example.num_tokens > limit:
                     raise DataError(f"{record.where}: needs {example.num_tokens:,} tokens, more than the limit of {limit:,}; raise it")
+                check_ids(example.ids, vocabulary, record.where)
         except DataError as error:
             if on_bad is None:
                 raise

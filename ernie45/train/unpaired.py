@@ -34,6 +34,11 @@ class JudgedExample:
     """What placeholders in the prefix stand for, in order."""
 
     @property
+    def ids(self) -> tuple[int, ...]:
+        """Its prompt and its answer."""
+        return (*self.prefix, *self.answer)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that pass through the model: in a batch, every answer stands twice."""
         return len(self.prefix) + 2 * len(self.answer)

@@ -40,9 +40,9 @@ def model(request, tmp_path_factory):
     return chatting_folder(tmp_path_factory.mktemp("model") / "base", experts=request.param)
 
 
-def chatting_folder(folder, experts=False):
+def chatting_folder(folder, experts=False, vocabulary=384):
     """Writes a tiny model folder that chats: ChatML over a byte-level vocabulary."""
-    config = tiny(experts=experts, vocab_size=384)
+    config = tiny(experts=experts, vocab_size=vocabulary)
     save_model(Decoder(config).initialise(torch.Generator().manual_seed(0), std=0.1), folder)
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -25,7 +25,6 @@ RATE = 3e-3
 STEPS = 4
 # losses around 6 in float32 over a few steps of Adam, whose first steps divide gradients by their own size
 CLOSE = 1e-5
-PREFERENCES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "sppo": "sppo_hard", "nca": "nca_pair"}
 
 
 def our_losses(decoder, examples, config):
