@@ -38,6 +38,7 @@ from ernie45.train.evaluate import Measured
 from ernie45.train.examples import B, Batches
 from ernie45.train.loop import Learner, RunConfig, train
 from ernie45.train.stages import choose_learning
+from ernie45.weights.digest import digest_of_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ def teach(config: LessonConfig, pupil: Pupil, way: Run, lesson: Lesson[Any]) -> 
 
     Raises RunError as `train` does. Returns the folder of the finished model.
     """
-    same = plain_settings(config, *WITHOUT_EFFECT) | {"steps": lesson.steps, "ids": lesson.digest}
+    same = plain_settings(config, *WITHOUT_EFFECT) | {"steps": lesson.steps, "ids": lesson.digest, "base": digest_of_model(pupil.folder)}
     length = RunConfig(steps=lesson.steps, accumulate=config.accumulate, save_every=config.save_every, eval_every=config.eval_every)
     template, gallery = pupil.template(config.chat_format), pupil.gallery(config)
     rules = gallery.rules if gallery is not None else None

@@ -52,6 +52,7 @@ from ernie45.train.shards import open_corpus, write_corpus
 from ernie45.train.stages import choose_learning
 from ernie45.train.step import LossConfig, Step
 from ernie45.train.stream import RowSource, Source, Stream
+from ernie45.weights.digest import digest_of_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,8 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
     average = MovingAverage(optimiser, config.average_tokens) if config.average_tokens else None
     learner = Step(pupil.decoder, optimiser, config.losses, recompute=config.recompute, ranks=ranks, run=way, keep=keeping(config, pupil))
     digests = [_digest(source) for source in sources]
-    same = plain_settings(config, *WITHOUT_EFFECT, "prepare", "epochs") | {"steps": steps, "corpora": digests}
+    same = plain_settings(config, *WITHOUT_EFFECT, "prepare", "epochs")
+    same |= {"steps": steps, "corpora": digests, "base": digest_of_model(pupil.folder)}
     length = RunConfig(steps=steps, accumulate=config.accumulate, save_every=config.save_every, eval_every=config.eval_every)
     held_out = _held_out(config, pupil, way)
     gallery = pupil.gallery(config)

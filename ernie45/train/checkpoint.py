@@ -110,8 +110,8 @@ class Checkpoints:
         state = _read_state(path)
         if state.get("settings") != self.fingerprint:
             raise RunError(
-                f"{path}: was made with other settings (model, data, losses, optimiser or schedule); continue with the same, or choose "
-                "another folder"
+                f"{path}: was made with other settings (model, its weights, data, losses, optimiser or schedule), or by an older ernie45; "
+                "continue with the same, or choose another folder"
             )
         self._verify(path, state["sha256"])
         table: Table = state["tensors"]
