@@ -368,13 +368,12 @@ class Watcher:
         print(f"\r\x1b[K{text}" if self.live else text, end="\n" if last or not self.live else "", file=sys.stderr, flush=True)
 
 
-def prepare(out: Path, settings: Mapping[str, Any]) -> None:
-    """Make the run folder and record the settings. Raises RunError when a finished run is there."""
+def prepare(out: Path) -> None:
+    """Make the run folder. Raises RunError when a finished run is there."""
     if (out / "model").exists():
         raise RunError(f"{out}: a finished run is there (model/); choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", "utf-8")
     except OSError as error:
         raise RunError(f"{out}: cannot be written: {error.strerror or error}") from error
 

@@ -69,7 +69,7 @@ class LessonConfig(LearningConfig):
 def open_lesson(config: LessonConfig, environment: Environment, ranks: Ranks) -> Pupil:
     """Prepare the run's folder, unless nothing is to be done, and load the model that learns."""
     if not config.dry_run:
-        ranks.once(lambda: prepare(config.out, plain_settings(config)))
+        ranks.once(lambda: prepare(config.out))
     pupil = open_pupil(config.model, config.dtype, environment, ranks)
     if not config.lora.rank:
         refuse_packed(pupil, "train adapters beside them (--lora.rank 8), or the original model")
@@ -131,6 +131,7 @@ def teach(config: LessonConfig, pupil: Pupil, way: Run, lesson: Lesson[Any]) -> 
             peak=float_peak(pupil.decoder.dtype),
             again=again,
             evaluate=lesson.evaluate,
+            settings=plain_settings(config),
         )
     how = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all weights"
     card = (

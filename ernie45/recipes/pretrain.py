@@ -133,7 +133,7 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
     import torch
 
     if not config.dry_run:
-        ranks.once(lambda: prepare(config.out, plain_settings(config)))
+        ranks.once(lambda: prepare(config.out))
     pupil = open_pupil(config.model, config.dtype, environment, ranks)
     refuse_packed(pupil, "take the original model")
     in_precision(config, pupil)
@@ -186,6 +186,7 @@ def pretrain(config: PretrainConfig, environment: Environment, ranks: Ranks = AL
             peak=float_peak(pupil.decoder.dtype),
             again=again,
             evaluate=held_out,
+            settings=plain_settings(config),
         )
     learner.watch.close()
     start = "random weights" if config.fresh else config.model

@@ -1,12 +1,12 @@
 """A run: steps from where the last checkpoint stands to the end, one log line each, checkpoints on the way."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -22,7 +22,7 @@ from ernie45.train.optim import MovingAverage, Optimiser
 from ernie45.train.schedule import ScheduleConfig
 from ernie45.train.step import StepReport
 
-LOG, PLAN = "log.jsonl", "plan.json"
+LOG, PLAN, SETTINGS = "log.jsonl", "plan.json", "settings.json"
 MAX_SKIPPED = 5
 """Steps in a row whose gradient may be not finite before the run ends: then it is no outlier, the run has diverged."""
 
@@ -78,6 +78,7 @@ def train(
     peak: float | None = None,
     again: float = 0.0,
     evaluate: Callable[[], Measured] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Progress:
     """Run to the end from the newest checkpoint in `folder`, or from the start. Returns where it stands.
 
@@ -85,6 +86,7 @@ def train(
     called after each step and on_saved after each checkpoint, on the first rank. peak: operations a second of this rank's device, for MFU;
     again: share of the layers' forward pass that is computed a second time. In one process a run that was killed and resumed gives the
     losses of one that was not, bit for bit. evaluate: measures held-out rows, on all ranks.
+    settings: what `settings.json` will say; it and the plan are written when the folder is this run's and its checkpoint fits.
     Raises RunError when another run works in the folder, the checkpoint does not fit, or losses stay not finite, and ConfigError when there
     are more ranks than batches in a step.
     """
@@ -99,10 +101,11 @@ def train(
             "multiple, or let every rank have the whole model (--shard none)"
         )
     with _naming_full_disks(folder), ExitStack() as held:
-        ranks.once(lambda: held.enter_context(_folder(folder, config)))
+        ranks.once(lambda: held.enter_context(locked(folder)))
         checkpoints = Checkpoints(folder / "checkpoints", fingerprint, config.keep, ranks)
         held.callback(checkpoints.close)
         progress = checkpoints.load_last(model, learner.optimiser, average) or Progress()
+        ranks.once(lambda: _record(folder, config, settings))
         write = held.enter_context(_log(folder / LOG, progress.step)) if ranks.is_first else _nowhere
         skipped, first = 0, True
         ahead = Ahead(data, ranks.share(config.accumulate), config.accumulate, config.steps * config.accumulate)
@@ -146,12 +149,11 @@ def _naming_full_disks(folder: Path) -> Iterator[None]:
         raise RunError(f"{error.filename or folder}: cannot be written: {error.strerror or error}; {rest}") from error
 
 
-@contextmanager
-def _folder(folder: Path, config: RunConfig) -> Iterator[None]:
-    """The run's folder, locked, with its plan in it."""
-    with locked(folder):
-        (folder / PLAN).write_text(json.dumps(asdict(config)) + "\n", "utf-8")
-        yield
+def _record(folder: Path, config: RunConfig, settings: Mapping[str, Any] | None) -> None:
+    """What the run is, beside its log."""
+    (folder / PLAN).write_text(json.dumps(asdict(config)) + "\n", "utf-8")
+    if settings is not None:
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
 def _nowhere(report: StepReport) -> None:

@@ -8,6 +8,7 @@ import torch
 from ernie45.errors import DataError, RunError
 from ernie45.models.load import load_model
 from ernie45.models.save import save_model
+from ernie45.train.lock import locked
 from ernie45.weights.digest import BLOCK, WHOLE, digest_of_model
 from tests.recipes.lessons import Stop, chatting_folder, ernie, stop_at
 
@@ -50,6 +51,19 @@ def test_adapters_do_not_go_on_over_another_base(stopped, tmp_path):
     with pytest.raises(RunError, match="its weights"):
         ernie(*stopped)
     assert contents(tmp_path / "run") == before
+
+
+def test_a_refused_command_leaves_the_folder_as_it_was(stopped, tmp_path):
+    run = tmp_path / "run"
+    before = contents(run)
+    assert run / "settings.json" in before
+    with pytest.raises(RunError, match="other settings"):
+        ernie(*stopped, "--schedule.peak", "1e-3")
+    assert contents(run) == before
+    with locked(run), pytest.raises(RunError, match="another run"):
+        ernie(*stopped, "--schedule.peak", "1e-3")
+    assert contents(run) == before
+    assert ernie(*stopped) == 0
 
 
 def test_sampled_digests_see_both_ends_and_the_size(tmp_path):
