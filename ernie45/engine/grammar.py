@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ernie45.engine.grammar_size import check_size
 from ernie45.errors import MissingExtra, RequestError
 from ernie45.tokens.tokenizer import Tokenizer
 
@@ -85,6 +86,7 @@ class Grammars:
         """Raises `RequestError` naming `field` when the grammar cannot be compiled within the limits."""
         if len(grammar) > MAX_GRAMMAR:
             raise RequestError(f"{field} makes a grammar of {len(grammar):,} characters; at most {MAX_GRAMMAR:,} are compiled", field)
+        check_size(grammar, field)
         key = (grammar, tuple(end_ids))
         if self._known(self._passed, key):
             return

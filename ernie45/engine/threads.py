@@ -198,7 +198,8 @@ def _trial(decoder: Decoder) -> tuple[float, float]:
     """Seconds to read a short prompt, and to write one token."""
     engine = Engine(decoder, EngineConfig(max_running=1, max_length=_PROMPT + _ANSWER + 1, prefix_sharing=False))
     params = SamplingParams(temperature=0.0, max_tokens=_ANSWER + 1, ignore_eos=True)
-    prompt = tuple(3 + i % (decoder.config.vocab_size - 3) for i in range(_PROMPT))
+    words = decoder.words()
+    prompt = tuple(words[i % len(words)] for i in range(_PROMPT))
     engine.submit(Request(id="probe", prompt=prompt, params=params, eos_ids=()))
     began = time.perf_counter()
     engine.step()

@@ -110,6 +110,11 @@ class Decoder(nn.Module):
             x_TD = self.sight.put(x_TD, ids_T, torch.cat([self.sight.encode(patches, grid) for patches, grid in pixels]))
         return self.logits(self(x_TD, positions_T3, attend, self.sight.is_vision(ids_T))).float()
 
+    def words(self) -> list[int]:
+        """Ids for a prompt of any tokens: all but the first three, which begin and end texts, and those that stand for pictures."""
+        seen = frozenset() if self.sight is None else self.sight.config.placeholder_ids
+        return [id for id in range(min(3, self.config.vocab_size - 1), self.config.vocab_size) if id not in seen]
+
     @torch.no_grad()
     def initialise(self, generator: torch.Generator, std: float = 0.02) -> "Decoder":
         """Fill the weights to train from nothing: normal with `std`, norms 1, biases and selection bias 0. Returns the decoder."""

@@ -14,7 +14,7 @@ from ernie45.server.model import TextSide
 from ernie45.server.protocol import ChatRequest, CompletionRequest, Sampling
 from ernie45.server.seeing import PARTS, has_pictures, refuse_pictures
 from ernie45.server.settings import Limits
-from ernie45.server.structured import Shape, Tags, call_shape, forced_tools, framed, shape_of, tool_schemas
+from ernie45.server.structured import Shape, Tags, call_shape, checked, forced_tools, framed, shape_of, tool_schemas
 from ernie45.server.ticket import Job
 from ernie45.tokens.parse import ReplyFormat
 
@@ -136,7 +136,8 @@ def _chat_shape(request: ChatRequest, context: Context, forced: bool) -> Shape |
         raise bad(f"{shape.field} asks for a shape of the answer, and the tools for another; give one", shape.field)
     if "call" not in template.reply_format.blocks:
         raise bad("this model's chat format has no tool calls", "tools")
-    return call_shape(functions, Tags(context.text.tokenizer), several=request.parallel_tool_calls is not False, free=not forced)
+    shape = call_shape(functions, Tags(context.text.tokenizer), several=request.parallel_tool_calls is not False, free=not forced)
+    return checked(shape, context.limits)
 
 
 def conversation_message(message: Mapping[str, Any], number: int, sees: bool = False) -> dict[str, Any]:

@@ -40,10 +40,14 @@ def shape_of(request: ChatRequest | CompletionRequest, limits: Limits) -> Shape 
         raise bad(f"{asked[0].field} and {asked[1].field} both ask for a shape of the answer; give one", asked[1].field)
     if not asked:
         return None
-    shape = asked[0]
-    size = len(shape.lark) if shape.lark is not None else len(json.dumps(shape.schema))
+    return checked(asked[0], limits)
+
+
+def checked(shape: Shape, limits: Limits) -> Shape:
+    """The shape, where it is not larger than is taken. Raises `Failure` 400."""
+    size = len((shape.lark if shape.lark is not None else json.dumps(shape.schema)).encode())
     if size > limits.schema_bytes:
-        raise bad(f"{shape.field} has {size:,} characters; at most {limits.schema_bytes:,} are taken", shape.field)
+        raise bad(f"{shape.field} has {size:,} bytes; at most {limits.schema_bytes:,} are taken", shape.field)
     return shape
 
 

@@ -86,6 +86,14 @@ HOSTILE = {
     "a grammar of another": {"guided_grammar": "start: @frame"},
     "no grammar at all": {"guided_grammar": "%%%"},
     "a pattern too large to begin": {"guided_regex": "(a{1000}){1000}"},
+    "a chain of rules": {"guided_grammar": "start: r0\n" + "\n".join(f"r{n}: r{n + 1}" for n in range(4000)) + '\nr4000: "x"'},
+    "a chain of terminals": {"guided_grammar": "start: T0\n" + "\n".join(f"T{n}: T{n + 1}" for n in range(4000)) + '\nT4000: "x"'},
+    "a chain of references": {
+        "guided_json": {"$ref": "#/$defs/d0", "$defs": {f"d{n}": {"items": {"$ref": f"#/$defs/d{(n + 1) % 4000}"}} for n in range(4000)}}
+    },
+    "options without end": {"guided_regex": "a?" * 8000 + "a" * 8000},
+    "properties without end": {"guided_json": {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(8000)}}},
+    "brackets in brackets": {"guided_grammar": "start: " + "(" * 20000 + '"x"' + ")" * 20000},
     "an impossible number": {"guided_json": {"type": "integer", "minimum": 5, "maximum": 1}},
 }
 
@@ -113,6 +121,14 @@ def test_large_shapes_are_served_or_refused_and_the_server_lives(running):
         assert running.chat("x", max_tokens=2, guided_json=schema).status_code in (200, 400)
     assert running.chat("x", max_tokens=2, guided_regex="((((a{1,1000}){1,1000}){1,1000}){1,1000}){1,1000}").status_code in (200, 400)
     assert running.chat("«fine»").json()["choices"][0]["message"]["content"] == "fine"
+
+
+def test_schemas_of_tools_are_measured_too(serve):
+    parameters = {"properties": {f"p{n}": {"type": "string"} for n in range(60)}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    response = serve(limits={"schema_bytes": 500}).chat("x", tools=[tool], tool_choice="required")
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "tools"
 
 
 def test_ignoring_the_end_of_a_shape_is_refused(running):

@@ -12,6 +12,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -133,7 +134,7 @@ def measure(config: LatencyConfig, environment: Environment) -> dict[str, Any]:
         rounds = config.warm_up + config.repeats
         for batch in sorted(set(config.batch)):
             runs: list[Timing] = []
-            prompts = _prompts(config, batch, decoder.config.vocab_size)
+            prompts = _prompts(config, batch, decoder.words())
             for number in range(rounds):
                 progress(f"batch {batch}", len(results) * rounds + number, len(set(config.batch)) * rounds)
                 runs.append(time_run(decoder, prompts, config.output_tokens, config.token_budget))
@@ -241,11 +242,12 @@ def _memory(plan: "MemoryPlan", taken: int) -> dict[str, int]:
     return {"planned": plan.total, "measured": taken, "work_planned": plan.work, "work_measured": left}
 
 
-def _prompts(config: LatencyConfig, batch: int, vocab_size: int) -> list[list[int]]:
+def _prompts(config: LatencyConfig, batch: int, words: Sequence[int]) -> list[list[int]]:
     import torch
 
     generator = torch.Generator().manual_seed(config.seed)
-    return torch.randint(3, vocab_size, (batch, config.prompt_tokens), generator=generator).tolist()
+    places = torch.randint(len(words), (batch, config.prompt_tokens), generator=generator)
+    return torch.tensor(words)[places].tolist()
 
 
 def _summary(config: LatencyConfig, batch: int, runs: list[Timing]) -> dict[str, Any]:
