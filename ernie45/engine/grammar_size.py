@@ -1,8 +1,9 @@
 """How much a grammar may hold before it is compiled.
 
 llguidance bounds what a compiled grammar becomes, not what compiling takes. It descends by recursion, so a chain of rules that call one
-another ends at the bottom of the stack, and the process with it (2,684 rules, or 1,000 references through objects); options and properties cost
-the square of their number (8,000 took 5 s). What is counted here is counted in the text, generously: what passes compiles in a second or two.
+another ends at the bottom of the stack, and the process with it (2,684 rules, or 1,000 references through objects); options and properties
+cost the square of their number (8,000 took 5 s). What is counted here is counted in the text, generously: what passes compiles in a second
+or two.
 """
 
 import re
