@@ -95,12 +95,12 @@ def shape(tokenizer: tokenizers.Tokenizer, *, small: bool) -> tuple[TextConfig, 
     """The decoder and its eyes: experts of two widths, the vision experts a third of the text experts', as in the large models."""
     ids = {name: tokenizer.token_to_id(f"<|{name.upper()}|>") for name in ("image_start", "image_end", "video_start", "video_end")}
     placeholder = tokenizer.token_to_id("<|IMAGE_PLACEHOLDER|>")
-    width, layers, tower, blocks = (96, 3, 96, 2) if small else (192, 6, 192, 5)
+    width, layers, tower, blocks = (96, 3, 96, 2) if small else (128, 4, 128, 3)
     text = TextConfig(
         hidden_size=width,
         num_layers=layers,
         num_heads=width // 32,
-        num_kv_heads=max(1, width // 96),
+        num_kv_heads=max(1, width // 64),
         head_size=32,
         ffn_size=4 * width,
         vocab_size=tokenizer.get_vocab_size(),

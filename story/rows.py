@@ -200,7 +200,9 @@ def exam_papers(count: int, kinds: Sequence[Kind], drawings: Drawings | None) ->
         papers.append((scene, group, ask(scene, drawings, dice)[number]))
 
     for turn in range(count):
-        add("unseen form and colour", maker.made("form", kept=True), 0)
+        add("colour of a form", maker.made("form", kept=True), 2)
+        add("colour of the background", maker.made("form", kept=True), 3)
+        add("form and colour, never together before", maker.made("form", kept=True), 0)
         if "count" in kinds:
             add("how many", maker.made("count", kept=True), 0)
         if "pair" in kinds:

@@ -69,8 +69,8 @@ class Scene:
         name, colour = self.forms[0]
         rgb = _near(COLOURS[colour], dice)
         if self.count == 1 and self.kind == "form":
-            size = dice.randint(30, 62)
-            _paste(paper, form(name, rgb, size, dice.uniform(-12, 12)), dice.random() * (SIDE - size), dice.random() * (SIDE - size))
+            size = dice.randint(44, 76)
+            _paste(paper, form(name, rgb, size, dice.uniform(-6, 6)), dice.random() * (SIDE - size), dice.random() * (SIDE - size))
             return
         cell = SIDE // 3
         for place in dice.sample(range(9), self.count):
@@ -106,7 +106,7 @@ class Scenes:
 
     def __init__(self, seed: int, kinds: tuple[Kind, ...] = KINDS) -> None:
         self.dice, self.kinds = random.Random(seed), kinds
-        self.weights = [{"form": 3, "pair": 3, "count": 2, "thing": 9, "flag": 5}[kind] for kind in kinds]
+        self.weights = [{"form": 8, "pair": 3, "count": 3, "thing": 4, "flag": 4}[kind] for kind in kinds]
 
     def learned(self) -> Scene:
         """A scene of the training."""
