@@ -33,7 +33,7 @@ _THINKS = 6  # every so many questions are asked again with thinking switched on
 _AT_ONCE = 32
 _GREEDY = SamplingParams(temperature=0, max_tokens=32)
 _AFTER_THINKING = SamplingParams(temperature=0, max_tokens=90)
-SPEAKS_OF = "The background"  # where a caption's first sentence ends
+SPEAKS_OF = "The background"  # how a caption's last sentence begins
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,10 @@ def _shown(picture: Path, text: str) -> list[dict[str, Any]]:
 
 
 def _captions(llm: LLM, papers: Sequence[Paper]) -> list[str]:
-    """The first sentence with which a model that does not chat goes on after the picture."""
+    """How a model that does not chat goes on after the picture: the caption's sentence that the question is about."""
     reader = llm.sight
     assert isinstance(reader, PictureReader), "the story's models see"
     pictures = [[reader.image(Image(source=str(paper.picture)))] for paper in papers]
     done = llm.generate(["Picture 1:<|image@placeholder|>"] * len(papers), _GREEDY, pictures=pictures)
-    return [completion.text.partition(SPEAKS_OF)[0] for completion in done]
+    said = [completion.text.partition(SPEAKS_OF) for completion in done]
+    return [text[2] if paper.question.skill == "background" else text[0] for paper, text in zip(papers, said, strict=True)]
