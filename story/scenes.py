@@ -106,7 +106,7 @@ class Scenes:
 
     def __init__(self, seed: int, kinds: tuple[Kind, ...] = KINDS) -> None:
         self.dice, self.kinds = random.Random(seed), kinds
-        self.weights = [{"form": 8, "pair": 3, "count": 3, "thing": 4, "flag": 4}[kind] for kind in kinds]
+        self.weights = [{"form": 14, "pair": 2, "count": 3, "thing": 4, "flag": 4}[kind] for kind in kinds]
 
     def learned(self) -> Scene:
         """A scene of the training."""
