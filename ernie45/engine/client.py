@@ -135,10 +135,10 @@ class LLM:
         quantize rounds a float model's matrices as they are loaded, such as "w4a8" (`models.on_the_fly`).
         chat_format names a known chat format for a model without a template of its own. adapters: a folder of PEFT adapters, which the
         methods below name by their folders' names. text_only leaves what a model sees with in its files; rules: how pictures are made for
-        a decoder that sees (a folder brings its own). memory: bytes that weights, work and
-        cache may take; None = what is available. What does not fit is refused before its weights are read. speculative, draft_model
-        and draft_tokens: who guesses tokens ahead, see `SpeculationConfig`. threads: how many compute and where, for this whole process;
-        None leaves torch's as they are. The engine's settings: see `EngineConfig`.
+        a decoder that sees (a folder brings its own). memory: bytes that weights, work and cache may take; None = what is available. What
+        does not fit is refused before its weights are read. speculative, draft_model and draft_tokens: who guesses tokens ahead, see
+        `SpeculationConfig`. threads: how many compute and where, for this whole process; None leaves torch's as they are. The engine's
+        settings: see `EngineConfig`.
         Raises CheckpointError, TokenizerError or ConfigError.
         """
         config = EngineConfig(
@@ -169,9 +169,7 @@ class LLM:
         check_mtp(config.speculation, quantize)
         if isinstance(model, Decoder):
             if quantize is not None:
-                raise ConfigError(
-                    "quantize rounds a model as it is loaded; this decoder is loaded already (see quant.model.quantise_model)"
-                )
+                raise ConfigError("quantize rounds a model as it is loaded; this one is loaded already (see quant.model.quantise_model)")
             decoder = model
         else:
             available = available_memory() if memory is None else memory

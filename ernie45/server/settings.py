@@ -160,7 +160,7 @@ class ServerSettings:
     media_folder: Path | None = None
     """Folder whose images and videos requests may name as file:NAME; links out of it are not followed."""
     api_keys: Path | None = None
-    """File with one key a line, `name:key` or `key`. With keys every route but /health/live needs one."""
+    """File with one key a line, `name:key` or `key`. With keys every route but /health/live and the pages' own files needs one."""
     open_metrics: bool = False
     """Let /metrics be read without a key."""
     requests_per_minute: int | None = None
