@@ -160,10 +160,9 @@ class LLM:
         self._speculation = config.speculation
         folder = None if adapters is None else AdapterFolder(Path(adapters))
         self.tokenizer, self.template = tokenizer, template
-        self.compute, self.name = "as the decoder was given", "decoder"
+        self.compute, self.name, self._unseen = "as the decoder was given", "decoder", ""
         self._without_template = "this model was given without a chat template"
         self.plan: MemoryPlan | None = None
-        self._unseen = ""
         free: int | None = None
         draft = load_draft(draft_model, environment, dtype) if draft_model else None
         check_mtp(config.speculation, quantize)
@@ -176,7 +175,8 @@ class LLM:
 
             def approve(opened: OpenModel, compute: ComputeType, held: Held) -> None:
                 packed = opened.spec is not None or quantize is not None
-                use = config.use(opened.config, compute.dtype, adapters=folder is not None, packed=packed, draft=draft, spec=opened.spec)
+                kind: dict[str, Any] = {"adapters": folder is not None, "packed": packed, "draft": draft}
+                use = config.use(opened.config, compute.dtype, spec=opened.spec, stored=opened.stored, **kind)
                 self.plan = plan_memory(opened.described, held if draft is None else replace(held, total=held.total + draft.size), use)
                 check_fits(self.plan, available, str(model), opened.described, use, packed=packed)
                 if crew is not None:

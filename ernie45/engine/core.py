@@ -104,13 +104,15 @@ class EngineConfig:
         packed: bool,
         draft: Draft | None = None,
         spec: QuantSpec | None = None,
+        stored: torch.dtype | None = None,
     ) -> Use:
         """What these settings mean for the memory of a model, with or without packed matrices and adapters, beside a draft model.
 
-        spec: how its files are packed; a model that is packed as it is loaded has a head of 8 bits.
+        spec: how its files are packed; a model that is packed as it is loaded has a head of 8 bits. stored: the type of most weights.
         """
         head = None if spec is None else spec.scheme_for("embed" if model.tie_embeddings else "head")
-        known = (packed or dtype == torch.bfloat16) and not (model.use_bias or model.head_bias)  # as `models.native` knows it
+        # as `models.native` knows it: matrices stored as bfloat16 stay so beside activations in float32
+        known = (packed or torch.bfloat16 in (dtype, stored)) and not (model.use_bias or model.head_bias)
         return Use(
             value_bytes=dtype.itemsize,
             token_bytes=self.bytes_per_token(model, dtype) + (0 if draft is None else draft.bytes_per_token),

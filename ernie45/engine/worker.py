@@ -287,7 +287,8 @@ def _open_real(spec: EngineSpec, channel: Channel, laps: Laps) -> tuple[Steps, E
     def approve(opened: "OpenModel", compute: "ComputeType", held: Held) -> None:
         nonlocal granted
         packed = opened.spec is not None or spec.quantize is not None
-        use = config.use(opened.config, compute.dtype, adapters=bool(spec.adapters), packed=packed, draft=draft, spec=opened.spec)
+        how: dict[str, Any] = {"adapters": bool(spec.adapters), "packed": packed, "draft": draft}
+        use = config.use(opened.config, compute.dtype, spec=opened.spec, stored=opened.stored, **how)
         plan = plan_memory(opened.described, held if draft is None else replace(held, total=held.total + draft.size), use)
         channel.send(Planned(plan, str(text_folder(opened, Path(spec.text_folder)))))
         (grant,) = channel.receive(None)

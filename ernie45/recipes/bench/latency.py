@@ -231,7 +231,7 @@ def _plan(config: LatencyConfig, batch: int, loaded: "LoadedModel", held: "Held"
 
     opened, dtype = loaded.opened, loaded.compute.dtype
     engine = _engine_config(batch, config.prompt_tokens + config.output_tokens + 1, config.token_budget)
-    use = engine.use(opened.config, dtype, adapters=False, packed=opened.spec is not None, spec=opened.spec)
+    use = engine.use(opened.config, dtype, adapters=False, packed=opened.spec is not None, spec=opened.spec, stored=opened.stored)
     use = replace(use, step_tokens=min(use.step_tokens, batch * config.prompt_tokens), tokenizer=False)
     return plan_memory(replace(opened.described, vision=None), held, use)
 
