@@ -102,7 +102,7 @@ def test_loss_by_what_stands_beside(gallery, files):
     assert both.vision_loss == pytest.approx(learn(decoder, [gallery.pack([seen])])[0].loss, abs=1e-5)
     assert both.text_loss == pytest.approx(learn(decoder, [pack([text])])[0].loss, abs=1e-5)
     assert both.vision_tokens == int(gallery.pack([seen]).seen.vision_T.sum())
-    assert HeldOut(decoder, [gallery.pack([seen]), pack([text])])() == pytest.approx(both.loss, abs=1e-5)
+    assert HeldOut(decoder, [gallery.pack([seen]), pack([text])])().loss == pytest.approx(both.loss, abs=1e-5)
 
 
 def test_the_digest_of_a_batch_knows_its_pixels(gallery, files, photo):
@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_named(gallery, tmp_path):
     look = lambda source: gallery.look([Message("user", (Text("a"), Image(source=source)))], "rows: line 4")  # noqa: E731
     with pytest.raises(DataError, match=r"rows: line 4: messages\[0\].content\[1\]: .*missing.png cannot be read: No such file"):
         look(str(tmp_path / "missing.png"))
-    with pytest.raises(DataError, match=r"rows: line 4: messages\[0\].content\[1\]: this is no image of a known format"):
+    with pytest.raises(DataError, match=r"rows: line 4: messages\[0\].content\[1\]: .*no.png: this is no image of a known format"):
         look(str(tmp_path / "no.png"))
     with pytest.raises(DataError, match="not fetched here"):
         look("https://example.org/a.png")
@@ -208,7 +208,7 @@ def test_pairs_share_the_pictures_of_their_prompt(gallery, files):
         for n, e in enumerate(pairs):
             whole = Example((*e.prefix, *getattr(e, branch)), (*[IGNORED] * len(e.prefix), *getattr(e, labels)), e.pictures)
             alone = gallery.pack([whole])
-            loss = HeldOut(decoder, [alone])() * alone.learned
+            loss = HeldOut(decoder, [alone])().loss * alone.learned
             assert found[side][n] == pytest.approx(-loss, abs=2e-5)
     assert batch.pairs == sum(causal_pairs([a + b]) + causal_pairs([a + c]) - causal_pairs([a]) for a, b, c in batch.groups)
 
