@@ -59,11 +59,11 @@ def test_what_sees_is_calibrated_on_pictures(seer, files, tmp_path, environment,
     assert decoder.sight is not None
 
 
-def test_smoothquant_with_pictures_runs_to_its_end(model, files, tmp_path, environment):
+def test_smoothquant_with_pictures_runs_to_its_end(seer, files, tmp_path, environment):
     """Its factors are taken from pictures too; the folder answers about a picture almost as the model did, at 8 bits each way."""
-    out, whole = tmp_path / "small", load_model(model, dtype="float32")
+    out, whole = tmp_path / "small", load_model(seer, dtype="float32")
     changes = {"method": "smooth", "scheme": "w8a8", "vision": "w8a8", "group": 0}
-    assert run(asked(model, files, out, pictures=files / "photos", **changes), environment) == 0
+    assert run(asked(seer, files, out, pictures=files / "photos", **changes), environment) == 0
     report, named = in_report(out)
     assert report["calibration"]["pictures"] == 4
     assert named["layers.1.ffn.vision.experts"]["tokens"] > 0
