@@ -113,8 +113,8 @@ WRONG = {
     "tool_choice": ("required", "tool_choice"),
     "parallel_tool_calls": ("no", "parallel_tool_calls"),
     "response_format": ({"type": "json_schema"}, "response_format.json_schema"),
-    "reasoning_effort": ("low", "enable_thinking"),  # this chat format has no thinking
-    "reasoning_max_tokens": (5, "enable_thinking"),
+    "reasoning_effort": ("low", "reasoning_effort"),  # this chat format has no thinking
+    "reasoning_max_tokens": (5, "reasoning_max_tokens"),
     "enable_thinking": (True, "enable_thinking"),
     "chat_template_kwargs": ({"tokenize": True}, "chat_template_kwargs.tokenize"),
     "metadata": ({"anything": "else"}, "metadata.anything"),
