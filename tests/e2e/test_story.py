@@ -42,7 +42,7 @@ def test_a_small_story_learns_and_is_told(tmp_path):
     assert exams["text"]["perplexity"] < 0.65 * exams["blank"]["perplexity"]
     assert exams["packed"].keys() >= {"groups", "thinking", "another picture"}
     served = json.loads((plan.out / "served.json").read_text())
-    assert len(served) == 4
+    assert len(served) == 8  # two of each group
     assert [answer["asked"] for answer in served if answer["group"] == "how many"] == [
         "How many circles are there?",
         "How many crosses are there?",
