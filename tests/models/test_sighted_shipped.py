@@ -33,7 +33,7 @@ def test_its_card_names_whom_it_learned_from():
 
 
 def test_it_tells_the_colours_of_pictures_it_has_not_seen(tmp_path):
-    # its card says 55 of 80 for such pictures; 11 colours are known, so 12 of 24 by chance would be one in a hundred million
+    # its card says 55 of 80 for such pictures; 11 colours are known, so 12 of 24 by chance would be one in four million
     llm, maker, dice, right = LLM("sighted", num_pages=64), Scenes(77), random.Random(77), 0
     assert llm.template.source == "ernie-vl"
     for number in range(24):
